@@ -1,0 +1,189 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+import signal
+import threading
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+
+from bsa_export.errors import CheckpointError
+
+# What a conversion leaves in its folder; only a folder that has it may be overwritten.
+CONVERSION_RECORD = "conversion.json"
+_RENAME_EXCHANGE = 2  # linux/fs.h
+
+
+class AtomicFolder(AbstractContextManager):
+    """Write into a hidden folder that is renamed to `target` at the end: `with AtomicFolder("out") as staging: ...`.
+
+    The staging folder is `.NAME.tmp-XXXXXXXX` beside `target`, locked (flock) while its process lives. After an
+    exception, Ctrl-C, SIGTERM or SIGHUP it is removed. A process that was killed leaves it behind; the next run with
+    the same target sees that nobody holds the lock, and removes it. What survives a loss of power is up to the file
+    system: nothing is flushed, as `cp` does not.
+
+    Args:
+        target: the folder to make. Its parents are made. An empty folder in its place is replaced.
+        overwrite: replace an earlier conversion in one step. A folder without CONVERSION_RECORD is never replaced.
+
+    Raises:
+        CheckpointError: `target` is there and may not be replaced, the disk is full, or the place cannot be written.
+    """
+
+    def __init__(self, target: str | Path, *, overwrite: bool = False):
+        self.target = Path(os.path.realpath(target))
+        self.overwrite = overwrite
+        self.made_parents: list[Path] = []
+        self.handled: list[signal.Signals] = []
+
+    def __enter__(self) -> Path:
+        try:
+            self.refuse_target()
+            self.make_parents()
+            self.remove_stale()
+            self.staging, self.lock = self.make_staging()
+        except OSError as error:
+            self.remove_parents()
+            raise plain_error(error, self.target) from error
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP: so be it
+                    self.handled.append(number)
+                    signal.signal(number, _exit_on_signal)
+        return self.staging
+
+    def __exit__(self, kind, error, _):
+        placed = False
+        try:
+            if kind is None:
+                self.put_in_place()
+                placed = True
+        except OSError as problem:
+            raise plain_error(problem, self.target) from problem
+        finally:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            os.close(self.lock)
+            if not placed:
+                self.remove_parents()
+            for number in self.handled:
+                signal.signal(number, signal.SIG_DFL)
+        if isinstance(error, OSError):
+            raise plain_error(error, self.target) from error
+
+    def refuse_target(self) -> None:
+        """Raise CheckpointError when `target` may not be made or replaced."""
+        if not os.path.lexists(self.target):
+            return
+        if not self.target.is_dir():
+            raise CheckpointError(
+                "expected a folder to write to", found="a file", where=self.target, hint="choose another name"
+            )
+        if not any(self.target.iterdir()):
+            return
+        if not self.overwrite:
+            raise CheckpointError(
+                "it is there and not empty", where=self.target, hint="choose another folder or --overwrite"
+            )
+        if not (self.target / CONVERSION_RECORD).is_file():
+            raise CheckpointError(
+                f"only an earlier conversion may be overwritten, and it holds no {CONVERSION_RECORD}",
+                where=self.target,
+                hint="choose another folder",
+            )
+
+    def make_parents(self) -> None:
+        missing = [parent for parent in self.target.parents if not parent.exists()]
+        for parent in reversed(missing):
+            parent.mkdir()
+            self.made_parents.append(parent)
+
+    def remove_parents(self) -> None:
+        for parent in reversed(self.made_parents):
+            with suppress(OSError):
+                parent.rmdir()
+
+    def make_staging(self) -> tuple[Path, int]:
+        """A new staging folder and the descriptor that holds its lock."""
+        while True:
+            staging = self.target.with_name(f".{self.target.name}.tmp-{secrets.token_hex(4)}")
+            staging.mkdir()
+            try:
+                lock = _open_locked(staging)
+            except (BlockingIOError, FileNotFoundError):
+                continue  # another run took it for stale before it was locked
+            if staging.exists():
+                return staging, lock
+            os.close(lock)
+
+    def remove_stale(self) -> None:
+        """Remove the staging folders of this target that no process holds."""
+        for stale in self.target.parent.glob(f".{glob.escape(self.target.name)}.tmp-????????"):
+            try:
+                lock = _open_locked(stale, without_locks=False)
+            except OSError:
+                continue
+            shutil.rmtree(stale, ignore_errors=True)
+            os.close(lock)
+
+    def put_in_place(self) -> None:
+        self.refuse_target()  # somebody else may have made it meanwhile
+        if self.target.is_dir() and any(self.target.iterdir()):
+            _exchange(self.staging, self.target)
+        else:
+            os.rename(self.staging, self.target)
+
+
+def _open_locked(folder: Path, *, without_locks: bool = True) -> int:
+    """A descriptor of `folder` that holds its lock. Raises BlockingIOError when another process does.
+
+    A file system may have no locks for folders (NFS): then it is opened only if `without_locks`, and nobody removes
+    what a killed process left.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or not without_locks:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two folders in one step. Where the system cannot, in two: then for a moment neither is at `other`."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+        here = ctypes.c_int(-100)  # AT_FDCWD
+        if renameat2(here, os.fsencode(one), here, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
+            return
+    except (AttributeError, OSError):
+        pass
+    aside = one.with_name(one.name + "-old")
+    os.rename(other, aside)
+    os.rename(one, other)
+    os.rename(aside, one)
+
+
+def _exit_on_signal(number: int, _) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not stop the cleaning
+    raise SystemExit(128 + number)
+
+
+def plain_error(error: OSError, where: Path) -> CheckpointError:
+    """A failed write in one sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return CheckpointError(
+            "the disk is full", where=where, hint="nothing was left there; free some space or choose another place"
+        )
+    if error.errno == errno.EFBIG:
+        return CheckpointError(
+            "the file is larger than this system allows", where=where, hint="choose a smaller --max-shard-size"
+        )
+    return CheckpointError(f"it cannot be read or written ({error.strerror or error})", where=error.filename or where)

@@ -1,0 +1,360 @@
+"""The files of `torch.save`: zip archives (torch >= 1.6) and the older stream of pickles, read without torch.
+
+The formats are those of torch/serialization.py and torch/_utils.py, torch 0.1.10 to 2.13.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import mmap
+import os
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from bsa_export.checkpoint import restricted_pickle
+from bsa_export.checkpoint.restricted_pickle import MAX_PICKLE_BYTES, Global, describe
+from bsa_export.checkpoint.table import ITEM_SIZE, FileRange, StridedRange, Tensor, checked_shape
+from bsa_export.errors import CheckpointError
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+
+STORAGE_DTYPE = {
+    "BFloat16": "BF16", "Bool": "BOOL", "Byte": "U8", "Char": "I8", "ComplexFloat": "C64", "Double": "F64",
+    "Float": "F32", "Half": "F16", "Int": "I32", "Long": "I64", "Short": "I16", "Untyped": "U8",
+}  # fmt: skip
+TORCH_DTYPE = {
+    "bfloat16": "BF16", "bool": "BOOL", "complex64": "C64", "float16": "F16", "float32": "F32", "float64": "F64",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int16": "I16", "int32": "I32", "int64": "I64", "int8": "I8",
+    "uint16": "U16", "uint32": "U32", "uint64": "U64", "uint8": "U8",
+}  # fmt: skip
+_REBUILD_TENSOR = frozenset(f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3"))
+# Names that a pickle may refer to, for a better answer than "unsafe" where the tensor itself cannot be copied.
+_STORAGES = (*STORAGE_DTYPE, "ComplexDouble", "QInt8", "QInt32", "QUInt2x4", "QUInt4x2", "QUInt8")
+_CONSTANTS = (
+    *TORCH_DTYPE, "complex128", "complex32", "float4_e2m1fn_x2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
+    "contiguous_format", "per_channel_affine", "per_tensor_affine", "strided",
+)  # fmt: skip
+_REFERRED_TO = (
+    *(f"{module}.{name}Storage" for module in ("torch", "torch.cuda", "torch.storage") for name in _STORAGES),
+    *(f"torch.{name}" for name in _CONSTANTS),
+    "torch.serialization._get_layout",
+)
+_REFUSED = tuple(
+    f"torch._utils._rebuild_{name}"
+    for name in (
+        "device_tensor_from_cpu_tensor", "device_tensor_from_numpy", "meta_tensor_no_storage", "nested_tensor",
+        "qtensor", "sparse_csr_tensor", "sparse_tensor", "wrapper_subclass", "xla_tensor",
+    )
+)  # fmt: skip
+# An expanded tensor (stride 0) may be larger than its storage; larger than this and its file, it is to fill a disk.
+MAX_EXPANDED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Storage:
+    key: str
+    dtype: str
+    first: int  # element of the storage at which a legacy view starts
+    numel: int  # elements of the view
+    total: int  # elements of the storage
+
+
+def read_torch(path: Path) -> object:
+    """Read what `torch.save` wrote: the saved object as `restricted_pickle.load` gives it, every tensor a `Tensor`.
+
+    Raises:
+        UnsafePickleError: the pickle names code.
+        CheckpointError: the file is damaged, or its tensors cannot be copied as they lie (quantized, sparse,
+            TorchScript, big-endian).
+    """
+    with open(path, "rb") as file:
+        return _read_zip(path, file) if file.read(4) == b"PK\x03\x04" else _read_legacy(path, file)
+
+
+def _read_zip(path: Path, file: io.BufferedReader) -> object:
+    ranges = _zip_ranges(path, file)
+    pickles = [name for name in ranges if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(
+            "expected the zip archive of torch.save, with one data.pkl",
+            found=f"{len(pickles)} of {len(ranges)} entries",
+            where=path,
+        )
+    prefix = pickles[0].removesuffix("data.pkl")
+    byteorder = ranges.get(f"{prefix}byteorder")
+    if byteorder and (order := os.pread(file.fileno(), min(byteorder.nbytes, 16), byteorder.offset)) != b"little":
+        raise CheckpointError(
+            "expected little-endian tensors", found=order, where=path, hint="save it again on a little-endian machine"
+        )
+    data = ranges[pickles[0]]
+    if data.nbytes > MAX_PICKLE_BYTES:
+        raise CheckpointError(f"its pickle takes {data.nbytes:,} bytes; {MAX_PICKLE_BYTES:,} are the most", where=path)
+    stream = io.BytesIO(os.pread(file.fileno(), data.nbytes, data.offset))
+    tensors = _Tensors(path, lambda key: ranges.get(f"{prefix}data/{key}"))
+    return restricted_pickle.load(stream, path, tensors.rebuild, tensors.persistent)
+
+
+def _zip_ranges(path: Path, file: io.BufferedReader) -> dict[str, FileRange]:
+    """Entry -> its bytes. Every entry is stored as it is, lies inside the file and overlaps no other."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+    # What zipfile raises on damaged directories depends on the byte that is wrong.
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        ValueError,
+        OSError,
+        EOFError,
+        struct.error,
+        OverflowError,
+        LookupError,
+    ) as error:
+        raise CheckpointError(
+            f"its zip directory cannot be read ({error})", where=path, hint="is the download complete?"
+        ) from None
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise CheckpointError(
+            "expected a state dict",
+            found="a TorchScript archive",
+            where=path,
+            hint="save torch.jit.load(file).state_dict() with torch.save",
+        )
+    ranges: dict[str, FileRange] = {}
+    ends = [entry.header_offset for entry in entries[1:]] + [size]
+    for entry, end in zip(entries, ends, strict=True):
+        header = os.pread(file.fileno(), 30, entry.header_offset) if 0 <= entry.header_offset < size else b""
+        if len(header) != 30 or header[:4] != b"PK\x03\x04":
+            raise CheckpointError(
+                f"its zip entry {entry.filename!r} is not where the directory says",
+                where=path,
+                hint="is the file complete?",
+            )
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
+            raise CheckpointError(
+                f"its zip entry {entry.filename!r} is compressed or encrypted",
+                where=path,
+                hint="torch.save does neither; was the file packed again?",
+            )
+        if start + entry.file_size > end:
+            raise CheckpointError(
+                f"its zip entry {entry.filename!r} reaches beyond its place", where=path, hint="is the file complete?"
+            )
+        if entry.filename in ranges:
+            raise CheckpointError(f"its zip entry {entry.filename!r} is there twice", where=path)
+        ranges[entry.filename] = FileRange(path, start, entry.file_size)
+    return ranges
+
+
+def _read_legacy(path: Path, file: io.BufferedReader) -> object:
+    size = os.fstat(file.fileno()).st_size
+    with mmap.mmap(file.fileno(), min(size, MAX_PICKLE_BYTES), access=mmap.ACCESS_READ) as stream:
+        names = _Tensors(path, None)
+
+        def load():
+            return restricted_pickle.load(stream, path, names.rebuild, names.persistent)
+
+        if load() != LEGACY_MAGIC:
+            raise CheckpointError(
+                "expected a file of torch.save",
+                found="another pickle",
+                where=path,
+                hint="save the state dict with torch.save",
+            )
+        if (protocol := load()) != LEGACY_PROTOCOL:
+            raise CheckpointError(
+                f"expected protocol {LEGACY_PROTOCOL} of torch.save", found=describe(protocol), where=path
+            )
+        system = load()
+        if not isinstance(system, dict) or system.get("little_endian") is not True:
+            raise CheckpointError(
+                "expected little-endian tensors", where=path, hint="save it again on a little-endian machine"
+            )
+        start = stream.tell()
+        load()  # finds the storages; their places are known only behind it
+        keys = load()
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
+            raise CheckpointError("its list of storages is damaged", where=path, hint="is the file complete?")
+        ranges: dict[str, FileRange] = {}
+        position = stream.tell()
+        for key in keys:
+            storage = names.storages.get(key)
+            if storage is None:
+                raise CheckpointError(
+                    f"its storage {key!r} belongs to no tensor", where=path, hint="is the file complete?"
+                )
+            head = os.pread(file.fileno(), 8, position)
+            nbytes = storage.total * ITEM_SIZE[storage.dtype]
+            if len(head) != 8 or position + 8 + nbytes > size:
+                raise CheckpointError(
+                    f"expected storage {key!r} of {nbytes:,} bytes at byte {position:,}",
+                    found=f"a file of {size:,}",
+                    where=path,
+                    hint="it is truncated",
+                )
+            if (count := struct.unpack("<q", head)[0]) != storage.total:
+                raise CheckpointError(
+                    f"expected {storage.total:,} elements in storage {key!r}", found=f"{count:,}", where=path
+                )
+            ranges[key] = FileRange(path, position + 8, nbytes)
+            position += 8 + nbytes
+        stream.seek(start)
+        tensors = _Tensors(path, ranges.get)
+        return restricted_pickle.load(stream, path, tensors.rebuild, tensors.persistent)
+
+
+class _Tensors:
+    """The names that rebuild tensors, and the persistent ids that stand for their storages.
+
+    `find` gives the bytes of a storage by its key. Without it tensors become None; a reading leaves `storages`.
+    """
+
+    def __init__(self, path: Path, find: Callable[[str], FileRange | None] | None):
+        self.path, self.find = path, find
+        self.file_size = os.stat(path).st_size
+        self.storages: dict[str, _Storage] = {}
+        self.rebuild: dict[str, Callable[[tuple], object] | None] = dict.fromkeys(_REFERRED_TO)
+        self.rebuild |= {name: partial(self.refuse, name) for name in _REFUSED}
+        self.rebuild |= {
+            "torch._utils._rebuild_tensor": self.tensor,
+            "torch._utils._rebuild_tensor_v2": self.tensor,
+            "torch._utils._rebuild_tensor_v3": self.tensor_v3,
+            "torch._utils._rebuild_parameter": self.parameter,
+            "torch._utils._rebuild_parameter_with_state": self.parameter,
+            "torch._tensor._rebuild_from_type_v2": self.from_type,
+            "torch.Size": lambda args: tuple(args[0]) if args and isinstance(args[0], (list, tuple)) else (),
+        }
+
+    def error(self, message: str, hint: str | None = "is the file complete?") -> CheckpointError:
+        return CheckpointError(message, where=self.path, hint=hint)
+
+    def refuse(self, name: str, args: tuple):
+        raise self.error(
+            f"a tensor is stored by {name}, not as plain elements",
+            hint="save it dense, on the CPU, in a float or integer dtype",
+        )
+
+    def persistent(self, pid: object) -> object:
+        """`("storage", class, key, location, elements[, view])`, or `("module", class, file, source)` of a model."""
+        match pid:
+            case ("module", Global() as cls, *_):
+                return cls
+            case ("storage", Global(name), str(key), str(), int(total)):
+                view = None
+            case ("storage", Global(name), str(key), str(), int(total), view):
+                pass
+            case _:
+                raise self.error(f"a storage is described as {str(pid)[:100]}")
+        dtype = STORAGE_DTYPE.get(name.rpartition(".")[2].removesuffix("Storage"))
+        if dtype is None:
+            self.refuse(name, ())
+        match view:
+            case None:
+                storage = _Storage(key, dtype, 0, total, total)
+            case (str(), int(first), int(numel)) if 0 <= first <= first + numel <= total:
+                storage = _Storage(key, dtype, first, numel, total)
+            case _:
+                raise self.error(f"storage {key!r} has {total:,} elements and a view {str(view)[:100]}")
+        known = self.storages.setdefault(key, storage)
+        if total < 0 or (known.dtype, known.total) != (dtype, total):
+            raise self.error(
+                f"storage {key!r} has {total:,} elements of {dtype} here, {known.total:,} of {known.dtype} elsewhere"
+            )
+        return storage
+
+    def tensor(self, args: tuple) -> Tensor | None:
+        """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata])`, or the first four."""
+        match args:
+            case (_Storage() as storage, offset, shape, strides, *rest):
+                return self.resolve(storage, storage.dtype, offset, shape, strides, rest[2] if len(rest) > 2 else None)
+        raise self.error("a tensor is described by other arguments than a storage, an offset, a shape and strides")
+
+    def tensor_v3(self, args: tuple) -> Tensor | None:
+        """`_rebuild_tensor_v3(storage in bytes, offset, size, stride, requires_grad, hooks, dtype[, metadata])`."""
+        match args:
+            case (_Storage() as storage, offset, shape, strides, _, _, Global(name), *rest):
+                dtype = TORCH_DTYPE.get(name.removeprefix("torch."))
+                if dtype is None:
+                    self.refuse(name, args)
+                return self.resolve(storage, dtype, offset, shape, strides, rest[0] if rest else None)
+        raise self.error(
+            "a tensor is described by other arguments than a storage, an offset, a shape, strides and a dtype"
+        )
+
+    def parameter(self, args: tuple) -> object:
+        """`_rebuild_parameter(data, requires_grad, hooks[, state])` is its data."""
+        if not args:
+            raise self.error("a parameter has no data")
+        return args[0]
+
+    def from_type(self, args: tuple) -> object:
+        """`_rebuild_from_type_v2(function, type, arguments, state)`: a tensor with Python attributes."""
+        match args:
+            case (Global(name), _, tuple(inner), *_) if name in _REBUILD_TENSOR:
+                return self.rebuild[name](inner)
+            case (Global(name), *_):
+                self.refuse(name, args)
+        raise self.error("a tensor is described by other arguments than a function, a type and its arguments")
+
+    def resolve(
+        self, storage: _Storage, dtype: str, offset: object, shape: object, strides: object, metadata: object
+    ) -> Tensor | None:
+        """The row of a view of a storage; offset and strides are in elements of `dtype`."""
+        try:
+            shape = checked_shape(shape)
+            strides = checked_shape(strides)
+        except ValueError as error:
+            raise self.error(f"a tensor of storage {storage.key!r} is damaged: {error}") from None
+        if type(offset) is not int or offset < 0 or len(strides) != len(shape):
+            raise self.error(
+                f"storage {storage.key!r} has a tensor of offset {str(offset)[:40]}, shape {shape}, strides {strides}"
+            )
+        if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
+            raise self.error(
+                "a tensor is stored as a lazy conjugate or negative", hint="save it after .resolve_conj().resolve_neg()"
+            )
+        if self.find is None:
+            return None
+        found = self.find(storage.key)
+        if found is None:
+            raise self.error(f"expected storage {storage.key!r}, which is not in the file")
+        if found.nbytes != storage.total * ITEM_SIZE[storage.dtype]:
+            raise self.error(
+                f"storage {storage.key!r} has {found.nbytes:,} bytes, not {storage.total:,} elements of {storage.dtype}"
+            )
+        item = ITEM_SIZE[dtype]
+        count = math.prod(shape)
+        last = (
+            offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if count else offset
+        )
+        available = storage.numel * ITEM_SIZE[storage.dtype] // item
+        if last + bool(count) > available:
+            raise self.error(
+                f"a tensor reaches to element {last:,} of storage {storage.key!r}, which has {available:,}"
+            )
+        if count > available and count * item > max(self.file_size, MAX_EXPANDED_BYTES):
+            raise self.error(
+                f"a tensor of shape {shape} repeats the {available:,} elements of storage {storage.key!r}",
+                hint="save it contiguous",
+            )
+        start = found.offset + storage.first * ITEM_SIZE[storage.dtype] + offset * item
+        if count == 0 or _is_contiguous(shape, strides):
+            return Tensor(dtype, shape, FileRange(self.path, start, count * item))
+        return Tensor(dtype, shape, StridedRange(self.path, start, strides))
+
+
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,63 @@
+"""Position embeddings for longer inputs: rows in, rows out, computed when they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from bsa_export.checkpoint.dtypes import cast, read
+from bsa_export.checkpoint.table import Computed, Tensor
+
+METHODS = ("tile", "interpolate")
+
+
+def extend(name: str, table: Tensor, length: int, reserved: int, method: str = "tile") -> Tensor:
+    """Makes the position embeddings of `length` tokens from those of a model that reads fewer (or more).
+
+    `tile` repeats the source's rows, bit for bit: position p is row p modulo their number (as DeepSpeed's
+    `extend_position_embedding` means to). `interpolate` puts position p at p * rows / length of the source, linearly
+    between neighbours, in float32 (position interpolation, arXiv 2306.15595). Reserved rows stay in front as they are.
+
+    Args:
+        name: of the tensor, for messages.
+        table: float `[reserved + rows, size]`.
+        length: tokens to read, at least 1.
+        reserved: rows in front that are no positions.
+        method: one of METHODS.
+
+    Returns:
+        The row of the table for `[reserved + length, size]` in the same dtype; `table` itself where nothing changes.
+    """
+    rows = table.shape[0] - reserved
+    if rows == length:
+        return table
+    shape = (reserved + length, *table.shape[1:])
+    if method == "interpolate" and length > rows:
+        if table.dtype in ("F32", "F64"):
+            return Tensor(table.dtype, shape, Computed(lambda: _interpolated(read(table), length, reserved)))
+        wide = Tensor("F32", shape, Computed(lambda: _interpolated(read(table, float32=True), length, reserved)))
+        return cast(name, wide, table.dtype)
+    return Tensor(table.dtype, shape, Computed(lambda: _tiled(read(table), length, reserved)))
+
+
+def _tiled(table: np.ndarray, length: int, reserved: int) -> Iterator[memoryview]:
+    own = table[reserved:]
+    yield _bytes(table[:reserved])
+    for start in range(0, length, len(own)):
+        yield _bytes(own[: length - start])
+
+
+def _interpolated(table: np.ndarray, length: int, reserved: int) -> Iterator[memoryview]:
+    own = table[reserved:]
+    places = np.arange(length) * (len(own) / length)
+    below = np.minimum(places.astype(int), len(own) - 1)
+    above = np.minimum(below + 1, len(own) - 1)
+    share = (places - below)[:, None].astype(table.dtype)
+    yield _bytes(table[:reserved])
+    mixed = own[below] * (1 - share) + own[above] * share
+    yield _bytes(np.where(share == 0, own[below], mixed))  # -0.0 too stays as it is
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))

@@ -1,0 +1,202 @@
+"""A folder appears whole or not at all, whatever stops the process that writes it."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from bsa_export.checkpoint import folder
+from bsa_export.checkpoint.folder import AtomicFolder
+from bsa_export.errors import CheckpointError
+
+
+def everything(path: Path) -> list[str]:
+    return sorted(str(entry.relative_to(path)) for entry in path.rglob("*"))
+
+
+def earlier_conversion(path: Path) -> Path:
+    path.mkdir()
+    (path / "conversion.json").write_text("{}")
+    (path / "old").write_text("old")
+    return path
+
+
+def test_the_folder_appears_at_the_end(tmp_path):
+    with AtomicFolder(tmp_path / "a" / "b" / "out") as staging:
+        (staging / "sub").mkdir()
+        (staging / "sub" / "file").write_text("x")
+        assert not (tmp_path / "a" / "b" / "out").exists()
+    assert everything(tmp_path) == ["a", "a/b", "a/b/out", "a/b/out/sub", "a/b/out/sub/file"]
+
+
+def test_it_has_the_rights_that_the_umask_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with AtomicFolder(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(2)], ids=repr)
+def test_an_exception_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)), AtomicFolder(tmp_path / "a" / "out") as staging:
+        (staging / "file").write_text("x")
+        raise error
+    assert everything(tmp_path) == []
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
+    with pytest.raises(CheckpointError, match="out: the disk is full"), AtomicFolder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert everything(tmp_path) == []
+
+
+def test_an_empty_folder_is_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    with AtomicFolder(tmp_path / "out") as staging:
+        (staging / "file").write_text("x")
+    assert everything(tmp_path) == ["out", "out/file"]
+
+
+def test_what_is_there_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="out: it is there and not empty; choose another folder or --overwrite"):
+        AtomicFolder(tmp_path / "out").__enter__()
+    with pytest.raises(
+        CheckpointError, match="only an earlier conversion may be overwritten, and it holds no conversion.json"
+    ):
+        AtomicFolder(tmp_path / "out", overwrite=True).__enter__()
+    with pytest.raises(CheckpointError, match="expected a folder to write to, found a file"):
+        AtomicFolder(tmp_path / "out" / "precious", overwrite=True).__enter__()
+    with pytest.raises(CheckpointError, match="it cannot be read or written"):
+        AtomicFolder(tmp_path / "out" / "precious" / "below").__enter__()
+    assert everything(tmp_path) == ["out", "out/precious"]
+
+
+def test_what_appears_meanwhile_is_not_lost(tmp_path):
+    with pytest.raises(CheckpointError, match="it is there and not empty"), AtomicFolder(tmp_path / "out") as staging:
+        (staging / "file").write_text("x")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").write_text("x")
+    assert everything(tmp_path) == ["out", "out/precious"]
+
+
+@pytest.mark.parametrize("exchange", ["in one step", "in two"])
+def test_an_earlier_conversion_is_overwritten(tmp_path, monkeypatch, exchange):
+    if exchange == "in two":
+        monkeypatch.setattr(folder.ctypes, "CDLL", lambda *_, **__: object())
+    earlier_conversion(tmp_path / "out")
+    with AtomicFolder(tmp_path / "out", overwrite=True) as staging:
+        (staging / "file").write_text("x")
+        assert (tmp_path / "out" / "old").read_text() == "old"
+    assert everything(tmp_path) == ["out", "out/file"]
+
+
+def test_a_failed_overwrite_keeps_the_earlier_conversion(tmp_path):
+    earlier_conversion(tmp_path / "out")
+    with pytest.raises(ValueError), AtomicFolder(tmp_path / "out", overwrite=True):
+        raise ValueError
+    assert everything(tmp_path) == ["out", "out/conversion.json", "out/old"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with AtomicFolder(tmp_path / "link") as staging:
+        (staging / "file").write_text("x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "file").exists()
+
+
+def test_staging_folders_in_use_are_left_alone_and_stale_ones_are_removed(tmp_path):
+    stale = tmp_path / ".out.tmp-0123abcd"
+    stale.mkdir()
+    (stale / "model.safetensors").write_text("x")
+    other = tmp_path / ".other.tmp-0123abcd"
+    other.mkdir()
+    with AtomicFolder(tmp_path / "out") as first:
+        assert not stale.exists()
+        with AtomicFolder(tmp_path / "out") as second:
+            assert first != second
+            assert first.exists()
+            (second / "from").write_text("second")
+        with pytest.raises(CheckpointError, match="not empty"):
+            AtomicFolder(tmp_path / "out").__enter__()
+        with suppress(FileNotFoundError):
+            (tmp_path / "out" / "from").unlink()
+        (first / "from").write_text("first")
+    assert (tmp_path / "out" / "from").read_text() == "first"
+    assert other.exists()
+
+
+def test_a_link_with_the_name_of_a_stale_folder_is_not_followed(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("x")
+    (tmp_path / ".out.tmp-0123abcd").symlink_to("precious")
+    with AtomicFolder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "precious" / "file").exists()
+
+
+WRITER = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may start with both ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+from bsa_export.checkpoint.folder import AtomicFolder
+with AtomicFolder(sys.argv[1], overwrite=True) as staging:
+    for number in range(2000):
+        (staging / str(number)).write_text("x" * 1000)
+        if number == 0:
+            print("started", flush=True)
+    (staging / "conversion.json").write_text("{}")
+"""
+
+
+def start(target: Path) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    process.stdout.readline()
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(tmp_path, number):
+    process = start(tmp_path / "out")
+    process.send_signal(number)
+    assert process.wait(20) in (128 + number, 1, -number)
+    process.stdout.close()
+    assert everything(tmp_path) == []
+
+
+def test_a_killed_process_leaves_no_target_and_the_next_run_removes_what_is_left(tmp_path):
+    random.seed(0)
+    for overwrite in (False, True):
+        target = tmp_path / str(overwrite) / "out"
+        target.parent.mkdir()
+        if overwrite:
+            earlier_conversion(target)
+        for _ in range(4):
+            process = start(target)
+            time.sleep(random.uniform(0, 0.15))
+            process.kill()
+            process.wait(20)
+            process.stdout.close()
+            if target.exists():
+                assert everything(target) in (
+                    ["conversion.json", "old"],
+                    sorted([*map(str, range(2000)), "conversion.json"]),
+                )
+        with AtomicFolder(target, overwrite=True) as staging:
+            (staging / "conversion.json").write_text("{}")
+        assert everything(target.parent) == ["out", "out/conversion.json"]

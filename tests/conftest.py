@@ -1,0 +1,53 @@
+"""What every test shares: the GPU mark, Triton's interpreter on machines without a GPU, and real models."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache"
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+if not _has_gpu():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items):
+    if _has_gpu():
+        return
+    skip = pytest.mark.skip(reason="no CUDA GPU on this machine")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+def _model_folder(path: Path, how: str) -> Path:
+    if not path.is_dir():
+        pytest.skip(f"{path.name} is not here: {how}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2: BERT 6 x 384, no prefix, safetensors, a sentence-transformers folder."""
+    return _model_folder(CACHE / "minilm", "tests/material.sh fetches it")
+
+
+@pytest.fixture(scope="session")
+def antiberty() -> Path:
+    """AntiBERTy: BERT 8 x 512 with a masked-LM head, zip `.bin` saved on CUDA, three extra heads."""
+    return _model_folder(CACHE / "antiberty", "tests/material.sh fetches it")
+
+
+@pytest.fixture(scope="session")
+def english_mlm() -> Path:
+    """An English masked LM with 512 positions and held-out documents, in the folder that $BSA_ENGLISH_MLM names."""
+    return _model_folder(
+        Path(os.environ.get("BSA_ENGLISH_MLM", "english-mlm-512")), "$BSA_ENGLISH_MLM names its folder"
+    )
