@@ -1,0 +1,205 @@
+"""Self-attention modules for hand-written models, with the names, calls and state dicts of DeepSpeed's."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bsa_export.errors import AttentionError
+from bsa_export.layout import check_layout
+from bsa_export.ops import block_sparse_attention
+from bsa_export.sparsity import FixedSparsityConfig
+
+MASK_MODES = ("add", "mul")
+
+
+class SparseSelfAttention(nn.Module):
+    """Attention over the kept blocks of a layout that is made once and stored, as deepspeed 0.19.6's class of that name.
+
+    Unlike DeepSpeed's it takes fp32, bf16 and any length on any device, and each module computes with its own layout, also after
+    another one was loaded. There is no dropout on the probabilities, as in DeepSpeed.
+
+    Buffers: `master_layout`, int64 `[num_heads, max_seq_length / block, max_seq_length / block]`; shorter sequences use its
+    top-left slice.
+
+    Args:
+        sparsity_config: one of `bsa_export.sparsity` or of DeepSpeed: `block`, and `make_layout(seq_len)` as an array or tensor.
+        key_padding_mask_mode: `add` (added to the scores) or `mul` (0 takes the key out, all else leaves it).
+        attn_mask_mode: the same for pairs of query and key.
+        max_seq_length: tokens of the longest sequence.
+
+    Raises:
+        AttentionError: no sparsity config, or an unknown mode.
+        SparsityError: a layout that cannot be made or attended with.
+    """
+
+    def __init__(
+        self,
+        sparsity_config=None,
+        key_padding_mask_mode: str = "add",
+        attn_mask_mode: str = "mul",
+        max_seq_length: int = 2048,
+    ):
+        super().__init__()
+        if sparsity_config is None:
+            raise AttentionError("expected one, such as FixedSparsityConfig(num_heads=12)", where="sparsity_config")
+        for name, mode in (("key_padding_mask_mode", key_padding_mask_mode), ("attn_mask_mode", attn_mask_mode)):
+            if mode not in MASK_MODES:
+                raise AttentionError("expected add or mul", found=repr(mode), where=name)
+        self.sparsity_config = sparsity_config
+        self.key_padding_mask_mode = key_padding_mask_mode
+        self.attn_mask_mode = attn_mask_mode
+        layout = sparsity_config.make_layout(max_seq_length)
+        check_layout(np.asarray(layout), where="sparsity_config")
+        self.register_buffer("master_layout", torch.as_tensor(layout).to(torch.int64, copy=True))
+        self.register_load_state_dict_post_hook(_renew_layout)
+
+    def get_layout(self, seq_len: int) -> Tensor:
+        """The layout for `seq_len` tokens, `[num_heads, ceil(seq_len / block), ceil(seq_len / block)]`: a slice of the buffer.
+
+        Raises:
+            AttentionError: more tokens than the master layout has.
+        """
+        block = self.sparsity_config.block
+        longest = self.master_layout.shape[-1] * block
+        if seq_len > longest:
+            raise AttentionError(
+                f"expected at most the {longest} tokens of the master layout",
+                found=seq_len,
+                where="sequence",
+                hint="make the module with a larger max_seq_length",
+            )
+        n = -(-seq_len // block)
+        return self.master_layout[:, :n, :n]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpe: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attends, with the scores scaled by `head_dim ** -0.5`. A query that no key is left for gets zeros.
+
+        A bool mask says which keys take part (True), in either mode; the others mean what their mode says.
+
+        Args:
+            query, value: `[batch, heads, seq, head_dim]`.
+            key: as the query, or transposed, `[batch, heads, head_dim, seq]`.
+            rpe: relative position embedding, added to the scores; broadcasts to `[batch, heads, seq, seq]`.
+            key_padding_mask: `[batch, seq]`, or with dimensions of 1 between, such as BERT's `[batch, 1, 1, seq]`.
+            attn_mask: `[seq, seq]`, or what broadcasts to `[batch, heads, seq, seq]`.
+
+        Returns:
+            `[batch, heads, seq, head_dim]` in the query's dtype.
+
+        Raises:
+            AttentionError: arguments that do not fit each other or the layout.
+        """
+        seq = query.shape[2]
+        if key.shape != query.shape and key.mT.shape == query.shape:
+            key = key.mT
+        return block_sparse_attention(
+            query,
+            key,
+            value,
+            self.get_layout(seq),
+            self.sparsity_config.block,
+            key_padding_mask=_in_mode(_without_ones(key_padding_mask), self.key_padding_mask_mode),
+            attn_mask=_in_mode(attn_mask, self.attn_mask_mode),
+            rpe=rpe,
+        )
+
+    def extra_repr(self) -> str:
+        return f"master_layout={tuple(self.master_layout.shape)}, block={self.sparsity_config.block}"
+
+
+def _renew_layout(module: SparseSelfAttention, _) -> None:
+    """Moves a layout that was loaded into the buffer to a new tensor: kernels remember what they derived from the old one."""
+    module.master_layout = module.master_layout.clone()
+
+
+def _without_ones(mask: Tensor | None) -> Tensor | None:
+    """A key padding mask `[batch, seq]` from one with dimensions of 1 behind the batch."""
+    if mask is None or mask.ndim < 3:
+        return mask
+    if sum(size != 1 for size in mask.shape[1:]) > 1:
+        raise AttentionError(
+            "expected [batch, seq] or [batch, 1, 1, seq]",
+            found=list(mask.shape),
+            where="key_padding_mask",
+            hint="a mask of pairs is an attn_mask",
+        )
+    return mask.flatten(1)
+
+
+def _in_mode(mask: Tensor | None, mode: str) -> Tensor | None:
+    """A mask as `block_sparse_attention` takes it: bool where it removes keys, floating where it is added."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    if mode == "mul":
+        return mask != 0
+    return mask if mask.is_floating_point() else mask.float()
+
+
+class BertSparseSelfAttention(nn.Module):
+    """BERT's self-attention with a layout, as deepspeed 0.19.6's class of that name; state dicts interchange, strict.
+
+    `config.attention_probs_dropout_prob` has no effect, as in DeepSpeed.
+
+    Args:
+        config: a BERT config; its `hidden_size` and `num_attention_heads` count.
+        sparsity_config: as in `SparseSelfAttention`; `FixedSparsityConfig(num_heads=config.num_attention_heads)` unless given.
+        max_seq_length: tokens of the longest sequence; DeepSpeed's class has 2048.
+
+    Raises:
+        AttentionError: (a ValueError) the head count does not divide the hidden size, or is not the sparsity config's.
+        SparsityError: a layout that cannot be made or attended with.
+    """
+
+    def __init__(self, config, sparsity_config=None, max_seq_length: int = 2048):
+        super().__init__()
+        heads = config.num_attention_heads
+        if config.hidden_size % heads:
+            raise AttentionError(
+                f"expected a multiple of num_attention_heads {heads}", found=config.hidden_size, where="hidden_size"
+            )
+        if sparsity_config is None:
+            sparsity_config = FixedSparsityConfig(num_heads=heads)
+        self.num_attention_heads = heads
+        self.attention_head_size = config.hidden_size // heads
+        self.all_head_size = config.hidden_size
+        self.query = nn.Linear(config.hidden_size, self.all_head_size)
+        self.key = nn.Linear(config.hidden_size, self.all_head_size)
+        self.value = nn.Linear(config.hidden_size, self.all_head_size)
+        self.sparse_self_attention = SparseSelfAttention(sparsity_config, max_seq_length=max_seq_length)
+        found = len(self.sparse_self_attention.master_layout)
+        if found != heads:
+            raise AttentionError(
+                f"expected a layout of {heads} heads, as num_attention_heads", found=found, where="sparsity_config"
+            )
+
+    def transpose_for_scores(self, x: Tensor) -> Tensor:
+        """`[batch, seq, hidden]` as `[batch, heads, seq, head_dim]`, a view."""
+        return x.view(*x.shape[:-1], self.num_attention_heads, self.attention_head_size).permute(0, 2, 1, 3)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Attends over `hidden_states`.
+
+        Args:
+            hidden_states: `[batch, seq, hidden]`, any length up to the master layout's.
+            attention_mask: BERT's extended mask `[batch, 1, 1, seq]`, added to the scores; or bool, True takes part.
+
+        Returns:
+            The context layer, `[batch, seq, hidden]`.
+        """
+        context = self.sparse_self_attention(
+            self.transpose_for_scores(self.query(hidden_states)),
+            self.transpose_for_scores(self.key(hidden_states)),
+            self.transpose_for_scores(self.value(hidden_states)),
+            key_padding_mask=attention_mask,
+        )  # [batch, heads, seq, head_dim]
+        return context.permute(0, 2, 1, 3).flatten(2)

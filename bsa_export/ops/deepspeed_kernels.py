@@ -1,0 +1,280 @@
+"""DeepSpeed's own sparse attention operators, read from the installed package and brought to today's Triton.
+
+deepspeed 0.16 to 0.19.6 ships kernels for Triton 1.0: compile-time values come as `**meta`, heuristics see positional arguments,
+and Triton's C++ held a helper that packs kept blocks. The source is rewritten as a syntax tree and run from a file of its own;
+deepspeed itself is not imported, and nothing in triton, torch or `sys.modules` is changed.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from bsa_export.errors import AttentionError
+
+LAST_RELEASE = "0.19.6"
+
+_packed: ContextVar[bool] = ContextVar("packed", default=False)
+
+
+@contextmanager
+def packed_tables() -> Iterator[None]:
+    """DeepSpeed's score products take up to 128 x 128 tokens at once where kept blocks lie side by side, instead of block by block.
+
+    For benchmarks, so that DeepSpeed is measured at its best: calls inside use look-up tables made by the package's own C++, which
+    is compiled at the first use (needs a C++ compiler and ninja). The results are the same.
+
+    Raises:
+        AttentionError: deepspeed is not there, or its C++ cannot be compiled.
+    """
+    sdd_segment()
+    token = _packed.set(True)
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+def packing() -> bool:
+    """Whether calls are inside `packed_tables`."""
+    return _packed.get()
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels on the CPU: TRITON_INTERPRET=1 was set when it was imported."""
+    return isinstance(tl.softmax, InterpretedFunction)
+
+
+def package() -> Path | str:
+    """The installed deepspeed's folder, or why it is of no use. Imports nothing of it."""
+    needed = f"deepspeed 0.16 to {LAST_RELEASE} has the kernels"
+    try:
+        spec = find_spec("deepspeed")
+    except ValueError:  # a module that somebody put together without a spec
+        spec = None
+    # The stand-in of `bsa_export.deepspeed_compat` has no folder.
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
+    if not folders:
+        return f"deepspeed is not installed; {needed}"
+    if not (folders[0] / "ops/sparse_attention/matmul.py").is_file():
+        try:
+            version = metadata.version("deepspeed")
+        except metadata.PackageNotFoundError:
+            version = f"in {folders[0]}"
+        return f"deepspeed {version} has no sparse attention; {needed}"
+    return folders[0]
+
+
+@cache
+def operators() -> SimpleNamespace | str:
+    """The installed deepspeed's `MatMul` and `Softmax`, or why there are none."""
+    folder = package()
+    if isinstance(folder, str):
+        return folder
+    try:
+        return load(folder)
+    except Exception as error:  # whatever a source that nobody has seen yet may lead to
+        return f"the sparse attention in {folder} is not of deepspeed 0.16 to {LAST_RELEASE}: {error}"
+
+
+def load(folder: Path) -> SimpleNamespace:
+    """The classes `MatMul` and `Softmax` of the deepspeed in `folder`, on kernels that today's Triton compiles or interprets."""
+    matmul, softmax = (
+        _import(folder / "ops/sparse_attention" / f"{name}.py", f"bsa_export.ops.deepspeed_{name}")
+        for name in ("matmul", "softmax")
+    )
+    products = matmul._sparse_matmul
+    products.load_balance = staticmethod(_without_empty_shares(products.load_balance))
+    return SimpleNamespace(MatMul=matmul.MatMul, Softmax=softmax.Softmax)
+
+
+def _import(path: Path, name: str) -> ModuleType:
+    tree = ast.fix_missing_locations(_Modern().visit(ast.parse(path.read_text(encoding="utf-8"))))
+    source = ast.unparse(tree)
+    # Triton reads a kernel's source back from its file, the interpreter as late as at the first launch.
+    with NamedTemporaryFile("w", encoding="utf-8", suffix=path.name, dir=_folder().name, delete=False) as file:
+        file.write(source)
+    module = ModuleType(name)
+    vars(module).update(
+        __file__=file.name,
+        jit=_jit,
+        heuristics=_heuristics,
+        libtriton=SimpleNamespace(superblock=_superblock),
+        get_accelerator=lambda: _Accelerator,
+    )
+    exec(compile(source, file.name, "exec", dont_inherit=True), vars(module))
+    return module
+
+
+@cache
+def _folder() -> TemporaryDirectory:
+    """Goes when the process does."""
+    return TemporaryDirectory(prefix="bsa_export_deepspeed_")
+
+
+def _without_empty_shares(load_balance: Callable) -> Callable:
+    """DeepSpeed's `load_balance`, which shares the sums of block columns out, without the shares of no block that it gives to columns
+    that have another: both programs write the result, and the last one wins. It makes them where no column keeps 4 blocks.
+    """
+
+    def balanced(sizes: Tensor, block: int) -> tuple[Tensor, ...]:
+        segments, column, *others = load_balance(sizes, block)
+        needed = (segments > 0) | (sizes[column] == 0)
+        return tuple(x[needed] for x in (segments, column, *others))
+
+    return balanced
+
+
+class _Accelerator:
+    """What the operators ask of `deepspeed.accelerator`. Where kernels can run is decided before they are called."""
+
+    @staticmethod
+    def on_accelerator(tensor) -> bool:
+        return True
+
+
+class _Modern(ast.NodeTransformer):
+    """A module for Triton 1.0 as one for Triton 3."""
+
+    def visit_Import(self, node: ast.Import) -> ast.Import | None:
+        node.names = [alias for alias in node.names if alias.name != "triton._C.libtriton"]
+        return node if node.names else None
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        return None if node.module.partition(".")[0] == "deepspeed" else node
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        if "triton.jit" not in map(ast.unparse, node.decorator_list):
+            return self.generic_visit(node)
+        node.decorator_list = [_without_module(decorator) for decorator in node.decorator_list]
+        constants = _Constants(node.args.kwarg.arg)
+        node.body = [statement for statement in map(constants.visit, node.body) if statement is not None]
+        node.args.kwarg = None
+        annotation = ast.parse("tl.constexpr", mode="eval").body
+        node.args.args += [ast.arg(name, annotation) for name in constants.names]
+        return node
+
+
+def _without_module(decorator: ast.expr) -> ast.expr:
+    """`@triton.jit` as `@jit`, `@triton.heuristics(...)` as `@heuristics(...)`: names that the module is given."""
+    if isinstance(decorator, ast.Call):
+        decorator.func = _without_module(decorator.func)
+        return decorator
+    return ast.Name(decorator.attr, ast.Load())
+
+
+class _Constants(ast.NodeTransformer):
+    """`meta['NAME']` in a kernel as `NAME`; `names` in the order of their appearance."""
+
+    def __init__(self, meta: str):
+        self.meta = meta
+        self.names: dict[str, None] = {}
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        if isinstance(node.value, ast.Name) and node.value.id == self.meta:
+            self.names[node.slice.value] = None
+            return ast.Name(node.slice.value, node.ctx)
+        return self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> ast.Assign | None:
+        self.generic_visit(node)
+        if ast.unparse(node.targets[0]) == ast.unparse(node.value):
+            return None
+        if interpreted() and isinstance(node.value, ast.Constant) and node.value.value is True:
+            # The interpreter takes no Python bool as a mask.
+            node.value = ast.parse("tl.full((1, 1), 1, tl.int1)", mode="eval").body
+        return node
+
+
+class _Launcher:
+    """A kernel that is launched as with Triton 1.0.
+
+    Args:
+        kernel: a `triton.jit` function.
+        heuristics: compile-time values by name, from the positional arguments and the values that are known.
+    """
+
+    def __init__(self, kernel, heuristics: dict[str, Callable]):
+        self.kernel = kernel
+        self.heuristics = heuristics
+
+    def __getitem__(self, grid: Callable[[dict], list[int]]) -> Callable:
+        def launch(*args, **meta):
+            for name, value in self.heuristics.items():
+                meta[name] = value(*args, **meta)
+            # The interpreter wants a tuple.
+            return self.kernel[lambda known: tuple(grid(known))](*args, **meta)
+
+        return launch
+
+
+def _jit(function: Callable) -> _Launcher:
+    return _Launcher(triton.jit(function), {})
+
+
+def _heuristics(values: dict[str, Callable]) -> Callable[[_Launcher], _Launcher]:
+    return lambda launcher: _Launcher(launcher.kernel, launcher.heuristics | values)
+
+
+def _superblock(pointer: int, heads: int, rows: int, columns: int, start_width: int) -> list[tuple[int, np.ndarray]]:
+    """`libtriton.superblock` of Triton 1.0: cuts the int32 layout at `pointer` into squares of kept blocks.
+
+    Returns:
+        For each width of a square, int32 `[number of blocks, 4]`: head, row, column and number of each block, square by square.
+    """
+    layout = np.ctypeslib.as_array((ctypes.c_int32 * (heads * rows * columns)).from_address(pointer))
+    layout = layout.reshape(heads, rows, columns)
+    if packing():
+        # The C++ clears the layout that it is given.
+        return [(width, blocks.numpy()) for width, blocks in sdd_segment()(torch.tensor(layout), start_width)]
+    where = np.argwhere(layout)
+    blocks = np.empty((len(where), 4), np.int32)  # the kernel reads it row by row
+    blocks[:, :3] = where
+    blocks[:, 3] = np.arange(len(where))
+    return [(1, blocks)]
+
+
+@cache
+def sdd_segment() -> Callable:
+    """DeepSpeed's own C++ `sdd_segment(layout, start_width)`, compiled at the first call.
+
+    Raises:
+        AttentionError: it cannot be compiled here.
+    """
+    folder = package()
+    if isinstance(folder, str):
+        raise AttentionError(folder, where="backend deepspeed")
+    from torch.utils.cpp_extension import load as load_extension
+
+    try:
+        extension = load_extension(
+            name="bsa_export_deepspeed_sdd_segment",
+            sources=[str(folder / "ops/csrc/sparse_attention/utils.cpp")],
+            extra_cflags=["-O2", "-fopenmp"],
+            extra_ldflags=["-fopenmp"],
+        )
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AttentionError(
+            "the C++ for packed tables cannot be compiled",
+            found=reason,
+            where="backend deepspeed",
+            hint="it needs a C++ compiler and ninja",
+        ) from error
+    return extension.sdd_segment

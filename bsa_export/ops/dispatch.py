@@ -1,0 +1,248 @@
+"""One function for every backend: checks the arguments, brings the masks into one form and chooses who computes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bsa_export.errors import AttentionError
+
+# Where each backend lives, the fastest first. `auto` takes the first that can; `deepspeed` runs only when it is named.
+MODULES = {
+    "triton": "bsa_export.ops.triton_backend",
+    "torch": "bsa_export.ops.torch_backend",
+    "reference": "bsa_export.ops.reference",
+    "deepspeed": "bsa_export.ops.deepspeed_backend",
+}
+AUTO = ("triton", "torch", "reference")
+
+# Finite masks are raised to this, so that a sum of several, or one in units of log2, stays finite: only -inf removes a key.
+LOWEST = -1e30
+
+
+def _load(name: str) -> ModuleType | str:
+    """The backend's module, or why it cannot be imported here."""
+    try:
+        return import_module(MODULES[name])
+    except ImportError as error:
+        return f"cannot be imported here: {error}"
+
+
+# Loaded now, not at the first call, so that torch.compile never meets an import.
+_loaded: dict[str, ModuleType | str] = {name: _load(name) for name in AUTO}
+
+
+def _backend(name: str) -> ModuleType | str:
+    if name not in _loaded:
+        _loaded[name] = _load(name)
+    return _loaded[name]
+
+
+def backends() -> dict[str, str | None]:
+    """The name of each backend with None, or with why it is unavailable on this machine."""
+    reasons = {}
+    for name in MODULES:
+        module = _backend(name)
+        # The plain ones run wherever torch does, and have no such function.
+        reasons[name] = module if isinstance(module, str) else getattr(module, "unavailable", lambda: None)()
+    return reasons
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    block: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    rpe: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Self-attention whose softmax runs over the kept blocks of a layout only. Differentiable in query, key and value.
+
+    A mask is bool (True takes part) or added to the scores. What -inf or False removes is gone: a row without any key gives
+    zeros and zero gradients. Finite values keep the meaning that softmax gives them, also where a row has no others. There is
+    no dropout on the probabilities, as in DeepSpeed. Under autocast float32 inputs are cast, as `scaled_dot_product_attention`
+    does.
+
+    Args:
+        query, key, value: `[batch, heads, seq, head_dim]` of one floating dtype and device, in any strides.
+        layout: `[heads, n, n]`, or `[1, n, n]` for every head, integer or bool, on any device; nonzero keeps a block. Its
+            top-left `ceil(seq / block)` blocks count. Kernels remember what they derive from it: write a new tensor rather
+            than into an old one.
+        block: side of a square block, in tokens.
+        key_padding_mask: `[batch, seq]`, or a shape that broadcasts to it.
+        attn_mask: `[seq, seq]`, or any shape that broadcasts to `[batch, heads, seq, seq]`.
+        rpe: relative position embedding, added to the scores, shaped as `attn_mask`.
+        scale: what the scores are multiplied by before anything is added; `head_dim ** -0.5` unless given.
+        backend: `auto` (the fastest that can), `triton`, `torch`, `reference` or `deepspeed`.
+
+    Returns:
+        `[batch, heads, seq, head_dim]` in the query's dtype.
+
+    Raises:
+        AttentionError: an argument does not fit, or the named backend cannot compute this call; the sentence says why.
+    """
+    _check(query, key, value, layout, block)
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            return block_sparse_attention(
+                query.to(dtype),
+                key.to(dtype),
+                value.to(dtype),
+                layout,
+                block,
+                key_padding_mask=key_padding_mask,
+                attn_mask=attn_mask,
+                rpe=rpe,
+                scale=scale,
+                backend=backend,
+            )
+    batch, heads, seq, head_dim = query.shape
+    masks = {
+        "key_padding_mask": _additive("key_padding_mask", key_padding_mask, query, (batch, seq)),
+        "attn_mask": _additive("attn_mask", attn_mask, query, (batch, heads, seq, seq)),
+        "rpe": _additive("rpe", rpe, query, (batch, heads, seq, seq)),
+    }
+    if key_padding_mask is not None:
+        masks["key_padding_mask"] = masks["key_padding_mask"].expand(batch, seq)
+    scale = head_dim**-0.5 if scale is None else scale
+    if query.numel() == 0:
+        return query.clone()
+    n = -(-seq // block)
+    layout = layout[:, :n, :n]
+    module = _choose(backend, query, key, value, layout, block, masks, scale)
+    return module.attend(query, key, value, layout, block, **masks, scale=scale)
+
+
+def block_sparse_attention_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    block: int,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`block_sparse_attention` of texts of any lengths, one after another, without padding between them.
+
+    The fused kernel computes them in one call; other backends text by text.
+
+    Args:
+        query, key, value: `[1, heads, tokens, head_dim]`, tokens of all texts.
+        layout, block, scale, backend: as in `block_sparse_attention`; each text starts at the layout's top left.
+        cu_seqlens: int32 `[texts + 1]` on the query's device, where each text begins, and the end of the last, as in
+            flash-attn's varlen functions.
+        max_seqlen: tokens of the longest text.
+
+    Returns:
+        `[1, heads, tokens, head_dim]` in the query's dtype.
+
+    Raises:
+        AttentionError: an argument does not fit, or the named backend cannot compute this call.
+    """
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != query.device:
+        found = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
+        raise AttentionError(f"expected int32 [texts + 1] on {query.device}", found=found, where="cu_seqlens")
+    _check(query[:, :, :max_seqlen], key[:, :, :max_seqlen], value[:, :, :max_seqlen], layout, block)
+    if query.shape[0] != 1 or not query.shape == key.shape == value.shape:
+        raise AttentionError("expected [1, heads, tokens, head_dim], all alike", found=list(query.shape), where="query")
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    n = -(-max_seqlen // block)
+    masks = dict.fromkeys(("key_padding_mask", "attn_mask", "rpe"))
+    module = _choose(backend, query, key, value, layout[:, :n, :n], block, masks, scale)
+    if module is _loaded["triton"] and query.numel():
+        return module.attend_texts(query, key, value, layout[:, :n, :n], block, cu_seqlens, max_seqlen, scale)
+    lengths = cu_seqlens.diff().tolist()
+    texts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [
+        block_sparse_attention(*text, layout, block, scale=scale, backend=backend) for text in texts if text[0].shape[2]
+    ]
+    return torch.cat(outputs, dim=2) if outputs else query.clone()
+
+
+def _choose(backend, query, key, value, layout, block, masks, scale) -> ModuleType:
+    """The module of the backend that is to compute this call."""
+    if backend == "auto":
+        # Triton's interpreter computes on a CPU too, but slower than anything else: only who names it gets it.
+        names = AUTO if query.is_cuda else AUTO[1:]
+    elif backend in MODULES:
+        names = (backend,)
+    else:
+        raise AttentionError(f"expected auto, {', '.join(MODULES)}", found=repr(backend), where="backend")
+    learned = [mask for mask in masks if masks[mask] is not None and masks[mask].requires_grad]
+    for name in names:
+        module = _backend(name)
+        if isinstance(module, str):
+            reason = module
+        elif learned and torch.is_grad_enabled() and name != "reference":
+            # It would be as large as the score matrix.
+            reason = f"{learned[0]} requires a gradient, which only the reference backend computes"
+        else:
+            reason = module.refuses(query, key, value, layout, block, **masks, scale=scale)
+        if reason is None:
+            return module
+    raise AttentionError(reason, where=f"backend {name}")
+
+
+def _check(query, key, value, layout, block) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value), ("layout", layout)):
+        if not isinstance(x, Tensor):
+            raise AttentionError("expected a tensor", found=type(x).__name__, where=name)
+    if query.ndim != 4:
+        raise AttentionError("expected [batch, heads, seq, head_dim]", found=list(query.shape), where="query")
+    if not query.is_floating_point():
+        raise AttentionError("expected a floating dtype", found=query.dtype, where="query")
+    for name, x in (("key", key), ("value", value)):
+        if x.shape != query.shape:
+            message = f"expected the query's shape {list(query.shape)} (self-attention only)"
+            raise AttentionError(message, found=list(x.shape), where=name)
+        if x.dtype != query.dtype or x.device != query.device:
+            message = f"expected {query.dtype} on {query.device} as the query"
+            raise AttentionError(message, found=f"{x.dtype} on {x.device}", where=name)
+    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
+        raise AttentionError("expected a number of tokens, at least 1", found=repr(block), where="block")
+    if layout.ndim != 3 or layout.shape[1] != layout.shape[2] or layout.shape[0] not in (1, query.shape[1]):
+        message = f"expected [{query.shape[1]}, n, n] as the query has {query.shape[1]} heads, or [1, n, n]"
+        raise AttentionError(message, found=list(layout.shape), where="layout")
+    if layout.is_floating_point() or layout.is_complex():
+        raise AttentionError("expected an integer or bool dtype", found=layout.dtype, where="layout")
+    if layout.shape[1] * block < query.shape[2]:
+        message = f"expected at most the {layout.shape[1] * block} tokens of {layout.shape[1]} blocks of {block}"
+        raise AttentionError(message, found=query.shape[2], where="query: seq", hint="the layout must be made longer")
+
+
+def _additive(name: str, mask: Tensor | None, query: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+    """A mask as float32 that is added to the scores, its values -inf or at least `LOWEST`, in its own shape."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise AttentionError("expected a tensor", found=type(mask).__name__, where=name)
+    sizes = (1,) * (len(shape) - mask.ndim) + tuple(mask.shape)
+    if len(sizes) != len(shape) or any(size not in (1, full) for size, full in zip(sizes, shape, strict=True)):
+        message = f"expected {list(shape)} or a shape that broadcasts to it"
+        raise AttentionError(message, found=list(mask.shape), where=name)
+    if mask.device != query.device:
+        raise AttentionError(f"expected it on {query.device} as the query", found=mask.device, where=name)
+    if mask.dtype == torch.bool:
+        return torch.where(mask, 0.0, float("-inf")).float()
+    if not mask.is_floating_point():
+        message = "expected bool (True takes part) or floating (added to the scores)"
+        raise AttentionError(message, found=mask.dtype, where=name)
+    if torch.finfo(mask.dtype).min < LOWEST:
+        mask = torch.where(mask.isneginf(), mask, mask.clamp(min=LOWEST))
+    return mask.float()

@@ -1,0 +1,97 @@
+"""When a result of attention counts as right: one rule, for the tests and for `bsa-verify`.
+
+A tolerance that is derived, not chosen: plain PyTorch (`reference`) computes the same attention in the same dtype, and both are
+compared with float64. The result may be off by at most twice as much, in the largest element, and in the root mean square, which
+finds what is small but everywhere. After the tests of flash-attention (Dao-AILab/flash-attention 2, `tests/test_flash_attn.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bsa_export.ops.dispatch import block_sparse_attention
+
+FACTOR = 2.0
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far a result and plain PyTorch in the same dtype are from the exact one: largest element and root mean square."""
+
+    largest: float
+    rms: float
+    plain_largest: float
+    plain_rms: float
+
+    @property
+    def ratio(self) -> float:
+        """The larger of both errors in units of plain PyTorch's; NaN where the result holds one."""
+        pairs = ((self.largest, self.plain_largest), (self.rms, self.plain_rms))
+        ratios = [mine / plain if plain else mine and float("inf") for mine, plain in pairs]
+        return max(ratios) if ratios[1] == ratios[1] else ratios[1]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the rule holds. A NaN never passes."""
+        return self.ratio <= FACTOR
+
+
+def errors(actual: Tensor, plain: Tensor, exact: Tensor) -> Errors:
+    """Measures a result against the exact one, beside plain PyTorch in the result's dtype.
+
+    Args:
+        actual: the result to judge.
+        plain: the same computed by plain PyTorch, in the same shape and dtype.
+        exact: the same in float64.
+
+    Raises:
+        ValueError: shapes or dtypes are not as they should be.
+    """
+    if not actual.shape == plain.shape == exact.shape or actual.dtype != plain.dtype or exact.dtype != torch.float64:
+        kinds = ", ".join(
+            f"{name} {list(x.shape)} {x.dtype}"
+            for name, x in zip(("actual", "plain", "exact"), (actual, plain, exact), strict=True)
+        )
+        raise ValueError(f"expected one shape, and float64 as exact: {kinds}")
+    figures = []
+    for result in (actual, plain):
+        difference = result.detach().double() - exact
+        figures += [difference.abs().max().item(), difference.square().mean().sqrt().item()]
+    return Errors(*figures)
+
+
+def results(attention: Callable[..., Tensor], inputs: dict, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Calls an attention function and takes its gradients.
+
+    Args:
+        attention: such as `block_sparse_attention`, or that with its backend filled in.
+        inputs: the arguments of `block_sparse_attention` by name; with `grad_output`, the gradient of the result, the gradients
+            are taken too.
+        dtype: what query, key, value and `grad_output` are cast to; None leaves them.
+
+    Returns:
+        `output` and, with `grad_output`, the gradients of `query`, `key` and `value`.
+    """
+    inputs = dict(inputs)
+    grad_output = inputs.pop("grad_output", None)
+    leaves = {name: inputs[name].detach().to(dtype or inputs[name].dtype) for name in ("query", "key", "value")}
+    for leaf in leaves.values():
+        leaf.requires_grad_(grad_output is not None)
+    output = attention(**inputs | leaves)
+    if grad_output is None:
+        return {"output": output}
+    gradients = torch.autograd.grad(output, list(leaves.values()), grad_output.to(output.dtype))
+    return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def judge(attention: Callable[..., Tensor], inputs: dict) -> dict[str, Errors]:
+    """Judges an attention function by `reference` in the same dtype and in float64. See `results` for arguments and names."""
+    reference = partial(block_sparse_attention, backend="reference")
+    actual, plain = results(attention, inputs), results(reference, inputs)
+    exact = results(reference, inputs, torch.float64)
+    return {name: errors(actual[name], plain[name], exact[name]) for name in actual}

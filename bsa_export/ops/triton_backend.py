@@ -1,0 +1,335 @@
+"""Backend `triton`: fused block-sparse attention, forward and backward, as an operator that torch.compile and CUDA graphs know."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+from bsa_export.ops.schedule import ScheduleCache, Tile
+
+try:
+    import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from bsa_export.ops import triton_kernels as kernels
+except ImportError as error:
+    triton = None
+    _NO_TRITON = f"triton is not installed ({error})"
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BLOCKS = (16, 32, 64, 128)
+MAX_HEAD_DIM = 128
+LOG2_E = math.log2(math.e)
+
+_schedules = ScheduleCache()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Shape of one kernel: rows and columns of its score tile, and how many warps and pipeline stages compute it."""
+
+    size: int
+    warps: int
+    stages: int
+    max_registers: int | None = None
+
+    def tile(self, block: int) -> Tile:
+        """The tile for a layout of this block size."""
+        return Tile(self.size, min(block, self.size))
+
+
+# (kernel, padded head_dim) -> launch, measured on an H100 with tests/benchmarks/tune_attention.py: small tiles win, because more
+# of them run on a multiprocessor at once, and each waits for its keys while others compute.
+_HALF = {
+    ("forward", 64): Launch(64, 4, 2),
+    ("forward", 128): Launch(64, 4, 2),
+    ("query", 64): Launch(64, 4, 2, 128),
+    ("query", 128): Launch(64, 4, 2),
+    ("key", 64): Launch(64, 4, 2, 168),
+    ("key", 128): Launch(64, 4, 2),
+}
+_FULL = Launch(32, 4, 2)
+
+
+def launch(kernel: str, dtype: torch.dtype, head_dim: int) -> Launch:
+    """The launch of `kernel` (`forward`, `query`, `key`)."""
+    if dtype == torch.float32:
+        return _FULL
+    return _HALF[kernel, max(64, triton.next_power_of_2(head_dim))]
+
+
+def unavailable() -> str | None:
+    """Why this backend cannot run on this machine, or None."""
+    if triton is None:
+        return _NO_TRITON
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return None if major >= 8 else f"the fused kernel needs compute capability 8.0, this GPU has {major}.{minor}"
+    return None if _interpreted() else "no CUDA GPU (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refuses(query, key, value, layout, block, *, key_padding_mask=None, attn_mask=None, rpe=None, scale=None):
+    """Why this backend cannot compute the call, or None."""
+    if triton is None:
+        return _NO_TRITON
+    if attn_mask is not None or rpe is not None:
+        return "the fused kernel takes neither attn_mask nor rpe"
+    if block not in BLOCKS:
+        return f"the fused kernel has blocks {', '.join(map(str, BLOCKS))}, not {block}"
+    if query.dtype not in DTYPES:
+        return f"the fused kernel computes float16, bfloat16 and float32, not {query.dtype}"
+    if not 16 <= query.shape[-1] <= MAX_HEAD_DIM:
+        return f"the fused kernel has head_dim 16 to {MAX_HEAD_DIM}, not {query.shape[-1]}"
+    if query.device.type != "cuda" and not _interpreted():
+        return f"the fused kernel runs on CUDA GPUs, not on {query.device.type}"
+    if query.device.type != "cuda" and query.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 matrices wrongly"
+    return None
+
+
+def attend(query, key, value, layout, block, *, key_padding_mask=None, attn_mask=None, rpe=None, scale=None):
+    """`[batch, heads, seq, head_dim]`, in the strides of the query."""
+    if key_padding_mask is not None:
+        key_padding_mask = (key_padding_mask.detach() * LOG2_E).contiguous()
+    return _attend(query, key, value, layout, key_padding_mask, None, query.shape[2], block, scale)
+
+
+def attend_texts(query, key, value, layout, block, offsets, longest, scale):
+    """Attention of texts one after another, without padding: `[1, heads, tokens, head_dim]`.
+
+    Args:
+        offsets: int32 `[texts + 1]`, where each text begins, and the end of the last.
+        longest: tokens of the longest text.
+    """
+    return _attend(query, key, value, layout, None, offsets, longest, block, scale)
+
+
+def _attend(query, key, value, layout, bias, offsets, longest, block, scale):
+    inputs = (query, key, value, layout, bias, offsets, longest, block, scale)
+    # The operator is for torch.compile: calling it costs more time on the CPU than a short input on the GPU.
+    if torch.compiler.is_compiling():
+        return _operator(*inputs)[0]
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return _Attention.apply(*inputs)
+    return _forward(*inputs)[0]
+
+
+class _Attention(torch.autograd.Function):
+    """The operator without the dispatcher between Python and the kernels."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return _gradients(ctx, d_out, _backward)
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can address the strides: contiguous rows at multiples of 16 bytes."""
+    batch, heads, rows, one = (stride * tensor.element_size() for stride in tensor.stride())
+    return one == tensor.element_size() and batch % 16 == heads % 16 == rows % 16 == 0 and min(batch, heads, rows) > 0
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or a copy that a tensor descriptor can address."""
+    if _is_aligned(tensor) and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return _empty_rows(tensor).copy_(tensor)
+
+
+def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor in the order of the strides of `tensor`, which a tensor descriptor can address."""
+    empty = torch.empty_like(tensor)
+    return empty if _is_aligned(empty) else _empty_rows(tensor)
+
+
+def _empty_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """An empty tensor of that shape whose rows begin at multiples of 16 bytes."""
+    batch, heads, rows, head_dim = tensor.shape
+    units = 16 // tensor.element_size()
+    return tensor.new_empty(batch, heads, rows, -(-head_dim // units) * units)[..., :head_dim]
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+class _Call:
+    """What the launches of one call have in common."""
+
+    def __init__(self, kernel, query, layout, bias, offsets, longest, block):
+        shape = launch(kernel, query.dtype, query.shape[-1])
+        tile = shape.tile(block)
+        if layout.shape[0] != query.shape[1]:
+            layout = layout.expand(query.shape[1], -1, -1)
+        self.schedule = _schedules.get(layout, block, longest, tile, query.device, kernel == "key")
+        self.batch, self.heads, self.seq, self.head_dim = query.shape
+        self.texts = self.batch if offsets is None else offsets.shape[0] - 1
+        self.size = shape.size
+        self.padded = max(16, triton.next_power_of_2(self.head_dim))
+        self.offsets = self.schedule.items if offsets is None else offsets
+        self.whole = {
+            "SIZE": shape.size,
+            "UNIT": tile.unit,
+            "DIM": self.head_dim,
+            "PADDED": self.padded,
+            "VARLEN": offsets is not None,
+        }
+        self.constants = self.whole | {
+            "BIASED": bias is not None,
+            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+            "num_warps": shape.warps,
+            "num_stages": shape.stages,
+        }
+        if shape.max_registers:
+            self.constants["maxnreg"] = shape.max_registers
+
+    def tiles(self, *tensors: torch.Tensor) -> list[TensorDescriptor]:
+        """The tensors as the hardware copies them, a tile of one head at a time."""
+        return [TensorDescriptor(x, x.shape, x.stride(), [1, 1, self.size, self.padded]) for x in tensors]
+
+    def partial(self, like: torch.Tensor, *last: int) -> torch.Tensor:
+        return like.new_empty((self.texts, self.schedule.slots, self.size, *last), dtype=torch.float32)
+
+    def sum(self, target: torch.Tensor, partial: torch.Tensor) -> None:
+        """Adds the partial results of shared rows into `target`."""
+        schedule = self.schedule
+        if schedule.slots:
+            kernels.sum_kernel[(len(schedule.splits) * self.texts,)](
+                target, partial, schedule.splits, schedule.rows, self.offsets, *target.stride()[:3], self.heads, self.seq, self.texts, schedule.slots,
+                **self.whole,
+            )  # fmt: skip
+
+
+def _forward(query, key, value, layout, bias, offsets, longest, block, scale):
+    """(out, statistics); see the operator."""
+    out, lse = _empty_outputs(query, bias)
+    if query.numel() == 0:
+        return out, lse
+    query, key, value = _aligned(query), _aligned(key), _aligned(value)
+    call = _Call("forward", query, layout, bias, offsets, longest, block)
+    schedule = call.schedule
+    partial = partial_lse = lse
+    if schedule.slots:
+        partial, partial_lse = call.partial(lse, call.padded), lse.new_empty(2, call.texts, schedule.slots, call.size)
+    kernels.forward_kernel[(len(schedule.items) * call.texts,)](
+        query, key, value, *call.tiles(query, key, value, out), lse if bias is None else bias, out, lse, partial, partial_lse,
+        schedule.items, schedule.rows, schedule.columns, schedule.words, call.offsets, *_strides(query, key, value, out),
+        call.batch, call.heads, call.seq, call.texts, schedule.slots, scale * LOG2_E, **call.constants,
+    )  # fmt: skip
+    if schedule.slots:
+        kernels.combine_kernel[(len(schedule.splits) * call.texts,)](
+            out, lse, partial, partial_lse, schedule.splits, schedule.rows, call.offsets, *out.stride()[:3],
+            call.batch, call.heads, call.seq, call.texts, schedule.slots, BIASED=bias is not None, **call.whole,
+        )  # fmt: skip
+    return out, lse
+
+
+def _empty_outputs(query, bias):
+    batch, heads, seq, _ = query.shape
+    lse = torch.empty((1 if bias is None else 2, batch, heads, seq), dtype=torch.float32, device=query.device)
+    return _empty_like(query), lse
+
+
+def _backward(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale):
+    """The gradients of query, key and value."""
+    gradients = _empty_like(query), _empty_like(key), _empty_like(value)
+    if query.numel() == 0:
+        return gradients
+    query, key, value, d_out = _aligned(query), _aligned(key), _aligned(value), _aligned(d_out)
+    delta = torch.empty_like(lse[0])
+    inputs = (query, key, value, layout, bias, offsets, longest, block, scale, d_out, lse, delta)
+    _query_gradient(*inputs, out, gradients[0])
+    _key_gradient(*inputs, *gradients[1:])
+    return gradients
+
+
+def _query_gradient(
+    query, key, value, layout, bias, offsets, longest, block, scale, d_out, lse, delta, out, d_query
+) -> None:
+    """Writes `d_query`, and `delta` for `_key_gradient`."""
+    call = _Call("query", query, layout, bias, offsets, longest, block)
+    schedule = call.schedule
+    partial = call.partial(lse, call.padded) if schedule.slots else lse
+    center = key.mean(2, dtype=torch.float32)
+    kernels.query_gradient_kernel[(len(schedule.items) * call.texts,)](
+        query, key, value, out, d_out, *call.tiles(query, key, value, out, d_out, d_query), lse if bias is None else bias, center, lse, delta,
+        d_query, partial, schedule.items, schedule.rows, schedule.columns, schedule.words, call.offsets,
+        *_strides(query, key, value, out, d_out, d_query), call.batch, call.heads, call.seq, call.texts, schedule.slots, scale * LOG2_E, scale,
+        **call.constants,
+    )  # fmt: skip
+    call.sum(d_query, partial)
+
+
+def _key_gradient(
+    query, key, value, layout, bias, offsets, longest, block, scale, d_out, lse, delta, d_key, d_value
+) -> None:
+    """Writes `d_key` and `d_value`."""
+    call = _Call("key", query, layout, bias, offsets, longest, block)
+    schedule = call.schedule
+    partial_key = partial_value = lse
+    if schedule.slots:
+        partial_key, partial_value = call.partial(lse, call.padded), call.partial(lse, call.padded)
+    kernels.key_gradient_kernel[(len(schedule.items) * call.texts,)](
+        query, key, value, d_out, *call.tiles(query, key, value, d_out, d_key, d_value), lse if bias is None else bias, lse, delta,
+        d_key, d_value, partial_key, partial_value,
+        schedule.items, schedule.rows, schedule.columns, schedule.words, call.offsets,
+        *_strides(query, key, value, d_out, d_key, d_value), call.batch, call.heads, call.seq, call.texts, schedule.slots,
+        scale * LOG2_E, scale, **call.constants,
+    )  # fmt: skip
+    call.sum(d_key, partial_key)
+    call.sum(d_value, partial_value)
+
+
+@torch.library.custom_op("bsa_export::block_sparse_attention", mutates_args=())
+def _operator(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor, bias: torch.Tensor | None,
+    offsets: torch.Tensor | None, longest: int, block: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(out, statistics of the rows, float32 `[1, batch, heads, seq]`, or `[2, ...]` with a bias; triton_kernels.py tells them)."""
+    return _forward(query, key, value, layout, bias, offsets, longest, block, scale)
+
+
+@_operator.register_fake
+def _(query, key, value, layout, bias, offsets, longest, block, scale):
+    return _empty_outputs(query, bias)
+
+
+@torch.library.custom_op("bsa_export::block_sparse_attention_backward", mutates_args=())
+def _backward_operator(
+    d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor,
+    bias: torch.Tensor | None, offsets: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, longest: int, block: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _backward(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale)
+
+
+@_backward_operator.register_fake
+def _(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale):
+    return _empty_like(query), _empty_like(key), _empty_like(value)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, layout, bias, offsets, ctx.longest, ctx.block, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, layout, bias, offsets, *output)
+
+
+def _gradients(ctx, d_out, backward):
+    gradients = backward(d_out, *ctx.saved_tensors, ctx.longest, ctx.block, ctx.scale)
+    return *gradients, None, None, None, None, None, None
+
+
+_operator.register_autograd(
+    lambda ctx, d_out, d_lse: _gradients(ctx, d_out, _backward_operator), setup_context=_setup_context
+)

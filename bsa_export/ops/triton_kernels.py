@@ -1,0 +1,492 @@
+"""The fused kernels: forward, gradient of queries, gradients of keys and values, and the sums over shared rows.
+
+After FlashAttention-2 (Dao, 2023, arXiv:2307.08691): one pass with a running maximum and sum, no score matrix in memory, backward
+from saved statistics of the rows. Scores are in units of log2, so that exp2 serves. The work comes from `schedule.py`; a program is
+one item of one sequence. No atomics: each output is written by one program, partial results are summed in a fixed order.
+
+Sequences are the rows of a batch, or, with VARLEN, texts one after another in the only row, text i at `[offsets[i], offsets[i + 1])`.
+Statistics are float32 `[2 or 1, batch, heads, seq]`: log2 of each row's sum of exponentials; with a bias, whose values may be so low
+that the sum would vanish beside them, the row's maximum and the log2 of the sum relative to it.
+
+Prefixes: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block of values.
+"""
+
+import triton
+import triton.language as tl
+
+# Arguments whose value must not cause another compilation.
+ANY_VALUE = ["batch", "heads", "seq", "slots", "texts"]
+
+
+@triton.jit
+def _item(items, rows, columns, offsets, texts, seq, SIZE: tl.constexpr, UNIT: tl.constexpr, VARLEN: tl.constexpr):
+    """What this program does, (head, tile, begin, solid, whole, end, slot), and where its sequence lies, (text, row of the
+    batch, first token, length). Sequences of one item run side by side, long items first."""
+    pid = tl.program_id(0)
+    i_text = pid % texts
+    p_item = items + (pid // texts) * 7
+    i_head, i_tile, begin = tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2)
+    solid, whole, end, slot = tl.load(p_item + 3), tl.load(p_item + 4), tl.load(p_item + 5), tl.load(p_item + 6)
+    i_b, o_text, length = i_text, i_text * 0, seq
+    if VARLEN:
+        i_b = i_text * 0
+        o_text = tl.load(offsets + i_text)
+        length = tl.load(offsets + i_text + 1) - o_text
+        # nothing to do for rows beyond the text, and for a part of a row that begins beyond it
+        if UNIT == SIZE:
+            beyond = i_tile * SIZE >= length
+        else:
+            beyond = tl.load(rows + i_tile * (SIZE // UNIT)) * UNIT >= length
+        if begin < end:
+            beyond = beyond | (tl.load(columns + begin * (SIZE // UNIT)) * UNIT >= length)
+        solid = tl.where(beyond, begin, solid)
+        whole = tl.where(beyond, begin, whole)
+        end = tl.where(beyond, begin, end)
+    return i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length
+
+
+@triton.jit
+def _columns(columns, i_step, SIZE: tl.constexpr, UNIT: tl.constexpr, SOLID: tl.constexpr):
+    """Token offsets `[SIZE]` of a step."""
+    o_n = tl.arange(0, SIZE)
+    if SOLID:
+        return tl.load(columns + i_step * (SIZE // UNIT)) * UNIT + o_n
+    else:
+        return tl.load(columns + i_step * (SIZE // UNIT) + o_n // UNIT) * UNIT + o_n % UNIT
+
+
+@triton.jit
+def _row_offsets(rows, i_tile, SIZE: tl.constexpr, UNIT: tl.constexpr):
+    """Token offsets `[SIZE]` of a tile's rows."""
+    o_m = tl.arange(0, SIZE)
+    if UNIT == SIZE:
+        return i_tile * SIZE + o_m
+    else:
+        return tl.load(rows + i_tile * (SIZE // UNIT) + o_m // UNIT) * UNIT + o_m % UNIT
+
+
+@triton.jit
+def _kept(words, i_step, SIZE: tl.constexpr, UNIT: tl.constexpr):
+    """Mask `[SIZE, SIZE]` of a step: the units that its word keeps."""
+    o_unit = tl.arange(0, SIZE) // UNIT
+    bit = o_unit[:, None] * (SIZE // UNIT) + o_unit[None, :]
+    return ((tl.load(words + i_step) >> bit) & 1) == 1
+
+
+@triton.jit
+def _rows(pointer, i_b, i_head, o_row, stride_b, stride_h, stride_n, length, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Rows `o_row` of one head of `[batch, heads, seq, DIM]`, `[len(o_row), PADDED]`; zeros outside of `length` and DIM."""
+    o_dim = tl.arange(0, PADDED)
+    p_rows = (
+        pointer
+        + i_b.to(tl.int64) * stride_b
+        + i_head * stride_h
+        + o_row[:, None].to(tl.int64) * stride_n
+        + o_dim[None, :]
+    )
+    m_rows = (o_row < length)[:, None]
+    if DIM == PADDED:
+        return tl.load(p_rows, mask=m_rows, other=0.0)
+    else:
+        return tl.load(p_rows, mask=m_rows & (o_dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _tile(tiles, i_b, i_head, i_row, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """Consecutive rows from `i_row` on, `[SIZE, PADDED]`, in one copy by the hardware; zeros outside of the tensor."""
+    return tiles.load([i_b, i_head, i_row, 0]).reshape(SIZE, PADDED)
+
+
+@triton.jit
+def _step_rows(
+    pointer, tiles, i_b, i_head, o_text, o_c, stride_b, stride_h, stride_n, columns, i_step, length,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, SOLID: tl.constexpr,
+):  # fmt: skip
+    """The rows that a step reads, `[SIZE, PADDED]`: a tile of consecutive ones, else gathered."""
+    if SOLID:
+        return _tile(tiles, i_b, i_head, o_text + tl.load(columns + i_step * (SIZE // UNIT)) * UNIT, SIZE, PADDED)
+    else:
+        return _rows(pointer, i_b, i_head, o_text + o_c, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)
+
+
+@triton.jit
+def _store_rows(
+    pointer, b_value, i_b, i_head, o_row, stride_b, stride_h, stride_n, length, DIM: tl.constexpr, PADDED: tl.constexpr
+):
+    """Writes `[len(o_row), PADDED]`, but nothing outside of `length` and DIM."""
+    o_dim = tl.arange(0, PADDED)
+    p_head = pointer + i_b.to(tl.int64) * stride_b + i_head * stride_h
+    p_rows = p_head + o_row[:, None].to(tl.int64) * stride_n + o_dim[None, :]
+    tl.store(p_rows, b_value.to(pointer.dtype.element_ty), mask=(o_row < length)[:, None] & (o_dim < DIM)[None, :])
+
+
+@triton.jit
+def _tile_rows(
+    tiles, pointer, rows, i_b, i_head, o_text, i_tile, o_m, stride_b, stride_h, stride_n, length,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """The rows of a tile, `[SIZE, PADDED]`."""
+    if UNIT == SIZE:
+        return _tile(tiles, i_b, i_head, o_text + i_tile * SIZE, SIZE, PADDED)
+    else:
+        return _rows(pointer, i_b, i_head, o_text + o_m, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)
+
+
+@triton.jit
+def _store_tile(
+    tiles, pointer, b_value, rows, i_b, i_head, o_text, i_tile, o_m, stride_b, stride_h, stride_n, length,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Writes the rows of a tile, in one copy by the hardware where they are consecutive and the tensor ends with the sequence."""
+    if UNIT == SIZE and not VARLEN:
+        tiles.store([i_b, i_head, i_tile * SIZE, 0], b_value.to(pointer.dtype.element_ty).reshape(1, 1, SIZE, PADDED))
+    else:
+        _store_rows(
+            pointer, b_value, i_b, i_head, o_text + o_m, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED
+        )
+
+
+@triton.jit
+def _scores(
+    b_s, p_bias, words, i_step, o_c, length, scale,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr,
+):  # fmt: skip
+    """Scores `[SIZE, SIZE]` of queries (rows) and keys (columns) in units of log2; -inf where there is none."""
+    b_s = b_s * scale
+    if BIASED:
+        b_s += tl.load(p_bias + o_c, mask=o_c < length, other=float("-inf"))[None, :]
+    elif BOUNDED:
+        b_s = tl.where((o_c < length)[None, :], b_s, float("-inf"))
+    if KEPT:
+        b_s = tl.where(_kept(words, i_step, SIZE, UNIT), b_s, float("-inf"))
+    return b_s
+
+
+@triton.jit
+def _forward_step(
+    b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
+    SOLID: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    o_c = _columns(columns, i_step, SIZE, UNIT, SOLID)
+    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if BIASED or KEPT or BOUNDED:
+        b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)
+        b_new = tl.maximum(b_max, tl.max(b_s, 1))
+        # a row that has met no key yet: any finite reference gives exp2(-inf) = 0
+        b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_p = tl.exp2(b_s - b_ref[:, None])
+        b_alpha = tl.exp2(b_max - b_ref)
+    else:
+        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
+        b_p = tl.exp2(b_s * scale - b_new[:, None])
+        b_alpha = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
+    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    b_acc = b_acc * b_alpha[:, None]
+    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+    return b_acc, b_new, b_sum
+
+
+@triton.jit
+def _store_statistics(lse, b_max, b_sum, o_stat, half, m_row, BIASED: tl.constexpr):
+    b_log = tl.where(b_sum == 0.0, float("-inf"), tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
+    if BIASED:
+        tl.store(lse + o_stat, b_max, mask=m_row)
+        tl.store(lse + half + o_stat, b_log, mask=m_row)
+    else:
+        tl.store(lse + o_stat, b_max + b_log, mask=m_row)
+
+
+@triton.jit
+def _load_statistics(lse, o_stat, half, m_row, BIASED: tl.constexpr, BOUNDED: tl.constexpr):
+    """The statistics by which probabilities are made again, (maximum, log2 of the sum): exp2((score - maximum) - log). A row
+    without any key gets (inf, 0), which makes them 0."""
+    if BOUNDED:
+        b_max = tl.load(lse + o_stat, mask=m_row, other=float("inf"))
+    else:
+        b_max = tl.load(lse + o_stat)
+    b_log = tl.zeros_like(b_max)
+    if BIASED:
+        b_log = tl.load(lse + half + o_stat, mask=m_row, other=0.0)
+        b_log = tl.where(b_max == float("-inf"), 0.0, b_log)
+    # without a bias a row has a key, or no program meets it
+    if BIASED or BOUNDED:
+        b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
+    return b_max, b_log
+
+
+@triton.jit(do_not_specialize=ANY_VALUE)
+def forward_kernel(
+    q, k, v, q_tiles, k_tiles, v_tiles, out_tiles, bias, out, lse, partial, partial_lse, items, rows, columns, words, offsets,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, batch, heads, seq, texts, slots, scale,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out `[batch, heads, seq, DIM]`, lse the rows' statistics; `partial` float32 `[texts, slots, SIZE, PADDED]`."""
+    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
+    b_q = _tile_rows(q_tiles, q, rows, i_b, i_head, o_text, i_tile, o_m, stride_qb, stride_qh, stride_qn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
+    p_bias = bias + i_b.to(tl.int64) * seq
+
+    b_acc = tl.zeros([SIZE, PADDED], tl.float32)
+    b_max = tl.full([SIZE], float("-inf"), tl.float32)
+    b_sum = tl.zeros([SIZE], tl.float32)
+    for i_step in range(begin, solid):
+        b_acc, b_max, b_sum = _forward_step(
+            b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+            SIZE, UNIT, DIM, PADDED, BIASED, True, False, VARLEN, PRECISION,
+        )  # fmt: skip
+    if UNIT < SIZE:
+        for i_step in range(solid, whole):
+            b_acc, b_max, b_sum = _forward_step(
+                b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+                SIZE, UNIT, DIM, PADDED, BIASED, False, False, VARLEN, PRECISION,
+            )  # fmt: skip
+    for i_step in tl.range(whole, end, num_stages=1):
+        b_acc, b_max, b_sum = _forward_step(
+            b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE, UNIT < SIZE, True, PRECISION,
+        )  # fmt: skip
+
+    b_out = b_acc * (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
+    if slot < 0:
+        _store_tile(out_tiles, out, b_out, rows, i_b, i_head, o_text, i_tile, o_m, stride_ob, stride_oh, stride_on, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+        o_stat = (i_b.to(tl.int64) * heads + i_head) * seq + o_text + o_m
+        _store_statistics(lse, b_max, b_sum, o_stat, batch.to(tl.int64) * heads * seq, o_m < length, BIASED)
+    else:
+        o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
+        tl.store(partial + o_slot[:, None] * PADDED + tl.arange(0, PADDED)[None, :], b_out)
+        _store_statistics(partial_lse, b_max, b_sum, o_slot, texts.to(tl.int64) * slots * SIZE, o_m >= 0, True)
+
+
+@triton.jit
+def _split(splits, offsets, texts, seq, VARLEN: tl.constexpr):
+    """A shared row, (head, tile, slot, number of slots), and where its sequence lies."""
+    pid = tl.program_id(0)
+    i_text = pid % texts
+    p_split = splits + (pid // texts) * 4
+    i_head, i_tile, slot, n = tl.load(p_split), tl.load(p_split + 1), tl.load(p_split + 2), tl.load(p_split + 3)
+    i_b, o_text, length = i_text, i_text * 0, seq
+    if VARLEN:
+        i_b = i_text * 0
+        o_text = tl.load(offsets + i_text)
+        length = tl.load(offsets + i_text + 1) - o_text
+    return i_head, i_tile, slot, n, i_text, i_b, o_text, length
+
+
+@triton.jit(do_not_specialize=ANY_VALUE)
+def combine_kernel(
+    out, lse, partial, partial_lse, splits, rows, offsets, stride_ob, stride_oh, stride_on, batch, heads, seq, texts, slots,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
+    VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Joins the partial results of one shared row of tiles, each weighted by its share of the sum."""
+    i_head, i_tile, slot, n, i_text, i_b, o_text, length = _split(splits, offsets, texts, seq, VARLEN)
+    o_m = tl.arange(0, SIZE)
+    o_dim = tl.arange(0, PADDED)
+    b_acc = tl.zeros([SIZE, PADDED], tl.float32)
+    b_max = tl.full([SIZE], float("-inf"), tl.float32)
+    b_sum = tl.zeros([SIZE], tl.float32)
+    for i_slot in range(slot, slot + n):
+        o_slot = (i_text.to(tl.int64) * slots + i_slot) * SIZE + o_m
+        b_part = tl.load(partial_lse + o_slot)
+        b_log = tl.load(partial_lse + texts.to(tl.int64) * slots * SIZE + o_slot)
+        b_new = tl.maximum(b_max, b_part)
+        b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_old, b_weight = tl.exp2(b_max - b_ref), tl.exp2(b_part - b_ref + b_log)
+        b_values = tl.load(partial + o_slot[:, None] * PADDED + o_dim[None, :])
+        b_acc = b_acc * b_old[:, None] + b_values * b_weight[:, None]
+        b_sum = b_sum * b_old + b_weight
+        b_max = b_new
+    b_out = b_acc * (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
+    o_row = _row_offsets(rows, i_tile, SIZE, UNIT)
+    _store_rows(out, b_out, i_b, i_head, o_text + o_row, stride_ob, stride_oh, stride_on, o_text + length, DIM, PADDED)
+    o_stat = (i_b.to(tl.int64) * heads + i_head) * seq + o_text + o_row
+    _store_statistics(lse, b_max, b_sum, o_stat, batch.to(tl.int64) * heads * seq, o_row < length, BIASED)
+
+
+@triton.jit
+def _query_gradient_step(
+    b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
+    SOLID: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    o_c = _columns(columns, i_step, SIZE, UNIT, SOLID)
+    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)
+    if BIASED:
+        b_p = tl.exp2((b_s - b_max[:, None]) - b_log[:, None])
+    else:
+        b_p = tl.exp2(b_s - b_max[:, None])
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION), b_rest + tl.sum(b_ds, 1)
+
+
+@triton.jit(do_not_specialize=ANY_VALUE)
+def query_gradient_kernel(
+    q, k, v, out, d_out, q_tiles, k_tiles, v_tiles, out_tiles, d_out_tiles, d_q_tiles, bias, center, lse, delta, d_q, partial,
+    items, rows, columns, words, offsets,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, stride_db, stride_dh, stride_dn,
+    batch, heads, seq, texts, slots, scale, grad_scale,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d_q, and delta = sum(out * d_out) per row, float32 `[batch, heads, seq]`, for the kernel of keys and values.
+
+    The gradients of a row's scores sum to 0. Those computed here do not quite, because `out`, from which delta comes, is rounded;
+    what is left over would add the keys' mean, as large as it may be. It is taken out again, with `center`, float32
+    `[batch, heads, DIM]`, for that mean.
+    """
+    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
+    b_q = _tile_rows(q_tiles, q, rows, i_b, i_head, o_text, i_tile, o_m, stride_qb, stride_qh, stride_qn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
+    b_do = _tile_rows(d_out_tiles, d_out, rows, i_b, i_head, o_text, i_tile, o_m, stride_gb, stride_gh, stride_gn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
+    b_o = _tile_rows(out_tiles, out, rows, i_b, i_head, o_text, i_tile, o_m, stride_ob, stride_oh, stride_on, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
+    b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
+    o_stat = (i_b.to(tl.int64) * heads + i_head) * seq + o_text + o_m
+    # every item of a shared row computes the same delta
+    tl.store(delta + o_stat, b_delta, mask=o_m < length)
+    b_max, b_log = _load_statistics(lse, o_stat, batch.to(tl.int64) * heads * seq, o_m < length, BIASED, True)
+    p_bias = bias + i_b.to(tl.int64) * seq
+
+    b_dq = tl.zeros([SIZE, PADDED], tl.float32)
+    b_rest = tl.zeros([SIZE], tl.float32)
+    for i_step in range(begin, solid):
+        b_dq, b_rest = _query_gradient_step(
+            b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+            SIZE, UNIT, DIM, PADDED, BIASED, True, False, VARLEN, PRECISION,
+        )  # fmt: skip
+    if UNIT < SIZE:
+        for i_step in range(solid, whole):
+            b_dq, b_rest = _query_gradient_step(
+                b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+                SIZE, UNIT, DIM, PADDED, BIASED, False, False, VARLEN, PRECISION,
+            )  # fmt: skip
+    for i_step in tl.range(whole, end, num_stages=1):
+        b_dq, b_rest = _query_gradient_step(
+            b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE, UNIT < SIZE, True, PRECISION,
+        )  # fmt: skip
+    o_dim = tl.arange(0, PADDED)
+    b_center = tl.load(center + (i_b.to(tl.int64) * heads + i_head) * DIM + o_dim, mask=o_dim < DIM, other=0.0)
+    b_dq = (b_dq - b_rest[:, None] * b_center[None, :]) * grad_scale
+    if slot < 0:
+        _store_tile(d_q_tiles, d_q, b_dq, rows, i_b, i_head, o_text, i_tile, o_m, stride_db, stride_dh, stride_dn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+    else:
+        o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
+        tl.store(partial + o_slot[:, None] * PADDED + tl.arange(0, PADDED)[None, :], b_dq)
+
+
+@triton.jit
+def _key_gradient_step(
+    b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
+    stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, scale,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
+    SOLID: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    o_c = _columns(columns, i_step, SIZE, UNIT, SOLID)
+    b_q = _step_rows(q, q_tiles, i_b, i_head, o_text, o_c, stride_qb, stride_qh, stride_qn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    b_do = _step_rows(d_out, d_out_tiles, i_b, i_head, o_text, o_c, stride_gb, stride_gh, stride_gn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    # queries beyond the sequence get probability 0 from their statistics
+    b_max, b_log = _load_statistics(lse, o_stats + o_c, half, o_c < length, BIASED, BOUNDED)
+    if BOUNDED:
+        b_delta = tl.load(delta + o_stats + o_c, mask=o_c < length, other=0.0)
+    else:
+        b_delta = tl.load(delta + o_stats + o_c)
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale  # [keys, queries]
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    if BIASED:
+        b_p = tl.exp2(((b_s + b_bias[:, None]) - b_max[None, :]) - b_log[None, :])
+    else:
+        b_p = tl.exp2(b_s - b_max[None, :])
+    if KEPT:
+        b_p = tl.where(_kept(words, i_step, SIZE, UNIT), b_p, 0.0)
+    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[None, :])
+    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=ANY_VALUE)
+def key_gradient_kernel(
+    q, k, v, d_out, q_tiles, k_tiles, v_tiles, d_out_tiles, d_k_tiles, d_v_tiles, bias, lse, delta, d_k, d_v, partial_k, partial_v,
+    items, rows, columns, words, offsets,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    batch, heads, seq, texts, slots, scale, grad_scale,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d_k and d_v; the tiles are key rows and the steps query columns, from the schedule of the transposed layout."""
+    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
+    b_k = _tile_rows(k_tiles, k, rows, i_b, i_head, o_text, i_tile, o_m, stride_kb, stride_kh, stride_kn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
+    b_v = _tile_rows(v_tiles, v, rows, i_b, i_head, o_text, i_tile, o_m, stride_vb, stride_vh, stride_vn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
+    if BIASED:
+        b_bias = tl.load(bias + i_b.to(tl.int64) * seq + o_m, mask=o_m < length, other=float("-inf"))
+    else:
+        b_bias = tl.zeros([SIZE], tl.float32)
+    o_stats = (i_b.to(tl.int64) * heads + i_head) * seq + o_text
+    half = batch.to(tl.int64) * heads * seq
+
+    b_dk = tl.zeros([SIZE, PADDED], tl.float32)
+    b_dv = tl.zeros([SIZE, PADDED], tl.float32)
+    for i_step in range(begin, solid):
+        b_dk, b_dv = _key_gradient_step(
+            b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
+            stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, scale,
+            SIZE, UNIT, DIM, PADDED, BIASED, True, False, VARLEN, PRECISION,
+        )  # fmt: skip
+    if UNIT < SIZE:
+        for i_step in range(solid, whole):
+            b_dk, b_dv = _key_gradient_step(
+                b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
+                stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, scale,
+                SIZE, UNIT, DIM, PADDED, BIASED, False, False, VARLEN, PRECISION,
+            )  # fmt: skip
+    for i_step in tl.range(whole, end, num_stages=1):
+        b_dk, b_dv = _key_gradient_step(
+            b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
+            stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, scale,
+            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE, UNIT < SIZE, True, PRECISION,
+        )  # fmt: skip
+    b_dk = b_dk * grad_scale
+    if slot < 0:
+        _store_tile(d_k_tiles, d_k, b_dk, rows, i_b, i_head, o_text, i_tile, o_m, stride_dkb, stride_dkh, stride_dkn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+        _store_tile(d_v_tiles, d_v, b_dv, rows, i_b, i_head, o_text, i_tile, o_m, stride_dvb, stride_dvh, stride_dvn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+    else:
+        o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
+        o_dim = tl.arange(0, PADDED)
+        tl.store(partial_k + o_slot[:, None] * PADDED + o_dim[None, :], b_dk)
+        tl.store(partial_v + o_slot[:, None] * PADDED + o_dim[None, :], b_dv)
+
+
+@triton.jit(do_not_specialize=ANY_VALUE)
+def sum_kernel(
+    target, partial, splits, rows, offsets, stride_b, stride_h, stride_n, heads, seq, texts, slots,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial gradients of one shared row of tiles, in the order of their slots."""
+    i_head, i_tile, slot, n, i_text, i_b, o_text, length = _split(splits, offsets, texts, seq, VARLEN)
+    o_m = tl.arange(0, SIZE)
+    o_dim = tl.arange(0, PADDED)
+    b_acc = tl.zeros([SIZE, PADDED], tl.float32)
+    for i_slot in range(slot, slot + n):
+        o_slot = (i_text.to(tl.int64) * slots + i_slot) * SIZE + o_m
+        b_acc += tl.load(partial + o_slot[:, None] * PADDED + o_dim[None, :])
+    o_row = o_text + _row_offsets(rows, i_tile, SIZE, UNIT)
+    _store_rows(target, b_acc, i_b, i_head, o_row, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)

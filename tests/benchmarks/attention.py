@@ -1,0 +1,245 @@
+"""Attention on one GPU: the fused kernel beside DeepSpeed's kernels, FlexAttention and dense SDPA, forward and backward.
+
+    python tests/benchmarks/attention.py [--lengths 4096 16384] [--patterns windowed fixed] [--blocks 64] [--peers-at 4096]
+
+Prints a table a length: pattern, block, density, milliseconds and TFLOP/s on kept blocks (`4 * batch * heads * seq^2 * head_dim *
+density` forward, 2.5 times that backward), and how far each goal is met. Times are the GPU's, medians of CUDA graph
+replays; what a call costs the CPU stands below. A row is checked against float64 on a part of its rows first, and not timed if it is
+wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from functools import partial
+
+import torch
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from bsa_export.ops import backends, block_sparse_attention
+from bsa_export.sparsity import MODES
+
+# The windows of a model that read 512 tokens; elsewhere what shared measurements of DeepSpeed's patterns use.
+OPTIONS = {
+    "windowed": lambda block: {"num_local_blocks": 512 // block, "num_sliding_window_blocks": 512 // block + 1},
+    "fixed": lambda block: {"num_local_blocks": 4, "num_global_blocks": 1},
+    "bigbird": lambda block: {"num_random_blocks": 3, "num_sliding_window_blocks": 3, "num_global_blocks": 2},
+    "bslongformer": lambda block: {"num_sliding_window_blocks": 7, "global_block_indices": [0]},
+    "local": lambda block: {"num_sliding_window_blocks": 512 // block + 1},
+}
+COPIED = 3.0e12  # bytes a second, an H100's memory
+CHECKED_ROWS = 256
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--patterns", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
+    parser.add_argument("--blocks", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--tokens", type=int, default=32768, help="in the batch, or one sequence if that is longer")
+    parser.add_argument("--heads", type=int, default=12)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument(
+        "--peers-at", type=int, nargs="*", default=[4096], help="lengths at which DeepSpeed and FlexAttention run too"
+    )
+    parser.add_argument("--peer-blocks", type=int, nargs="*", default=[16, 64, 128])
+    return parser.parse_args()
+
+
+def measured(call) -> float:
+    """Milliseconds of a call on the GPU, the median: from replays of a CUDA graph, so that Python's time does not count; negative
+    where a call cannot be captured and was timed with events."""
+    try:
+        return triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return -triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
+
+
+def both_ways(attention, inputs, grad) -> tuple[float, float]:
+    """Milliseconds forward, and of a step forward and back less those."""
+    with torch.no_grad():
+        forward = measured(lambda: attention(*inputs))
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    whole = measured(lambda: torch.autograd.grad(attention(*leaves), leaves, grad))
+    return abs(forward), abs(whole) - abs(forward)
+
+
+def host_microseconds(attention, inputs, grad) -> tuple[float, float]:
+    """What a call costs the CPU, forward and a step forward and back."""
+    leaves = [x[:1, :, :1024].detach().requires_grad_() for x in inputs]
+    times = []
+    for call in (
+        lambda: attention(*inputs),
+        lambda: torch.autograd.grad(attention(*leaves), leaves, grad[:1, :, :1024]),
+    ):
+        for _ in range(5):
+            call()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(50):
+            call()
+        times.append((time.perf_counter() - started) / 50 * 1e6)
+        torch.cuda.synchronize()
+    return times[0], times[1]
+
+
+@contextlib.contextmanager
+def _packed():
+    from bsa_export.ops import deepspeed_backend
+
+    with deepspeed_backend.packed_tables():
+        yield
+
+
+def flex(layout: torch.Tensor, block: int, seq: int):
+    """Compiled FlexAttention under the layout, its BlockMask built once; units of 16 keep one compilation for all blocks."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    units = layout.bool().repeat_interleave(block // 16, 1).repeat_interleave(block // 16, 2)
+
+    def kept(b, h, q, k):
+        return units[h, q // 16, k // 16]
+
+    mask = create_block_mask(kept, None, layout.shape[0], seq, seq, device="cuda", BLOCK_SIZE=128, _compile=True)
+    return partial(_compiled_flex(), block_mask=mask)
+
+
+_flex = None
+
+
+def _compiled_flex():
+    global _flex
+    if _flex is None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _flex = torch.compile(flex_attention, dynamic=False)
+    return _flex
+
+
+def check(attention, inputs, grad, layout, block, seq) -> None:
+    """Raises AssertionError unless some rows of the result are right: those of the first, the middle and the last block."""
+    q, k, v = inputs
+    rows = torch.cat(
+        [torch.arange(start, min(start + CHECKED_ROWS // 4, seq)) for start in (0, seq // 2, seq - CHECKED_ROWS // 4)]
+    )
+    rows = rows.unique().to(q.device)
+    kept = layout.bool()[:, rows // block].repeat_interleave(block, 2)[:, :, :seq]
+    last = q.shape[0] - 1
+    with torch.no_grad():
+        actual = attention(*inputs)[last, :, rows].double()
+
+        def dense(dtype):
+            scores = (q[last, :, rows].to(dtype) @ k[last].to(dtype).mT) * q.shape[-1] ** -0.5
+            weights = scores.to(torch.promote_types(dtype, torch.float32)).masked_fill(~kept, float("-inf")).softmax(-1)
+            return (weights.to(dtype) @ v[last].to(dtype)).double()
+
+        exact, plain = dense(torch.float64), dense(q.dtype)
+    error, allowed = (actual - exact).abs().max().item(), 2 * (plain - exact).abs().max().item()
+    assert error <= allowed, f"wrong: error {error:.2g}, plain PyTorch {allowed / 2:.2g}"
+
+
+def main() -> None:
+    args = arguments()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {args.dtype}, {args.heads} heads, head_dim {args.head_dim}"
+    )
+    print("backends:", ", ".join(f"{name} {reason or 'yes'}" for name, reason in backends().items()), flush=True)
+    dtype = getattr(torch, args.dtype)
+    for seq in args.lengths:
+        batch = max(1, args.tokens // seq)
+        shape = (batch, seq, args.heads, args.head_dim)
+        generator = torch.Generator("cuda").manual_seed(0)
+        inputs = [torch.randn(shape, device="cuda", generator=generator).to(dtype).transpose(1, 2) for _ in range(3)]
+        grad = torch.randn(shape, device="cuda", generator=generator).to(dtype).transpose(1, 2)
+        work = 4 * batch * args.heads * seq**2 * args.head_dim / 1e9
+        print(f"\n{seq:,} tokens x {batch}; dense SDPA, ms and TFLOP/s, forward / backward:", end=" ")
+        best = None
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            try:
+                with sdpa_kernel(backend):
+                    times = both_ways(scaled_dot_product_attention, inputs, grad)
+            except RuntimeError as error:
+                print(f"{backend.name} cannot: {str(error).splitlines()[0]}", end="; ")
+                continue
+            rates = work / times[0], 2.5 * work / times[1]
+            print(f"{backend.name} {times[0]:.2f} / {times[1]:.2f} ({rates[0]:.0f} / {rates[1]:.0f})", end="; ")
+            if best is None or rates[0] > best[0]:
+                best = rates
+        print(
+            "\n| pattern | block | density | ms forward | backward | TFLOP/s forward | backward | of dense | floor | DeepSpeed | FlexAttention |"
+        )
+        print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+        for name in args.patterns:
+            for block in args.blocks:
+                if seq // block < 16:
+                    continue
+                row(name, block, seq, batch, args, inputs, grad, work, best)
+    layout = torch.ones(args.heads, 1024 // 64, 1024 // 64, dtype=torch.uint8, device="cuda")
+    small = [x[:1, :, :1024] for x in inputs]
+    ours = partial(block_sparse_attention, layout=layout, block=64, backend="triton")
+    figures = host_microseconds(ours, small, grad)
+    print(f"\nCPU time of a call: forward {figures[0]:.0f} us, step forward and back {figures[1]:.0f} us")
+
+
+def row(name, block, seq, batch, args, inputs, grad, work, best) -> None:
+    """Checks, measures and prints one row."""
+    config = MODES[name](args.heads, block=block, **OPTIONS[name](block))
+    layout = torch.from_numpy(config.make_layout(seq)).cuda()
+    density = layout.float().mean().item()
+    started = time.perf_counter()
+    ours = partial(block_sparse_attention, layout=layout, block=block, backend="triton")
+    try:
+        check(ours, inputs, grad, layout, block, seq)
+        times = both_ways(ours, inputs, grad)
+    except Exception as error:
+        print(f"| {name} | {block} | {density:.3f} | {type(error).__name__}: {str(error)[:200]} |", flush=True)
+        return
+    rates = work * density / times[0], 2.5 * work * density / times[1]
+    shares = [f"{rate / dense:.2f}" for rate, dense in zip(rates, best, strict=True)] if best else ["", ""]
+    item = inputs[0].element_size()
+    floor = max(4 * inputs[0].numel() * item / COPIED * 1e3, work * density / best[0] if best else 0)
+    peers = ["", ""]
+    if seq in args.peers_at and block in args.peer_blocks:
+        peers = [deepspeed(layout, block, inputs, grad, times), flex_peer(layout, block, seq, inputs, grad, times)]
+    print(
+        f"| {name} | {block} | {density:.3f} | {times[0]:.3f} | {times[1]:.3f} | {rates[0]:.0f} | {rates[1]:.0f} "
+        f"| {' / '.join(shares)} | {times[0] / floor:.2f} | {peers[0]} | {peers[1]} |",
+        flush=True,
+    )
+    if time.perf_counter() - started > 60:
+        print(f"(that row took {time.perf_counter() - started:.0f} s)", file=sys.stderr)
+
+
+def compared(attention, layout, block, inputs, grad, times) -> str:
+    """`1.23 / 4.56 (3.1 x / 5.2 x)`: the milliseconds of a peer, and how many times ours they are."""
+    check(attention, inputs, grad, layout, block, inputs[0].shape[2])
+    theirs = both_ways(attention, inputs, grad)
+    ratios = [peer / mine for peer, mine in zip(theirs, times, strict=True)]
+    return f"{theirs[0]:.2f} / {theirs[1]:.2f} ({ratios[0]:.1f} x / {ratios[1]:.1f} x)"
+
+
+def deepspeed(layout, block, inputs, grad, times) -> str:
+    try:
+        with _packed():
+            attention = partial(block_sparse_attention, layout=layout, block=block, backend="deepspeed")
+            return compared(attention, layout, block, inputs, grad, times)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:120]}"
+
+
+def flex_peer(layout, block, seq, inputs, grad, times) -> str:
+    try:
+        return compared(flex(layout, block, seq), layout, block, inputs, grad, times)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What the backends are tried on: one plain case, and each of its properties changed in turn."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import torch
+
+from bsa_export.ops import block_sparse_attention
+from bsa_export.ops.tolerance import Errors, errors, results
+from bsa_export.sparsity import MODES
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of attention. `blocks` is the number of blocks in a row, of which the last lacks `short` tokens."""
+
+    pattern: str = "bigbird"
+    block: int = 16
+    blocks: int = 8
+    short: int = 0
+    head_dim: int = 64
+    heads: int = 2
+    batch: int = 2
+    dtype: str = "fp16"
+    padding: str = "none"
+    attn_mask: str = "none"
+    rpe: str = "none"
+    strides: str = "contiguous"
+    alike: bool = False
+
+    @property
+    def seq(self) -> int:
+        return self.block * self.blocks - self.short
+
+    def __str__(self) -> str:
+        """What differs from the plain case, for pytest's ids."""
+        changed = [f for f in fields(self) if getattr(self, f.name) != f.default]
+        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in changed) or "plain"
+
+
+def cases() -> list[Case]:
+    plain = Case()
+    padding = ("bool", "additive", "finite", "whole", "whole-finite")
+    return [
+        plain,
+        *(replace(plain, pattern=p, heads=3, head_dim=32) for p in PATTERNS if p != plain.pattern),
+        *(replace(plain, block=b, blocks=4, pattern=p) for b in (32, 64, 128) for p in ("fixed", "windowed")),
+        *(replace(plain, head_dim=d) for d in (16, 32, 80, 96, 128)),
+        *(replace(plain, dtype=t, pattern=p) for t in ("bf16", "fp32") for p in ("bigbird", "random")),
+        *(replace(plain, dtype=t, block=b, blocks=4, head_dim=128) for t in ("bf16", "fp32") for b in (64, 128)),
+        *(replace(plain, short=s, dtype=t) for s in (1, 15) for t in DTYPES),
+        replace(plain, block=64, blocks=3, short=37, pattern="random"),
+        replace(plain, block=128, blocks=2, short=65, pattern="all"),
+        replace(plain, block=128, blocks=1, short=111, pattern="all"),
+        replace(plain, padding="bool", short=5, block=32, blocks=5),
+        *(replace(plain, padding=p, pattern=pattern) for p in padding for pattern in ("bigbird", "one")),
+        replace(plain, padding="whole", dtype="bf16", block=64, blocks=3),
+        *(replace(plain, strides=s, heads=3, padding="bool") for s in STRIDES if s != plain.strides),
+        replace(plain, strides="surrounded", short=7, block=32, blocks=3, dtype="bf16", padding="bool"),
+        *(replace(plain, attn_mask=m, padding="bool") for m in ("bool", "additive")),
+        *(replace(plain, rpe=r, padding="finite") for r in ("shared", "batch")),
+        replace(plain, attn_mask="heads", rpe="heads", short=3, dtype="fp32", block=32, blocks=5),
+        replace(plain, attn_mask="heads", rpe="heads", short=3, dtype="fp32", pattern="windowed"),
+        replace(plain, padding="whole", short=5, pattern="windowed", strides="surrounded"),
+        replace(plain, padding="finite", rpe="shared", pattern="dense"),
+        *(replace(plain, alike=True, dtype=t, pattern="all", padding=p) for t in DTYPES for p in ("none", "bool")),
+        replace(plain, alike=True, block=64, blocks=4, pattern="bigbird"),
+        replace(plain, batch=1, heads=1),
+        replace(plain, batch=3, heads=4, pattern="variable", block=32),
+    ]
+
+
+MODE_OPTIONS = {
+    "windowed": {"num_local_blocks": 3, "num_sliding_window_blocks": 3},
+    "fixed": {"different_layout_per_head": True, "num_different_global_patterns": 2},
+    "variable": {"num_random_blocks": 1, "local_window_blocks": [1, 2], "horizontal_global_attention": True},
+    "bigbird": {"different_layout_per_head": True},
+    "local": {"attention": "unidirectional"},
+}
+MODE_PATTERNS = ("windowed", "dense", "fixed", "variable", "bigbird", "bslongformer", "local")
+PATTERNS = (*MODE_PATTERNS, "random", "one", "all", "shared")
+
+
+def make_layout(case: Case, rng: random.Random) -> torch.Tensor:
+    """uint8 `[heads or 1, blocks, blocks]`: a mode of sparsity.py, `random` (a third, and one a row at least), `one` random block a
+    row, `all`, or `shared` (random, one layout for all heads)."""
+    if case.pattern in MODE_PATTERNS:
+        options = MODE_OPTIONS.get(case.pattern, {})
+        config = MODES[case.pattern](num_heads=case.heads, block=case.block, **options)
+        return torch.from_numpy(config.make_layout(case.block * case.blocks, rng))
+    heads = 1 if case.pattern == "shared" else case.heads
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    shape = (heads, case.blocks, case.blocks)
+    if case.pattern == "all":
+        return torch.ones(shape, dtype=torch.uint8)
+    layout = torch.zeros(shape, dtype=torch.uint8)
+    layout.scatter_(2, torch.randint(case.blocks, (heads, case.blocks, 1), generator=generator), 1)
+    if case.pattern != "one":
+        layout |= torch.rand(shape, generator=generator) < 1 / 3
+    return layout
+
+
+def _contiguous(x):
+    return x.contiguous()
+
+
+def _bert(x):
+    """A view of `[batch, seq, heads, head_dim]`."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _packed(x):
+    """A view of `[batch, seq, 3, heads, head_dim]`, as one projection for q, k and v leaves it."""
+    return x.transpose(1, 2)[:, :, None].repeat(1, 1, 3, 1, 1)[:, :, 1].transpose(1, 2)
+
+
+def _columns(x):
+    """A view of `[batch, heads, head_dim, seq]`: head_dim is not the contiguous dimension."""
+    return x.mT.contiguous().mT
+
+
+def _surrounded(x):
+    """NaN before, behind and between the rows of every head."""
+    batch, heads, seq, head_dim = x.shape
+    room = x.new_full((batch + 2, heads + 2, seq + 32, head_dim + 16), float("nan"))
+    view = room[1:-1, 1:-1, 16 : seq + 16, 8 : head_dim + 8]
+    view.copy_(x)
+    return view
+
+
+STRIDES = {
+    "contiguous": _contiguous,
+    "bert": _bert,
+    "packed": _packed,
+    "columns": _columns,
+    "surrounded": _surrounded,
+}
+
+
+def make_inputs(case: Case, seed: int, device: str) -> dict:
+    """The arguments of `judge` for a case: normal random numbers, masks as the case says."""
+    rng = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    shape = (case.batch, case.heads, case.seq, case.head_dim)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    place = STRIDES[case.strides]
+    names = ("query", "key", "value", "grad_output")
+    made = {name: normal(*shape) for name in names}
+    if case.alike:
+        # As in real models: small scores, and most of each key and value is what all tokens have in common.
+        made["query"] *= 0.3
+        for name in ("key", "value"):
+            made[name] = 0.3 * made[name] + normal(case.heads, 1, case.head_dim)
+    inputs = {name: place(x.to(device, DTYPES[case.dtype])) for name, x in made.items()}
+    inputs |= {"layout": make_layout(case, rng).to(device), "block": case.block}
+    if case.padding != "none":
+        inputs["key_padding_mask"] = _padding(case, rng).to(device)
+    seq = case.seq
+    mask_shape = (case.batch, case.heads, seq, seq) if "heads" in (case.attn_mask, case.rpe) else (seq, seq)
+    if case.attn_mask != "none":
+        kept = torch.rand(mask_shape, generator=generator) < 0.8
+        inputs["attn_mask"] = (kept if case.attn_mask == "bool" else _added(kept)).to(device)
+    if case.rpe != "none":
+        rpe_shape = {"shared": (seq, seq), "batch": (case.batch, 1, seq, seq), "heads": (case.heads, seq, seq)}[
+            case.rpe
+        ]
+        inputs["rpe"] = normal(*rpe_shape).to(device, DTYPES[case.dtype])
+    return inputs
+
+
+def in_half(query, key, value, layout, block, *, key_padding_mask=None, attn_mask=None, rpe=None) -> torch.Tensor:
+    """Masked dense attention in plain PyTorch, its probabilities in the inputs' dtype, for the backward pass too: as DeepSpeed keeps
+    them. `reference` keeps them in float32 for that."""
+    seq, head_dim = query.shape[2:]
+    kept = layout.ne(0).repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :seq, :seq]
+    scores = (query @ key.mT) * head_dim**-0.5
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask[:, None, None, :]
+    for mask in (key_padding_mask, attn_mask, rpe):
+        if mask is not None:
+            mask = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask
+            scores = scores + mask.to(scores.dtype)
+    scores = scores.masked_fill(~kept, float("-inf"))
+    empty = scores.isneginf().all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0) @ value
+
+
+def judge_in_half(attention: Callable, inputs: dict) -> dict[str, Errors]:
+    """`bsa_export.ops.tolerance.judge` with `in_half` as plain PyTorch: the rule for DeepSpeed."""
+    actual, plain = results(attention, inputs), results(in_half, inputs)
+    exact = results(partial(block_sparse_attention, backend="reference"), inputs, torch.float64)
+    return {name: errors(actual[name], plain[name], exact[name]) for name in actual}
+
+
+def _added(kept: torch.Tensor, removed: float = float("-inf")) -> torch.Tensor:
+    return torch.zeros(kept.shape).masked_fill(~kept, removed)
+
+
+def _padding(case: Case, rng: random.Random) -> torch.Tensor:
+    """Every second sequence is padded, at the end, by whole blocks and more, with `whole` from its first token on; one hole in
+    the others, and in additive masks random numbers elsewhere."""
+    kept = torch.ones(case.batch, case.seq, dtype=torch.bool)
+    kept[0::2, rng.randrange(case.seq)] = False
+    kept[1::2, 0 if case.padding.startswith("whole") else rng.randrange(1, max(2, case.seq // 2)) :] = False
+    if case.padding in ("bool", "whole"):
+        return kept
+    if case.padding == "additive":
+        generator = torch.Generator().manual_seed(rng.randrange(2**31))
+        return _added(kept) + torch.randn(kept.shape, generator=generator)
+    return _added(kept, -10000.0 if case.padding == "finite" else torch.finfo(torch.float32).min)
