@@ -1,0 +1,155 @@
+"""`SparseAttentionUtils`: long positions and sparse self-attention for a Hugging Face BERT or RoBERTa in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bsa_export.attention import BertSparseSelfAttention
+from bsa_export.errors import AttentionError
+
+
+class _SelfAttention(BertSparseSelfAttention):
+    """`BertSparseSelfAttention` with the call that Hugging Face's attention layers make of their `self`."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs
+    ) -> tuple[Tensor, None]:
+        """Takes a mask as any transformers makes it; returns the context layer and None for the probabilities."""
+        if kwargs.get("output_attentions"):
+            raise AttentionError("output_attentions=True: block-sparse attention never holds the probabilities")
+        return super().forward(hidden_states, _extended(attention_mask, hidden_states.dtype)), None
+
+
+def _extended(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """BERT's extended additive mask `[batch, 1, 1, seq]` from a padding mask in 2 or 4 dimensions, bool or additive."""
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        mask = mask[:, None, None].bool()
+    mask = mask[:, :1, :1]  # a padding mask is the same for every query
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+class SparseAttentionUtils:
+    """The static methods of DeepSpeed's class of that name (0.19.6), made to work with today's models."""
+
+    @staticmethod
+    def extend_position_embedding(model: nn.Module, max_position: int) -> nn.Module:
+        """Repeats the position embeddings up to `max_position` rows, in place; RoBERTa's reserved rows stay in front.
+
+        Raises:
+            AttentionError: (a ValueError) the model is neither BERT nor RoBERTa, or has that many positions already.
+        """
+        embeddings = _encoder(model).embeddings
+        table = embeddings.position_embeddings
+        reserved = _reserved_rows(table)
+        own = table.weight.detach()[reserved:]
+        if max_position <= len(own):
+            raise AttentionError(
+                f"max_position: expected more than the model's {len(own)} positions", found=max_position
+            )
+        repeated = own.repeat(-(-max_position // len(own)), 1)[:max_position]
+        table.weight = nn.Parameter(torch.cat([table.weight.detach()[:reserved], repeated]), table.weight.requires_grad)
+        table.num_embeddings = model.config.max_position_embeddings = rows = reserved + max_position
+        ids = torch.arange(rows, device=table.weight.device)[None]
+        for name, value in (("position_ids", ids), ("token_type_ids", torch.zeros_like(ids))):
+            if name in dict(embeddings.named_buffers()):
+                setattr(embeddings, name, value)
+        return model
+
+    @staticmethod
+    def update_tokenizer_model_max_length(tokenizer, max_position: int):
+        """Sets the length up to which the tokenizer truncates, and the one that it saves."""
+        tokenizer.model_max_length = max_position
+        tokenizer.init_kwargs["model_max_length"] = max_position
+        return tokenizer
+
+    @staticmethod
+    def replace_model_self_attention_with_sparse_self_attention(
+        model: nn.Module, max_position: int, sparsity_config=None
+    ) -> nn.Module:
+        """Puts a `BertSparseSelfAttention` with the layer's own query, key and value into every layer, in place.
+
+        Args:
+            model: a Hugging Face BERT or RoBERTa, with or without a head.
+            max_position: tokens of the longest text; the length of the master layout.
+            sparsity_config: `FixedSparsityConfig(num_heads=config.num_attention_heads)` if left out.
+        """
+        encoder = _encoder(model)
+        reserved = _reserved_rows(encoder.embeddings.position_embeddings)
+        model.config.max_position_embeddings = max_position + reserved
+        SparseAttentionUtils.replace_self_attention_layer_with_sparse_self_attention_layer(
+            model.config, encoder.encoder.layer, sparsity_config, max_seq_length=max_position
+        )
+        return model
+
+    @staticmethod
+    def replace_self_attention_layer_with_sparse_self_attention_layer(
+        config, layers, sparsity_config=None, max_seq_length=None
+    ):
+        """The same for layers; the master layout is `max_seq_length` or `config.max_position_embeddings` long."""
+        if getattr(config, "is_decoder", False):
+            raise AttentionError("expected an encoder: sparse self-attention has no causal mask", found="is_decoder")
+        for layer in layers:
+            dense = layer.attention.self
+            length = max_seq_length or config.max_position_embeddings
+            sparse = _SelfAttention(config, sparsity_config, max_seq_length=length)
+            sparse.query, sparse.key, sparse.value = dense.query, dense.key, dense.value
+            layer.attention.self = sparse.to(dense.query.weight.device).train(dense.training)
+        return layers
+
+    @staticmethod
+    def pad_to_block_size(
+        block_size,
+        input_ids,
+        attention_mask,
+        token_type_ids,
+        position_ids,
+        inputs_embeds,
+        pad_token_id,
+        model_embeddings,
+    ):
+        """Pads a batch on the right to whole blocks; each of the inputs `[batch, seq]` may be None.
+
+        Args:
+            model_embeddings: the word embeddings (a callable), needed with `inputs_embeds` `[batch, seq, hidden]`.
+
+        Returns:
+            The number of tokens added, then the five inputs; a mask is made where there was none and padding came in.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        batch, length = given.shape[:2]
+        added = -length % block_size
+        if added:
+            if inputs_embeds is not None:
+                padding = torch.full((batch, added), pad_token_id, dtype=torch.long, device=given.device)
+                inputs_embeds = torch.cat([inputs_embeds, model_embeddings(padding)], dim=1)
+            if attention_mask is None:
+                attention_mask = torch.ones(batch, length, dtype=torch.long, device=given.device)
+            attention_mask = F.pad(attention_mask, (0, added), value=0)
+            input_ids = None if input_ids is None else F.pad(input_ids, (0, added), value=pad_token_id)
+            position_ids = None if position_ids is None else F.pad(position_ids, (0, added), value=pad_token_id)
+            token_type_ids = None if token_type_ids is None else F.pad(token_type_ids, (0, added), value=0)
+        return added, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds
+
+    @staticmethod
+    def unpad_sequence_output(pad_len: int, sequence_output: Tensor) -> Tensor:
+        """Cuts what `pad_to_block_size` added off `[batch, seq, hidden]`."""
+        return sequence_output[:, :-pad_len] if pad_len else sequence_output
+
+
+def _encoder(model: nn.Module) -> nn.Module:
+    """The part with `embeddings` and `encoder`, of a model with or without a head."""
+    for base in (getattr(model, "bert", None), getattr(model, "roberta", None), model):
+        if hasattr(base, "embeddings") and hasattr(getattr(base, "encoder", None), "layer"):
+            return base
+    raise AttentionError("expected a Hugging Face BERT or RoBERTa", found=type(model).__name__)
+
+
+def _reserved_rows(table: nn.Embedding) -> int:
+    """The rows that RoBERTa keeps for padding, in front of the first position."""
+    return 0 if table.padding_idx is None else table.padding_idx + 1

@@ -1,0 +1,39 @@
+"""Guesses for a word hidden deep in a long text: `python examples/fill_mask_long.py out/ text.txt WORD`.
+
+`out/` is a converted masked LM (`bsa-convert bert/ out/ --max-length 4096`). The last WORD that the model reads is hidden;
+what it sees is the whole text before and after, not the 512 tokens that the dense model would be given.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from transformers import AutoTokenizer, pipeline
+
+import bsa_export
+
+
+def main(folder: str, file: str, word: str) -> None:
+    model = bsa_export.load(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = " ".join(Path(file).read_text(encoding="utf-8").split())
+    longest = tokenizer.model_max_length
+    encoded = tokenizer(text, truncation=True, max_length=longest, return_offsets_mapping=True)
+    text = text[: max(end for _, end in encoded["offset_mapping"])]
+    places = list(re.finditer(rf"\b{re.escape(word)}\b", text))
+    if not places:
+        sys.exit(f"{word!r} is not among the first {longest} tokens of {file}")
+    start, end = places[-1].span()
+    before = len(tokenizer(text[:start], verbose=False)["input_ids"])
+    print(f"{len(encoded['input_ids'])} tokens read, {before} of them before the gap")
+    print(f"...{text[max(0, start - 60) : start]}[____]{text[end : end + 60]}...")
+
+    fill = pipeline("fill-mask", model=model, tokenizer=tokenizer)
+    hidden = text[:start] + tokenizer.mask_token + text[end:]
+    for guess in fill(hidden, tokenizer_kwargs={"truncation": True, "max_length": longest}):
+        mark = "  <- what stood there" if guess["token_str"].strip().lower() == word.lower() else ""
+        print(f"{guess['score']:6.1%}  {guess['token_str']}{mark}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,62 @@
+"""The examples run as their first lines say, and show what they promise."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+
+pytest.importorskip("transformers", minversion="5.0")
+
+from sparse_folder import converted  # noqa: E402
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run_example(name, *arguments):
+    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+    # One thread: two of them wait for each other on a busy machine.
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def chapters(tmp_path_factory):
+    """Chapters of Python's reference manual, which comes with Python: topic -> a file of 1,500 words or more."""
+    folder = tmp_path_factory.mktemp("chapters")
+    files = {name: folder / f"{name}.txt" for name in ("attribute-access", "customization", "debugger", "typesmapping")}
+    for name, file in files.items():
+        file.write_text(topics[name], encoding="utf-8")
+    return files
+
+
+def test_long_document_embedding_finds_a_neighbour_for_each_chapter(minilm, chapters, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    out = converted(minilm, tmp_path / "out", max_length=1024)
+    shown = run_example("long_document_embedding.py", out, *chapters.values())
+    line = re.compile(r"(\S+)\.txt: (\d+) of (\d+) tokens; nearest (\S+)\.txt \(0\.\d+\)")
+    found = {match[1]: match.groups()[1:] for match in line.finditer(shown)}
+    assert list(found) == list(chapters)
+    assert all(512 < int(read) == min(int(tokens), 1024) for read, tokens, _ in found.values())
+    assert found["attribute-access"][2] == "customization"
+
+
+def test_fill_mask_long_guesses_a_word_far_into_the_text(english_mlm, chapters, tmp_path):
+    out = converted(english_mlm, tmp_path / "out", max_length=1024)
+    shown = run_example("fill_mask_long.py", out, chapters["typesmapping"], "the")
+    read, before = map(int, re.match(r"(\d+) tokens read, (\d+) of them before the gap", shown).groups())
+    assert 512 < before < read <= 1024
+    assert shown.count("%") == 5
+    assert "<- what stood there" in shown
+
+
+def test_own_model_learns():
+    shown = run_example("own_model.py", 30)
+    losses = [float(loss) for loss in re.findall(r"([\d.]+) nats", shown)]
+    assert "of the score blocks are computed" in shown
+    assert losses[-1] < 0.7 * losses[0]
