@@ -1,0 +1,143 @@
+"""bsa-verify."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from bsa_export.cli import command
+
+BACKENDS = click.Choice(["torch", "triton", "deepspeed"])
+
+
+@command(
+    "bsa-verify",
+    epilog="Exit code: 0 everything that ran passed and outputs were compared, 1 something failed, 2 wrong usage, 3 no outputs"
+    " could be compared.",
+)
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--source", metavar="SOURCE", help="What it was converted from: a path, or org/name of the Hub.")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The source's config.json, if not beside its weights.",
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
+)
+@click.option(
+    "--backend",
+    "backends",
+    type=BACKENDS,
+    multiple=True,
+    help="Compare this one only; may be repeated.  [default: all]",
+)
+@click.option("--require", type=BACKENDS, multiple=True, help="Fail if this one cannot run here; may be repeated.")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help='Measure the masked-LM loss on it: plain text, or .jsonl with a "text" a line.',
+)
+@click.option(
+    "--report",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write report.html and pictures into this folder.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every comparison.")
+@click.pass_context
+def main(
+    context: click.Context, folder: Path, source: str | None, device: str, report: Path | None, as_json: bool, **choices
+) -> None:
+    """Prove that a converted model is right.
+
+    FOLDER is what bsa-convert wrote or bsa-pull fetched. Its files, layouts and weights are checked, and its attention is computed
+    by every backend that runs here and compared with plain PyTorch in float64. What was found is recorded in FOLDER's
+    verification.json, which bsa-push reads.
+    """
+    # torch's threads wait for each other by spinning, which starves the interpreter's process beside them; read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if report is not None:
+        from bsa_export.verify.report_html import check_matplotlib
+
+        check_matplotlib()
+    backends = (
+        tuple(dict.fromkeys([*choices["backends"], *choices["require"]])) if choices["backends"] else BACKENDS.choices
+    )
+    from bsa_export.verify.run import Wanted, verify
+    from bsa_export.verify.words import line
+
+    found = None
+    if source is not None:
+        from bsa_export.convert import find_source
+
+        found = find_source(source, progress=_is_watched()).path
+    wanted = Wanted(
+        folder, found, choices["config"], _device(device), tuple(backends), choices["require"], choices["text"]
+    )
+    with _Progress() as progress:
+        run = verify(wanted, None if as_json else lambda check: progress.write(line(check)), progress.begin)
+    if report is not None:
+        from bsa_export.verify.report_html import write_report
+
+        write_report(report, wanted, run)
+    click.echo(json.dumps(run.to_dict(), indent=2) if as_json else f"{run.sentence} ({run.seconds:.1f} s)")
+    context.exit(run.exit_code)
+
+
+def _device(choice: str) -> str:
+    if choice == "cpu":
+        return choice
+    try:
+        import torch
+    except ImportError:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if choice == "cuda":
+        raise click.UsageError("--device cuda: torch finds no CUDA GPU here.")
+    return "cpu"
+
+
+def _is_watched() -> bool:
+    return sys.stderr.isatty()
+
+
+class _Progress:
+    """A bar on stderr for what takes longer than a second, if a person looks; lines on stdout above it."""
+
+    def __enter__(self):
+        self.bar = None
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def begin(self, what: str):
+        """Gives what is called with (done, in all), or None if nobody looks."""
+        self.close()
+        if not _is_watched():
+            return None
+        from tqdm import tqdm
+
+        unit = "B" if what == "weights" else ""
+        self.bar = tqdm(desc=what, unit=unit, unit_scale=bool(unit), delay=1, leave=False)
+
+        def update(done: int, total: int) -> None:
+            self.bar.total = total
+            self.bar.update(done - self.bar.n)
+
+        return update
+
+    def write(self, text: str) -> None:
+        """Prints a line."""
+        self.close()
+        click.echo(text)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

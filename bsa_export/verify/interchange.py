@@ -1,0 +1,135 @@
+"""The interchange check: each layer's state dict loads, strict, into this package's module and into the installed DeepSpeed's."""
+
+from __future__ import annotations
+
+import ast
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+from torch import nn
+
+from bsa_export.attention import BertSparseSelfAttention
+from bsa_export.verify.checks import Check, result, skipped
+from bsa_export.verify.folder import ConvertedFolder
+from bsa_export.verify.layout import expected_layouts
+from bsa_export.verify.projections import tensor
+
+NAME = "interchange"
+
+
+def check_interchange(folder: ConvertedFolder) -> list[Check]:
+    """Loads each layer's query, key, value and layout with `strict=True` into both modules, and compares what they then hold.
+
+    DeepSpeed's classes are read from the installed package's files: the package itself, which takes seconds, is not imported. Where
+    DeepSpeed has a class for the sparsity config, the layout that it makes is compared with the stored one too.
+    """
+    sizes = SimpleNamespace(hidden_size=folder.config["hidden_size"], num_attention_heads=folder.heads)
+    ours = BertSparseSelfAttention(sizes, _EveryBlock(folder), max_seq_length=folder.longest)
+    checks = [result(f"{NAME}: bsa_export", list(_load_faults(folder, ours)), {"layers": folder.layers})]
+    theirs = deepspeed_classes()
+    if isinstance(theirs, str):
+        return [*checks, skipped(f"{NAME}: deepspeed", theirs)]
+    module = theirs.BertSparseSelfAttention(sizes)
+    # Its Bert class has 2048 tokens; longer ones are made by exchanging the attention inside.
+    module.sparse_self_attention = theirs.SparseSelfAttention(_EveryBlock(folder), max_seq_length=folder.longest)
+    faults, figures = list(_load_faults(folder, module)), {"layers": folder.layers}
+    made = _deepspeed_layouts(folder, theirs)
+    if made is not None:
+        figures["layouts made by it"] = "equal"
+        for layer, layout in enumerate(made):
+            if not torch.equal(layout, tensor(folder.tensors[folder.layout_name(layer)]).to(layout.dtype)):
+                figures["layouts made by it"] = "different"
+                faults.append(f"layer {layer}: DeepSpeed makes another layout from the same sparsity config and seed")
+    return [*checks, result(f"{NAME}: deepspeed", faults, figures)]
+
+
+class _EveryBlock:
+    """A sparsity config for modules whose layout comes from the file."""
+
+    def __init__(self, folder: ConvertedFolder):
+        self.num_heads, self.block = folder.heads, folder.block
+
+    def make_layout(self, seq_len: int) -> torch.Tensor:
+        n = seq_len // self.block
+        return torch.ones(self.num_heads, n, n, dtype=torch.int64)
+
+
+def _load_faults(folder: ConvertedFolder, module: nn.Module) -> Iterator[str]:
+    for layer in range(folder.layers):
+        start = f"{folder.prefix}encoder.layer.{layer}.attention.self."
+        state = {
+            name.removeprefix(start): tensor(row) for name, row in folder.tensors.items() if name.startswith(start)
+        }
+        if "query.weight" in state:
+            module.to(state["query.weight"].dtype)
+        try:
+            module.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            yield f"layer {layer}: {' '.join(str(error).split())}"
+            continue
+        for name, loaded in module.state_dict().items():
+            if not torch.equal(loaded.to(state[name].dtype).nan_to_num(), state[name].nan_to_num()):
+                yield f"layer {layer}: {name} is not what was loaded"
+
+
+def _deepspeed_layouts(folder: ConvertedFolder, theirs: SimpleNamespace) -> Iterator[torch.Tensor] | None:
+    """The layouts that DeepSpeed's own class makes for each layer, one after the other; None where a rule of its own made none."""
+    made = getattr(theirs.configs, type(folder.sparsity).__name__, None)
+    expected, _ = expected_layouts(folder)
+    if made is None or expected is None or folder.record is None:
+        return None
+    config, record = made(**folder.sparsity.to_parameters()), folder.record
+    differ = record["options"].get("different_layout_per_layer")
+
+    def layouts():
+        state = random.getstate()
+        random.seed(record["seed"])
+        try:
+            first = config.make_layout(folder.longest)
+            for layer in range(folder.layers):
+                yield config.make_layout(folder.longest) if differ and layer else first
+        finally:
+            random.setstate(state)
+
+    return layouts()
+
+
+def deepspeed_classes() -> SimpleNamespace | str:
+    """The installed deepspeed's `BertSparseSelfAttention`, `SparseSelfAttention` and, as `configs`, its module of sparsity configs; or
+    why there are none."""
+    try:
+        from bsa_export.ops.deepspeed_kernels import package
+    except ImportError as error:
+        return f"cannot be imported here: {error}"
+    folder = package()
+    if isinstance(folder, str):
+        return folder
+    folder = folder / "ops/sparse_attention"
+    try:
+        configs = _read(folder / "sparsity_config.py")
+        attention = _read(folder / "sparse_self_attention.py", **vars(configs))
+        bert = _read(folder / "bert_sparse_self_attention.py", **vars(configs) | vars(attention))
+    except (OSError, SyntaxError, NameError, ImportError) as error:
+        return f"its sparse attention cannot be read: {error}"
+    return SimpleNamespace(
+        BertSparseSelfAttention=bert.BertSparseSelfAttention,
+        SparseSelfAttention=attention.SparseSelfAttention,
+        configs=configs,
+    )
+
+
+def _read(path: Path, **names: object) -> ModuleType:
+    """A module of deepspeed from its file, with `names` in the place of what it imports from deepspeed."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree.body = [
+        statement
+        for statement in tree.body
+        if not (isinstance(statement, ast.ImportFrom) and statement.module.partition(".")[0] == "deepspeed")
+    ]
+    module = ModuleType(f"bsa_export.verify.deepspeed_{path.stem}")
+    vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})
+    exec(compile(tree, path, "exec"), vars(module))
+    return module

@@ -1,0 +1,305 @@
+"""The weights check: every tensor of the source is in the folder, bit for bit, or is what conversion.json's rule makes of it. No torch.
+
+A changed tensor is judged twice: by the function that the converter used, bit for bit, and by a plain formula (formulas.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bsa_export import sidecars
+from bsa_export.checkpoint.dtypes import cast, pieces, read
+from bsa_export.checkpoint.source import open_checkpoint
+from bsa_export.checkpoint.table import ITEM_SIZE, Checkpoint, FileRange, Tensor
+from bsa_export.convert import DTYPES, STORED_LAYOUT
+from bsa_export.errors import BsaError
+from bsa_export.families import (
+    BUFFERS,
+    FAMILIES,
+    POSITIONS,
+    TOKEN_TYPES,
+    encoder_prefix,
+    read_config,
+    reserved_rows,
+    written_name,
+    written_prefix,
+)
+from bsa_export.position import extend
+from bsa_export.verify.checks import Check, result
+from bsa_export.verify.folder import ConvertedFolder
+from bsa_export.verify.formulas import bits_of, is_interpolated, is_rounded, is_tiled
+
+NAME = "weights"
+FLOATS = ("F64", "F32", "F16", "BF16")
+ROWS = 1024  # position rows judged at once
+
+Progress = Callable[[int, int], None]
+
+
+def check_weights(
+    folder: ConvertedFolder, source: Path, config_path: Path | None = None, progress: Progress | None = None
+) -> Check:
+    """Compares every tensor of the folder with the source that it was converted from, and the files beside the weights.
+
+    Reads both once, in pieces; memory does not grow with the model.
+
+    Args:
+        folder: what was converted.
+        source: the weight file, index or folder that it was converted from.
+        config_path: the source's config.json, if it does not lie beside the weights.
+        progress: called with (bytes compared, bytes in all).
+    """
+    if folder.record is None:
+        return result(NAME, ["there is no conversion.json: nothing tells what was done to the source's tensors"])
+    try:
+        checkpoint = open_checkpoint(source)
+        comparison = _Comparison(folder, checkpoint, progress)
+        faults = [
+            *_source_faults(folder, checkpoint, config_path),
+            *comparison.faults(),
+            *sidecar_faults(folder, checkpoint),
+        ]
+        checkpoint.check_unchanged()
+    except BsaError as error:
+        return result(NAME, [str(error)])
+    return result(NAME, faults, comparison.counts | {"bytes": comparison.done})
+
+
+def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: Path | None) -> Iterator[str]:
+    """Whether the source's config.json is the one that was converted."""
+    path = config_path or checkpoint.folder / "config.json"
+    if not path.is_file():
+        return
+    config, recorded = read_config(path), folder.record["source"]["config"]
+    for name in [*recorded, *(name for name in config if name not in recorded)]:
+        if recorded.get(name) != config.get(name):
+            yield (
+                f"{path}: {name} is {config.get(name)!r}, and in conversion.json {recorded.get(name)!r}:"
+                " is it the source that was converted?"
+            )
+
+
+@dataclass
+class _Comparison:
+    """A folder's tensors against those of its source, by the rules that its conversion.json states."""
+
+    folder: ConvertedFolder
+    checkpoint: Checkpoint
+    progress: Progress | None = None
+    done: int = 0
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        record = self.folder.record
+        self.family = FAMILIES[record["family"]]
+        self.prefix = encoder_prefix(self.checkpoint.tensors)
+        self.reserved = reserved_rows(self.family, record["source"]["config"])
+        self.positions = written_prefix(self.family, self.prefix) + POSITIONS
+        self.dtype = DTYPES.get(record["options"].get("dtype"))
+        self.total = sum(row.nbytes for row in self.folder.tensors.values())
+
+    def faults(self) -> Iterator[str]:
+        """What is not as it should be, a sentence each."""
+        record, written = self.folder.record, self.folder.tensors
+        accounted = set()
+        for old, row in self.checkpoint.tensors.items():
+            if old in record["dropped"]:
+                self.count("dropped")
+                if old.removeprefix(self.prefix) not in BUFFERS:
+                    yield f"{old}: lost: conversion.json drops it, and no model makes it itself"
+                continue
+            new, kind = self.destination(old)
+            stated = record["tied"].get(old) or record["renamed"].get(old, old)
+            if stated != new:
+                yield f"{old}: expected it as {new}, and conversion.json has it as {stated}"
+            if new not in written:
+                yield f"{old}: lost: there is no {new}"
+                continue
+            accounted.add(new)
+            if kind == "tied":
+                self.count("tied")
+            fault = self.compare(old, row, new, kind)
+            if fault:
+                yield fault
+        for name, row in written.items():
+            if name not in accounted:
+                fault = self.added(name, row)
+                self.count("added")
+                if fault:
+                    yield fault
+
+    def destination(self, old: str) -> tuple[str, str]:
+        """Where a source's tensor is to be found, and how it comes there: `own` name, `tied` to another, a stored `layout`."""
+        if match := STORED_LAYOUT.fullmatch(old):
+            return self.folder.layout_name(int(match[2])), "layout"
+        if holder := self.folder.record["tied"].get(old):
+            return holder, "tied"
+        return written_name(self.family, self.prefix, old), "own"
+
+    def compare(self, old: str, row: Tensor, new: str, kind: str) -> str | None:
+        found, record = self.folder.tensors[new], self.folder.record
+        positions = new == self.positions and record["positions"] is not None
+        casts = kind != "layout" and self.dtype is not None and row.dtype in FLOATS and row.dtype != self.dtype
+        changed = positions or casts or kind == "layout"
+        if kind != "tied":
+            self.count("changed" if changed else "copied")
+        if changed != (new in record["changed"]):
+            return f"{new}: it {'is' if changed else 'is not'} to be changed, and conversion.json says otherwise"
+        if kind == "layout":
+            return self.stored_layout(old, row, new, found)
+        if positions:
+            return self.extended(row, new, found)
+        expected = cast(old, row, self.dtype) if casts else row
+        if fault := self.differs(new, expected, found):
+            return fault
+        if casts and not all(is_rounded(mine, other, row.dtype, found.dtype).all() for mine, other in both(row, found)):
+            return f"{new}: its values are not those of the source rounded to {found.dtype}"
+        return None
+
+    def differs(self, name: str, expected: Tensor, found: Tensor) -> str | None:
+        """How a tensor is not what is expected, bit for bit."""
+        if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+            return f"{name}: expected {expected.dtype} {list(expected.shape)} from the source, found {found.dtype} {list(found.shape)}"
+        at = first_difference(expected, found, self.advance)
+        if at is None:
+            return None
+        index = np.unravel_index(at // ITEM_SIZE[found.dtype], found.shape)
+        where = [int(i) for i in index]
+        return f"{name}: it is not what the source gives, from element {where} on"
+
+    def extended(self, row: Tensor, name: str, found: Tensor) -> str | None:
+        stated = self.folder.record["positions"]
+        length = self.folder.longest
+        expected = {"reserved": self.reserved, "source_rows": row.shape[0], "rows": self.reserved + length}
+        for key, value in expected.items():
+            if stated[key] != value:
+                return f"{name}: expected {key} {value}, and conversion.json says {stated[key]}"
+        method = self.folder.record["options"].get("positions")
+        shrinks = length < row.shape[0] - self.reserved
+        if stated.get("method") != ("tile" if shrinks else method):
+            return f"{name}: conversion.json states two ways to extend it, {method} and {stated.get('method')}"
+        wide = extend(name, row, length, self.reserved, method)
+        if fault := self.differs(name, wide if self.dtype is None else cast(name, wide, self.dtype), found):
+            return fault
+        source_bits = bits_of(read(row), row.dtype).reshape(row.shape)
+        for start in range(0, found.shape[0], ROWS):
+            rows = min(ROWS, found.shape[0] - start)
+            bits = bits_of(read(_rows(found, start, rows)), found.dtype).reshape(rows, -1)
+            if stated["method"] == "interpolate":
+                right = is_interpolated(source_bits, bits, start, length, self.reserved, row.dtype, found.dtype)
+            else:
+                right = is_tiled(source_bits, bits, start, self.reserved, row.dtype, found.dtype)
+            if not right.all():
+                return f"{name}: row {start + int(np.argmin(right))} is not what {stated['method']} gives"
+        return None
+
+    def stored_layout(self, old: str, row: Tensor, name: str, found: Tensor) -> str | None:
+        if row.dtype in FLOATS:
+            return f"{old}: expected a layout of integers, found {row.dtype}"
+        layout, mine = read(row), read(found)
+        n = mine.shape[-1]
+        self.advance(found.nbytes)
+        if layout.ndim != 3 or min(layout.shape[1:]) < n or len(layout) != len(mine):
+            return f"{name}: expected a slice of the source's {list(layout.shape)}, found {list(mine.shape)}"
+        wrong = np.argwhere((layout[:, :n, :n] != 0) != mine)
+        if len(wrong):
+            head, block_row, column = wrong[0]
+            return f"{name}: head {head}, row {block_row}, column {column} is not the source's"
+        return None
+
+    def added(self, name: str, row: Tensor) -> str | None:
+        """A tensor that no source's tensor stands behind: a layout, which the layout check judges, or token types of zeros."""
+        self.advance(row.nbytes)
+        if STORED_LAYOUT.fullmatch(name) and name in self.folder.record["added"]:
+            return None
+        if name in self.folder.record["added"] and self.family.name == "distilbert" and name.endswith(TOKEN_TYPES):
+            return (
+                f"{name}: expected zeros"
+                if any(np.any(np.frombuffer(piece, np.uint8)) for piece in pieces(row))
+                else None
+            )
+        return f"{name}: nothing in the source stands behind it"
+
+    def count(self, kind: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self.progress:
+            self.progress(min(self.done, self.total), self.total)
+
+
+def first_difference(expected: Tensor, found: Tensor, advance: Callable[[int], None] | None = None) -> int | None:
+    """The first byte in which two tensors of one dtype and shape differ, None if there is none.
+
+    Args:
+        expected: any row of a table.
+        found: a row whose bytes lie in one range of a file.
+        advance: called with the bytes compared since the last call.
+    """
+    position = 0
+    with open(found.data.path, "rb", buffering=0) as file:
+        buffer = np.empty(0, np.uint8)
+        for piece in pieces(expected):
+            piece = np.frombuffer(piece, np.uint8)
+            if len(buffer) < len(piece):
+                buffer = np.empty(len(piece), np.uint8)
+            count = os.preadv(file.fileno(), [memoryview(buffer[: len(piece)])], found.data.offset + position)
+            if count != len(piece) or not _equal(piece, buffer[:count]):
+                count = min(count, len(piece))
+                wrong = np.flatnonzero(piece[:count] != buffer[:count])
+                return position + int(wrong[0] if len(wrong) else count)
+            position += count
+            if advance:
+                advance(count)
+    return None if position == found.nbytes else position
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+    if len(one) % 8 == 0:
+        one, other = one.view(np.uint64), other.view(np.uint64)
+    return bool((one == other).all())
+
+
+def _rows(table: Tensor, start: int, rows: int) -> Tensor:
+    """The rows `[start, start + rows)` of a tensor whose bytes lie in one range of a file."""
+    nbytes = table.nbytes // table.shape[0]
+    data = FileRange(table.data.path, table.data.offset + start * nbytes, rows * nbytes)
+    return Tensor(table.dtype, (rows, *table.shape[1:]), data)
+
+
+def both(source: Tensor, found: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The bits of two float tensors of one shape, flat, piece by piece."""
+    position = 0
+    for piece in pieces(source):
+        bits = bits_of(piece, source.dtype)
+        nbytes = len(bits) * ITEM_SIZE[found.dtype]
+        data = FileRange(found.data.path, found.data.offset + position, nbytes)
+        yield bits, read(Tensor(found.dtype, (len(bits),), data)).view(f"<u{ITEM_SIZE[found.dtype]}")
+        position += nbytes
+
+
+def sidecar_faults(folder: ConvertedFolder, checkpoint: Checkpoint) -> Iterator[str]:
+    """The tokenizer and sentence-transformers files that are not those of the source with their lengths edited."""
+    record = folder.record
+    for planned in sidecars.plan(checkpoint.folder, record["source_length"], record["max_length"]):
+        path = folder.path / planned.name
+        if not path.is_file():
+            yield f"{planned.name}: lost: the source has it"
+        elif planned.source.name == sidecars.MODULE_PICKLE:
+            theirs, mine = open_checkpoint(planned.source).tensors, open_checkpoint(path).tensors
+            if theirs.keys() != mine.keys() or any(
+                (row.dtype, row.shape) != (mine[name].dtype, mine[name].shape)
+                or first_difference(row, mine[name]) is not None
+                for name, row in theirs.items()
+            ):
+                yield f"{planned.name}: its tensors are not those of the source"
+        else:
+            expected = planned.source.read_bytes() if planned.text is None else planned.text.encode()
+            if path.read_bytes() != expected:
+                yield f"{planned.name}: it is not the source's ({planned.how})"

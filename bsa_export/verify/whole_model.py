@@ -1,0 +1,336 @@
+"""The whole-model check: a converted folder in its stock transformers class, against its source and against `reference`, end to end.
+
+The bound is that of `ops.tolerance`: at most twice the error of the same model on plain attention in the same dtype, both against
+float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bsa_export.checkpoint.table import Checkpoint
+from bsa_export.convert import STORED_LAYOUT, TORCH_NAMES
+from bsa_export.errors import BsaError
+from bsa_export.families import POSITIONS, encoder_prefix
+from bsa_export.ops.dispatch import block_sparse_attention
+from bsa_export.ops.tolerance import FACTOR, errors
+from bsa_export.verify.checks import Check, result, skipped
+from bsa_export.verify.folder import ConvertedFolder
+from bsa_export.verify.outputs import ORDERS, larger
+from bsa_export.verify.projections import tensor
+
+NAME = "whole model"
+REFERENCE = "bsa_export_reference"
+_order: ContextVar[int | None] = ContextVar(
+    "order", default=None
+)  # a seed of the order in which REFERENCE sums over head_dim
+FIRST_TOKEN = 5  # smaller ids are special in most vocabularies
+# Floating-point operations of a run on a CPU, where float64 counts four times.
+CPU_BUDGET = 3e11
+CPU_USUAL, CPU_LONGEST, GPU_LONGEST = 768, 1536, 4096
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Seeded texts: `input_ids` and `attention_mask`, int64 `[batch, length]`; the second text of two is padded."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+
+def make_inputs(folder: ConvertedFolder, batch: int, length: int, device: str, seed: int = 0) -> Inputs:
+    """Random tokens; of two texts the second ends after two thirds."""
+    config = folder.config
+    generator = torch.Generator().manual_seed(seed)
+    first = min(FIRST_TOKEN, config["vocab_size"] - 1)
+    ids = torch.randint(first, config["vocab_size"], (batch, length), generator=generator)
+    kept = torch.ones_like(ids)
+    if batch > 1:
+        kept[1, 2 * length // 3 :] = 0
+    ids[kept == 0] = config.get("pad_token_id") or 0
+    return Inputs(ids.to(device), kept.to(device))
+
+
+def load_model(folder: ConvertedFolder, device: str) -> nn.Module | str:
+    """The folder in the class that its config.json names, or its encoder alone where transformers has no such class; or why not.
+
+    On a GPU in half precision (bfloat16 if it is stored so), on a CPU in float32.
+    """
+    try:
+        import transformers
+
+        from bsa_export.model import MIN_TRANSFORMERS, _version, load
+        from bsa_export.model import NAME as SPARSE
+    except ImportError as error:
+        return f'transformers is not installed ({error}): pip install "bsa_export[transformers]"'
+    if _version(transformers) < MIN_TRANSFORMERS:
+        return f"transformers {transformers.__version__} is older than 5.0"
+    _register_reference()
+    transformers.utils.logging.disable_progress_bar()
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    stored = next(row.dtype for name, row in folder.tensors.items() if name.endswith("attention.self.query.weight"))
+    half = torch.bfloat16 if stored == "BF16" else torch.float16
+    dtype = torch.float32 if device == "cpu" else half
+    names = folder.config.get("architectures") or [None]
+    try:
+        if getattr(transformers, str(names[0]), None) is not None:
+            return load(folder.path, device=device, dtype=dtype)
+        model = transformers.AutoModel.from_pretrained(
+            folder.path, attn_implementation=SPARSE, attention_probs_dropout_prob=0.0, dtype=dtype
+        )
+        return model.to(device).eval()
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def _register_reference() -> None:
+    """Makes `reference` an attention function of transformers, so that the same model runs on it."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    from bsa_export.model import key_padding_mask
+
+    def attention(module, query, key, value, attention_mask, scaling=None, **_):
+        stored, order = module.sparse_self_attention, torch.arange(query.shape[-1])
+        if _order.get() is not None:
+            order = torch.randperm(query.shape[-1], generator=torch.Generator().manual_seed(_order.get()))
+        query, key, value = (x[..., order.to(x.device)] for x in (query, key, value))
+        context = block_sparse_attention(
+            query, key, value, stored.master_layout, stored.block,
+            key_padding_mask=attention_mask, scale=scaling, backend="reference",
+        )  # fmt: skip
+        return context[..., order.argsort().to(context.device)].transpose(1, 2), None
+
+    AttentionInterface.register(REFERENCE, attention)
+    AttentionMaskInterface.register(REFERENCE, key_padding_mask)
+
+
+@contextmanager
+def attending(model: nn.Module, implementation: str) -> Iterator[nn.Module]:
+    """The model with another attention function: `block_sparse`, REFERENCE, or a dense one of transformers."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        yield model
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def every_block_kept(model: nn.Module) -> Iterator[nn.Module]:
+    """The model with layouts that drop nothing."""
+    stored = [module for module in model.modules() if hasattr(module, "master_layout")]
+    before = [module.master_layout for module in stored]
+    for module in stored:
+        module.master_layout = torch.ones_like(module.master_layout)
+    try:
+        yield model
+    finally:
+        for module, layout in zip(stored, before, strict=True):
+            module.master_layout = layout
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
+    """Last hidden states and, with a head that gives some for each token, logits: of the real tokens, `[tokens, size]`."""
+    kept: dict[str, Tensor] = {}
+    handle = model.base_model.register_forward_hook(lambda *call: kept.update(hidden=call[-1][0]))
+    try:
+        output = model(**inputs.arguments)
+    finally:
+        handle.remove()
+    logits = output.get("logits")
+    if logits is not None and logits.shape[:2] == inputs.input_ids.shape:
+        kept["logits"] = logits
+    return {name: value[inputs.attention_mask.bool()] for name, value in kept.items()}
+
+
+class EndToEnd:
+    """The runs of a folder's model.
+
+    Args:
+        folder: the converted folder.
+        model: from `load_model`.
+        device: `cpu` or `cuda`.
+    """
+
+    def __init__(self, folder: ConvertedFolder, model: nn.Module, device: str):
+        self.folder, self.model, self.device = folder, model, device
+        self.exact = copy.deepcopy(model).double()
+        parameters = sum(p.numel() for name, p in model.base_model.named_parameters() if "embeddings" not in name)
+        reach = folder.source_length + 2 * folder.block  # where the default layout drops its first blocks
+        if device == "cpu":
+            affordable = int(CPU_BUDGET / (12 * parameters)) // 2
+            longest = min(CPU_LONGEST, max(reach, min(affordable, CPU_USUAL)))
+        else:
+            affordable = longest = GPU_LONGEST
+        self.short = min(folder.source_length, max(16, affordable // 2))
+        self.long = min(folder.longest, longest)
+
+    def check(self, checkpoint: Checkpoint | None) -> list[Check]:
+        """Both comparisons: with every block kept against the source, and with the real layout against `reference`."""
+        return [self.against_source(checkpoint), self.against_reference()]
+
+    def against_source(self, checkpoint: Checkpoint | None) -> Check:
+        """With every block kept, the sparse model's outputs are those of the dense one.
+
+        Args:
+            checkpoint: the source's weights, which then run in the source's own class; else the folder's run in its dense class.
+        """
+        name = f"{NAME}, every block kept"
+        inputs = make_inputs(self.folder, 2, self.short, self.device)
+        with every_block_kept(self.model):
+            actual = outputs(self.model, inputs)
+        dense, what = None, "the dense class with the same weights"
+        if checkpoint is not None:
+            dense = self._source_model(checkpoint)
+            if isinstance(dense, str):
+                what += f" ({dense})"
+            else:
+                what = f"the source in {type(dense).__name__}{self._rules()}"
+        if dense is None or isinstance(dense, str):
+            with attending(self.model, "sdpa"), attending(self.exact, "sdpa"):
+                plain, exact = outputs(self.model, inputs), outputs(self.exact, inputs)
+        else:
+            plain, exact = outputs(dense, inputs), outputs(dense.double(), inputs)
+
+        def again(seed: int) -> dict[str, Tensor]:
+            with every_block_kept(self.model):
+                return self._reference(inputs, seed)
+
+        return self._judged(name, actual, plain, exact, again, self.short, {"against": what})
+
+    def against_reference(self) -> Check:
+        """With the real layout, the model's outputs are those of the same model on `reference`."""
+        inputs = make_inputs(self.folder, 1, self.long, self.device, seed=1)
+        actual = outputs(self.model, inputs)
+        plain = self._reference(inputs)
+        with attending(self.exact, REFERENCE):
+            exact = outputs(self.exact, inputs)
+        name = f"{NAME}, its own layout"
+        again = partial(self._reference, inputs)
+        return self._judged(name, actual, plain, exact, again, self.long, {"against": "reference"})
+
+    def _reference(self, inputs: Inputs, order: int | None = None) -> dict[str, Tensor]:
+        """What the model makes of the inputs on `reference`, which sums in another order for each seed `order`."""
+        token = _order.set(order)
+        try:
+            with attending(self.model, REFERENCE):
+                return outputs(self.model, inputs)
+        finally:
+            _order.reset(token)
+
+    def _judged(
+        self,
+        name: str,
+        actual: Mapping[str, Tensor],
+        plain: Mapping[str, Tensor],
+        exact: Mapping[str, Tensor],
+        again: Callable[[int], Mapping[str, Tensor]],
+        length: int,
+        figures: dict,
+    ) -> Check:
+        """The check of results. `again` gives those of plain PyTorch in another order: see `outputs.Call.errors_of`."""
+        faults, details, worst = [], [], 0.0
+        for what in actual:
+            if what not in exact or actual[what].shape != exact[what].shape:
+                continue
+            found = errors(actual[what], plain[what], exact[what])
+            for seed in range(ORDERS):
+                if not found.passed:
+                    found = larger(found, errors(actual[what], again(seed)[what], exact[what]))
+            details.append(
+                {
+                    "of": what,
+                    "length": length,
+                    "largest": found.largest,
+                    "plain_largest": found.plain_largest,
+                    "ratio": found.ratio,
+                }
+            )
+            worst = max(worst, found.ratio) if found.ratio == found.ratio else math.nan
+            if not found.passed:
+                faults.append(
+                    f"{what}: error {found.largest:.3g} (rms {found.rms:.3g}), the bound is {FACTOR * found.plain_largest:.3g}"
+                    f" (rms {FACTOR * found.plain_rms:.3g})"
+                )
+        dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        figures = {"error": worst, "bound": FACTOR, "length": length, "dtype": dtype} | figures
+        return result(name, faults, figures, details, numerical=True)
+
+    def _interpolated(self) -> bool:
+        positions = self.folder.record["positions"]
+        return positions is not None and positions["method"] == "interpolate"
+
+    def _rules(self) -> str:
+        """What the conversion changed of the source, and the source's model therefore gets too."""
+        dtype = self.folder.record["options"].get("dtype")
+        rules = [f"rounded to {dtype}"] if dtype in TORCH_NAMES else []
+        rules += ["with the interpolated positions"] if self._interpolated() else []
+        return "".join(f", {rule}" for rule in rules)
+
+    def _source_model(self, checkpoint: Checkpoint) -> nn.Module | str:
+        """The source's weights in the source's own class, or why there is no such model."""
+        import transformers
+        from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+        record = self.folder.record
+        config = {"model_type": record["family"]} | record["source"]["config"]
+        kind = transformers.CONFIG_MAPPING[config["model_type"]]
+        names = config.get("architectures") or [None]
+        model_class = getattr(transformers, str(names[0]), None) or MODEL_MAPPING[kind]
+        state = {name: tensor(row) for name, row in checkpoint.tensors.items() if not STORED_LAYOUT.fullmatch(name)}
+        if record["options"].get("dtype") in TORCH_NAMES:
+            rounded = getattr(torch, TORCH_NAMES[record["options"]["dtype"]])
+            state = {name: x.to(rounded) if x.is_floating_point() else x for name, x in state.items()}
+        if self._interpolated():
+            table = self.folder.tensors[self.folder.prefix + POSITIONS]
+            state[encoder_prefix(state) + POSITIONS] = tensor(table)
+            config["max_position_embeddings"] = table.shape[0]
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        try:
+            model, loaded = model_class.from_pretrained(
+                None, config=kind.from_dict(config), state_dict=state, attn_implementation="sdpa", output_loading_info=True,
+                dtype=next(self.model.parameters()).dtype,
+            )  # fmt: skip
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+        if missing := [name for name in loaded["missing_keys"] if ".layer." in name or "embeddings" in name]:
+            return f"the source lacks {missing[0]}"
+        return model.to(self.device).eval()
+
+
+def check_whole_model(
+    folder: ConvertedFolder, device: str, checkpoint: Checkpoint | None
+) -> tuple[list[Check], EndToEnd | None]:
+    """Runs the model. Returns the checks and, where it ran, what the drift is measured with."""
+    model = load_model_or_reason(folder, device)
+    if isinstance(model, str):
+        return [skipped(NAME, model)], None
+    if isinstance(model, BsaError):
+        return [result(NAME, [str(model)])], None
+    runs = EndToEnd(folder, model, device)
+    return runs.check(checkpoint), runs
+
+
+def load_model_or_reason(folder: ConvertedFolder, device: str) -> nn.Module | str | BsaError:
+    """`load_model`, with its error as a value."""
+    try:
+        return load_model(folder, device)
+    except BsaError as error:
+        return error

@@ -1,0 +1,178 @@
+"""The weights check against real sources: clean conversions pass, planted faults are found, memory stays flat."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from planted import KINDS, planted, signature, without_digests
+from safetensors.numpy import load_file, save_file
+
+from bsa_export.verify import check_file, check_layout
+from bsa_export.verify.folder import open_folder
+from bsa_export.verify.formulas import bits_of, is_rounded
+from bsa_export.verify.weights import check_weights
+
+CLEAN = {
+    "tiled": {},
+    "interpolated": {"positions": "interpolate"},
+    "interpolated, no multiple": {"positions": "interpolate", "max_length": 144},
+    "shorter": {"max_length": 32},
+    "fp16": {"dtype": "fp16"},
+    "bf16, interpolated": {"dtype": "bf16", "positions": "interpolate"},
+    "bf16 source": {"source_dtype": "bfloat16"},
+    "fp64 source to fp32": {"source_dtype": "float64", "dtype": "fp32"},
+    "fp16 source to fp32": {"source_dtype": "float16", "dtype": "fp32", "positions": "interpolate"},
+    "shards": {"shard": 60_000},
+    "roberta": {"family": "roberta", "positions": "interpolate"},
+    "distilbert from a .bin": {"family": "distilbert", "format": "bin"},
+    "electra": {"family": "electra", "dtype": "fp16"},
+    "random layouts": {"mode": "bigbird", "seed": 3, "per_layer": True},
+}
+
+
+def check(folder, source):
+    return check_weights(open_folder(folder), source)
+
+
+@pytest.mark.parametrize("case", CLEAN)
+def test_a_conversion_equals_its_source(case, converted):
+    source, folder = converted(**CLEAN[case])
+    found = check(folder, source)
+    assert found.passed, found.reason
+    assert found.figures["bytes"] >= sum(row.nbytes for row in open_folder(folder).tensors.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_fault_is_found_with_the_source_and_by_digests(kind, damaged):
+    """Beside a source, without any digest; and by digests, without the source."""
+    source, folder = damaged(mode="bigbird", seed=1)
+    bare = shutil.copytree(folder, folder.with_name("bare"))
+    without_digests(bare)
+    clean = signature(folder), signature(bare)
+    assert check_file(folder).passed and check_file(bare).passed and check(bare, source).passed
+    for seed in range(6):
+        with planted(kind, folder, seed) as what:
+            assert check_file(folder).failed, what
+        with planted(kind, bare, seed) as what:
+            faults = [check_file(bare), check_layout(bare)]
+            if not any(found.failed for found in faults):
+                assert check(bare, source).failed, what
+    assert clean == (signature(folder), signature(bare))
+
+
+def edited_record(folder, edit):
+    record = json.loads((folder / "conversion.json").read_text())
+    edit(record)
+    (folder / "conversion.json").write_text(json.dumps(record))
+
+
+KEY = "bert.encoder.layer.0.attention.self.key.weight"
+LIES = {
+    "dropped": (lambda record: record["dropped"].update({KEY: "not needed"}), "lost: conversion.json drops it"),
+    "renamed": (
+        lambda record: record["renamed"].update({KEY: KEY.replace("key", "query")}),
+        "conversion.json has it as",
+    ),
+    "changed": (lambda record: record["changed"].update({KEY: "fp16"}), "conversion.json says otherwise"),
+    "another method": (lambda record: record["options"].update({"positions": "interpolate"}), "two ways to extend it"),
+    "another seed length": (lambda record: record["positions"].update({"source_rows": 32}), "expected source_rows 64"),
+    "rounded": (lambda record: record["options"].update({"dtype": "fp16"}), "conversion.json says otherwise"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_record_that_lies_is_found(lie, damaged):
+    source, folder = damaged()
+    edit, sentence = LIES[lie]
+    edited_record(folder, edit)
+    found = check(folder, source)
+    assert found.failed
+    assert any(sentence in row["fault"] for row in found.details), found.details
+
+
+def test_a_tensor_from_nowhere_is_found(damaged):
+    source, folder = damaged()
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"extra": np.zeros(3, "f4")}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert check(folder, source).reason == "extra: nothing in the source stands behind it"
+
+
+def test_a_lost_tensor_is_found(damaged):
+    source, folder = damaged()
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["cls.predictions.transform.dense.bias"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert check(folder, source).reason.startswith("cls.predictions.transform.dense.bias: lost")
+
+
+def test_another_source_is_found(converted):
+    _, folder = converted()
+    other, _ = converted(seed=9)
+    assert check(folder, other).failed
+
+
+def test_another_config_of_the_source_is_found(converted, tmp_path):
+    source, folder = converted()
+    other = shutil.copytree(source, tmp_path / "source")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_attention_heads": 8}))
+    assert "num_attention_heads is 8, and in conversion.json 4" in check(folder, other).reason
+
+
+def test_a_changed_tokenizer_is_found(minilm, tmp_path):
+    folder = tmp_path / "out"
+    subprocess.run(
+        [sys.executable.replace("python", "bsa-convert"), minilm, folder, "--max-length", "1024"], check=True
+    )
+    assert check(folder, minilm).passed
+    (folder / "vocab.txt").write_text("nothing")
+    (folder / "tokenizer_config.json").unlink()
+    assert [row["fault"] for row in check(folder, minilm).details] == [
+        "tokenizer_config.json: lost: the source has it",
+        "vocab.txt: it is not the source's (copied)",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_plain_formula_of_rounding_is_torchs_and_sees_one_bit(dtype):
+    bits = torch.randint(-(2**31), 2**31 - 1, (200_000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    exact = bits.view(torch.float32)
+    exact = torch.cat([exact, exact.sign() * 2.0 ** (exact.abs().frac() * 40 - 20), torch.tensor([0.0, -0.0, 1.0])])
+    rounded = exact.to(dtype)
+    name = {torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    finite = (rounded.isfinite() | exact.isinf() | exact.isnan()).numpy()
+    source, found = bits_of(exact.numpy(), "F32"), bits_of(rounded.view(torch.int16).numpy(), name)
+    assert is_rounded(source, found, "F32", name)[finite].all()
+    wrong = found ^ found.dtype.type(1)
+    assert not is_rounded(source, wrong, "F32", name)[finite & exact.isfinite().numpy()].any()
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """A model of about 200 MB, compared in a process of its own."""
+    from converted_models import Case, make_source
+
+    from bsa_export.convert import Options, Source, convert
+
+    program = (
+        "import resource, sys; from pathlib import Path; from bsa_export.verify.folder import open_folder\n"
+        "from bsa_export.verify.weights import check_weights\n"
+        "assert check_weights(open_folder(Path(sys.argv[1])), Path(sys.argv[2])).passed and 'torch' not in sys.modules\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for copies in (1, 50):
+        folder = tmp_path / str(copies)
+        source = make_source(Case(), folder / "source")
+        tensors = load_file(source / "model.safetensors")
+        tensors |= {f"head.{i}": np.full(1 << 20, i, "f4") for i in range(copies)}
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        convert(Source(source), folder / "out", Options(max_length=256))
+        # A small process between: a child's first resident set is its parent's.
+        launcher = "import subprocess, sys; print(subprocess.check_output(sys.argv[1:], text=True))"
+        command = [sys.executable, "-c", launcher, sys.executable, "-c", program, str(folder / "out"), str(source)]
+        peaks.append(int(subprocess.check_output(command, text=True)) / 1024)
+    assert peaks[1] - peaks[0] < 30, peaks  # MiB
