@@ -1,0 +1,72 @@
+"""bsa-push: publish a converted model on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from bsa_export.cli import command, repository
+from bsa_export.errors import BsaError
+
+
+@command("bsa-push")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="ORG/NAME", callback=repository)
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option(
+    "--revision", metavar="BRANCH", help="Commit to this branch, made from main if it is not there.  [default: main]"
+)
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--message", metavar="TEXT", help="The commit's message.")
+@click.option("--unverified", is_flag=True, help="Push what bsa-verify did not pass; the model card says so.")
+@click.option("--dry-run", is_flag=True, help="Show what would go up, and stop.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+def main(folder, repo, private, revision, create_pr, message, unverified, dry_run, yes):
+    """Publish a converted model: FOLDER, made by bsa-convert and passed by bsa-verify, goes to ORG/NAME on the Hub.
+
+    Shows what goes up and asks. An interrupted push goes on when it is run again. The token comes from HF_TOKEN or from
+    hf auth login.
+    """
+    from bsa_export import hub
+
+    repo_id, at = repo
+    if at is not None:
+        raise click.BadParameter(f"name the branch with --revision {at}", param_hint="ORG/NAME")
+    plan = hub.plan(folder, repo_id, private=private, revision=revision, create_pr=create_pr, unverified=unverified)
+    click.echo(_shown(plan))
+    if dry_run:
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise BsaError("nobody is there to ask", hint="look at the list above, then add --yes")
+        click.confirm("Push this?", abort=True)
+    result = hub.upload(plan, message=message, progress=sys.stderr.isatty())
+    click.echo(f"{'Pushed to' if result.changed else 'Nothing had changed:'} {result.url}")
+    click.echo(f"commit  {result.commit}")
+    click.echo(f'load    bsa_export.load("{result.name}")')
+
+
+def _shown(plan) -> str:
+    """The plan, for a person."""
+    visibility = "private" if plan.private else "public"
+    state = "as it is" if plan.exists else "new"
+    place = "pull request against main" if plan.create_pr else f"branch {plan.branch}"
+    lines = [
+        f"{plan.repo_id} ({visibility}, {state}), {place}{' (new)' if plan.new_branch else ''}, as {plan.user}",
+        "",
+    ]
+    width = max(len(file.name) for file in plan.files)
+    for file in plan.files:
+        note = "" if file.name in plan.uploads else "  there already"
+        lines.append(f"  {file.name:{width}}  {file.bytes:>15,} bytes{note}")
+    lines += [f"  {name:{width}}  {'removed':>15}: of an earlier model" for name in plan.deletes]
+    lines += ["", f"{len(plan.uploads)} files, {plan.upload_bytes:,} bytes go up."]
+    if plan.left_out:
+        lines.append(f"Left out: {', '.join(plan.left_out[:10])}{' ...' if len(plan.left_out) > 10 else ''}.")
+    if plan.own_card:
+        lines.append("The model card is your own and is kept as it is.")
+    if plan.unverified:
+        lines.append(f"Not verified: {plan.unverified}.")
+    return "\n".join(lines)

@@ -1,0 +1,23 @@
+"""Publishing a converted folder on the Hugging Face Hub, and getting one.
+
+`push` (= `upload(plan(...))`), `pull`, and `fetch` for whatever is loaded by name. Nothing here needs torch. The token is the one
+that huggingface_hub finds, in the environment or in the stored login; it is shown to nobody.
+"""
+
+from bsa_export.hub.names import parse_repo
+from bsa_export.hub.pull import Fetched, PullResult, fetch, pull
+from bsa_export.hub.push import Plan, PlannedFile, PushResult, plan, push, upload
+
+__all__ = [
+    "Fetched",
+    "Plan",
+    "PlannedFile",
+    "PullResult",
+    "PushResult",
+    "fetch",
+    "parse_repo",
+    "plan",
+    "pull",
+    "push",
+    "upload",
+]

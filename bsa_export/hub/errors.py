@@ -1,0 +1,171 @@
+"""What can go wrong between here and the Hub, each in its own sentence."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from bsa_export.checkpoint.folder import plain_error
+from bsa_export.errors import BsaError, HubError
+
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
+# hf_xet tells of an HTTP status only in its text, as "... status client error (403 Forbidden) ...".
+STATUS_IN_TEXT = re.compile(r"\b(?:error|status)\b[^(]{0,40}\((4\d\d|5\d\d)\b")
+ERRNO = re.compile(r"\[Errno -?\d+\] ([\w ]+)")
+FULL = re.compile(r"storage|quota|exceed|payment|upgrade", re.IGNORECASE)
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status behind an exception of huggingface_hub or hf_xet, if an answer came at all."""
+    for cause in _causes(error):
+        if (response := getattr(cause, "response", None)) is not None:
+            return response.status_code
+        if isinstance(cause, (OSError, RuntimeError)) and (match := STATUS_IN_TEXT.search(str(cause))):
+            return int(match[1])
+    return None
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether another attempt may succeed: a server in trouble, or a connection that broke."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    status = status_of(error)
+    if status is not None:
+        return status in TRANSIENT
+    return not isinstance(error, OfflineModeIsEnabled) and any(_is_network(cause) for cause in _causes(error))
+
+
+def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushing: bool) -> BsaError | None:
+    """The error to raise for what huggingface_hub or hf_xet raised; None if it is not about the Hub, the way to it or the disk.
+
+    Args:
+        error: huggingface_hub before 1.0 raises exceptions of requests, later ones of httpx or httpx2; hf_xet builtin ones.
+        repo_id: what it was about.
+        revision: branch, tag or commit that was asked for.
+        pushing: whether something was to be written.
+    """
+    from huggingface_hub import constants, errors, get_token
+
+    endpoint, url = constants.ENDPOINT, f"{constants.ENDPOINT}/{repo_id}"
+    again = "run the same command again, it goes on where it stopped"
+    causes = list(_causes(error))
+
+    def is_a(*kinds: type) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if is_a(errors.OfflineModeIsEnabled):
+        return HubError("HF_HUB_OFFLINE is set, and this needs the Hub", where=repo_id, hint="unset it")
+    if is_a(errors.GatedRepoError):
+        return HubError(
+            "it is gated: its owners decide who may read it", where=repo_id, hint=f"ask for access at {url}, logged in"
+        )
+    if is_a(errors.DisabledRepoError):
+        return HubError("the Hub has disabled it", where=repo_id, hint=f"see {url}")
+    if is_a(errors.RevisionNotFoundError):
+        return HubError(
+            f"it has no revision {revision}", where=repo_id, hint=f"those there are listed at {url}/tree/main"
+        )
+    status, said = status_of(error), _said(causes)
+    if is_a(errors.RepositoryNotFoundError):
+        if get_token() is None:
+            return HubError(
+                "there is no such repository, or it is private and no token is set",
+                where=repo_id,
+                hint="look at its name; for a private one run hf auth login, or set HF_TOKEN",
+            )
+        return HubError(
+            "there is no such repository that this token may see",
+            where=repo_id,
+            hint="look at its name; to a private one its owner has to let you in",
+        )
+    if status == 401:
+        return HubError(
+            "the Hub does not accept this token; it may have expired or been revoked",
+            hint=f"make one at {endpoint}/settings/tokens, then set HF_TOKEN or run hf auth login",
+        )
+    if status in (402, 413, 507) or (status in (400, 403) and FULL.search(said)) or _batch_refusal(causes):
+        return HubError(
+            f"the Hub has no room for it{_quoted(said)}",
+            where=repo_id,
+            hint=f"see what fills {repo_id.split('/')[0]}'s storage at {endpoint}/settings/billing",
+        )
+    if status == 403 and pushing:
+        return HubError(
+            f"this token may not write there{_quoted(said)}",
+            where=repo_id,
+            hint=f"give it write access to the repository at {endpoint}/settings/tokens, or use another",
+        )
+    if status == 403:
+        return HubError(f"this token may not read it{_quoted(said)}", where=repo_id, hint=f"see {url}")
+    if status == 412:
+        return HubError(
+            f"somebody else committed to {revision} meanwhile",
+            where=repo_id,
+            hint=f"look at {url}/commits/{revision}, then push again",
+        )
+    if status == 429:
+        return HubError("the Hub asks for fewer requests", where=repo_id, hint=f"wait some minutes, then {again}")
+    if status is not None and status >= 500:
+        return HubError(f"the Hub is in trouble (HTTP {status})", where=repo_id, hint=f"wait, then {again}")
+    if status is not None:
+        return HubError(f"the Hub refuses this (HTTP {status}){_quoted(said)}", where=repo_id, hint=f"see {url}")
+    if any(_is_network(cause) for cause in causes):
+        return HubError(
+            f"{endpoint} cannot be reached, or the connection broke ({_reason(causes)})",
+            where=repo_id,
+            hint=f"look at the network, HF_ENDPOINT and the proxy, then {again}",
+        )
+    for cause in causes:
+        if isinstance(cause, OSError) and (cause.filename or cause.errno in (errno.ENOSPC, errno.EDQUOT)):
+            return plain_error(cause, Path(constants.HF_HUB_CACHE))
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _is_network(error: BaseException) -> bool:
+    """Whether a connection could not be made or broke. OSErrors of the disk are not meant."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    http = HfHubHTTPError.__mro__[1]  # HTTPError of requests, httpx or httpx2
+    family = http.__mro__[1] if issubclass(http, OSError) else http  # RequestException of requests
+    xet = isinstance(error, RuntimeError) and re.search(r"CAS|[Nn]etwork|[Rr]equest|[Rr]econstruct", str(error))
+    return isinstance(error, (ConnectionError, TimeoutError, LocalEntryNotFoundError, family)) or bool(xet)
+
+
+def _batch_refusal(causes: list[BaseException]) -> bool:
+    """Whether the large-file endpoint refused single files for want of room; huggingface_hub raises a ValueError then."""
+    return any(
+        isinstance(cause, ValueError) and "LFS batch" in str(cause) and FULL.search(str(cause)) for cause in causes
+    )
+
+
+def _said(causes: list[BaseException]) -> str:
+    """The server's own words."""
+    return next((words for cause in causes if (words := getattr(cause, "server_message", None))), "")
+
+
+def _quoted(said: str) -> str:
+    """The server's words in brackets, in one line, without what could be a token."""
+    from huggingface_hub import get_token
+
+    words = re.sub(r"\s+", " ", said)[:300]
+    words = re.sub(r"\bhf_\w+", "...", words)
+    if token := get_token():
+        words = words.replace(token, "...")
+    return f" ({words.rstrip('.')})" if words else ""
+
+
+def _reason(causes: list[BaseException]) -> str:
+    """The innermost reason in a few words: an address or a header could be in the rest of the text."""
+    for cause in reversed(causes):
+        if match := ERRNO.search(str(cause)):
+            return match[1].strip()
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(causes[-1]).__name__).lower()

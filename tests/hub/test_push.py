@@ -1,0 +1,368 @@
+"""What bsa-push puts on the Hub, what it leaves out, refuses, replaces and keeps."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pty
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from conftest import converted, digests, mark_verified
+from hub_server import READER, WRITER, First, Status
+
+from bsa_export import model_card
+
+
+def on_hub(hub, repo_id="alice/model", revision="main") -> dict[str, bytes]:
+    """The files of a repository, less what the Hub itself put there."""
+    files = hub.repos[repo_id].at(revision).files
+    return {path: hub.content(file) for path, file in files.items() if path != ".gitattributes"}
+
+
+def in_folder(folder) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in digests(folder)}
+
+
+def push(bsa, folder, *options, repo="alice/model", **kwargs):
+    return bsa.run("push", folder, repo, "--yes", *options, **kwargs)
+
+
+def test_everything_arrives_in_one_commit(bsa, hub, model):
+    ended = push(bsa, model, "--message", "A longer BERT")
+    assert (ended.code, ended.err) == (0, "")
+    assert on_hub(hub) == in_folder(model)
+    repo = hub.repos["alice/model"]
+    assert (repo.head.title, len(repo.commits)) == ("A longer BERT", 2)
+    assert f"Pushed to {hub.url}/alice/model\n" in ended.out
+    assert f"commit  {repo.head.id}\n" in ended.out
+    assert ended.out.endswith('load    bsa_export.load("alice/model")\n')
+
+
+def test_shards_arrive(bsa, hub, sharded):
+    assert push(bsa, sharded).code == 0
+    assert on_hub(hub) == in_folder(sharded)
+    assert sum(name.endswith(".safetensors") for name in on_hub(hub)) > 2
+
+
+def test_large_files_in_parts(bsa_lfs, hub, model):
+    hub.multipart = 10_000
+    assert push(bsa_lfs, model).code == 0
+    assert on_hub(hub) == in_folder(model)
+
+
+def test_pushing_twice_changes_nothing(bsa, hub, model):
+    first = push(bsa, model)
+    before = hub.repos["alice/model"].head.id
+    second = push(bsa, model)
+    assert second.code == first.code == 0
+    assert hub.repos["alice/model"].head.id == before
+    assert "0 files, 0 bytes go up." in second.out
+    assert f"Nothing had changed: {hub.url}/alice/model" in second.out
+
+
+def test_only_what_changed_goes_up(bsa, hub, model):
+    push(bsa, model)
+    (model / "vocab.txt").write_text("another\n")
+    mark_verified(model)
+    hub.log.clear()
+    ended = push(bsa, model)
+    assert ended.code == 0
+    assert on_hub(hub) == in_folder(model)
+    assert not [
+        request for origin, request, *_ in hub.log if origin == "storage" and request.startswith(("PUT", "POST"))
+    ]
+
+
+def test_the_plan_is_shown_first(bsa_lfs, hub, model):
+    (model / "training_args.bin").write_bytes(b"x")
+    shown = bsa_lfs.run("push", model, "alice/model", "--dry-run", "--private")
+    assert shown.code == 0
+    assert shown.out.startswith("alice/model (private, new), branch main, as alice\n")
+    assert f"{(model / 'model.safetensors').stat().st_size:,} bytes\n" in shown.out
+    assert "7 files, " in shown.out
+    assert "Left out: training_args.bin." in shown.out
+    assert not hub.repos
+    assert not [request for _, request, *_ in hub.log if not request.startswith(("GET", "HEAD"))]
+
+
+def test_nobody_to_ask(bsa_lfs, hub, model):
+    ended = bsa_lfs.run("push", model, "alice/model")
+    assert ended.code == 1
+    assert ended.err == "Error: nobody is there to ask; look at the list above, then add --yes\n"
+    assert not hub.repos
+
+
+def test_only_what_belongs_to_the_model_goes_up(bsa_lfs, hub, model):
+    extras = [
+        "training_args.bin",
+        "optimizer.pt",
+        "pytorch_model.bin",
+        ".env",
+        ".git/config",
+    ]
+    extras += [
+        "checkpoint-5/model.safetensors",
+        "run.py",
+        "pulled.json",
+        "model-00001-of-00002.safetensors",
+        "events.log",
+    ]
+    for name in extras:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(b"{}")
+    belongs = ["LICENSE", "layout.png", "1_Pooling/config.json"]
+    for name in belongs:
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(b"{}")
+    assert push(bsa_lfs, model, "--unverified").code == 0
+    names = set(on_hub(hub))
+    assert not names & set(extras)
+    assert set(belongs) <= names
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda folder: (folder / "verification.json").unlink(), "bsa-verify has not run on it"),
+        (lambda folder: mark_verified(folder, "failed"), "it failed bsa-verify (layer by layer)"),
+        (lambda folder: mark_verified(folder, "incomplete"), "bsa-verify could not tell whether it is right (verdict incomplete)"),
+        (lambda folder: (folder / "vocab.txt").write_text("x"), "vocab.txt changed since bsa-verify ran"),
+        (lambda folder: (folder / "vocab.txt").unlink(), None),
+        (lambda folder: mark_verified(folder, files={}), "bsa-verify did not see its config.json"),
+        (lambda folder: (folder / "verification.json").write_text("[]"), "its verification.json cannot be read"),
+    ],
+    ids=["never", "failed", "incomplete", "changed", "gone", "other files", "damaged"],
+)  # fmt: skip
+def test_what_is_not_verified_is_refused_unless_asked_for(bsa_lfs, hub, model, change, reason):
+    change(model)
+    before = in_folder(model)
+    refused = push(bsa_lfs, model)
+    assert (refused.code, hub.repos, in_folder(model)) == (1, {}, before)
+    if reason is None:
+        assert "expected the files of its conversion.json, found no vocab.txt; convert again" in refused.err
+        return
+    assert refused.err.startswith(f"Error: {model}: {reason}")
+    assert refused.err.endswith(f"run bsa-verify {model}, or push it with --unverified, which its card will say\n")
+
+    taken = push(bsa_lfs, model, "--unverified")
+    assert taken.code == 0
+    assert f"Not verified: {reason}" in taken.out
+    card = on_hub(hub)["README.md"].decode()
+    assert f"**Not verified.** Published with `--unverified`: {reason}" in card
+    assert "verification.json" not in on_hub(hub)
+
+
+def test_the_card_shows_the_verification(bsa_lfs, hub, model):
+    push(bsa_lfs, model)
+    card = on_hub(hub)["README.md"].decode()
+    assert "`bsa-verify` on cpu: **passed**." in card
+    assert "| layer by layer | passed | error 0.5 of 2 x plain PyTorch's |" in card
+    assert 'bsa_export.load("alice/model")' in card
+    assert model_card.metadata(model / "README.md") == {
+        "library_name": "transformers",
+        "license": "mit",
+        "pipeline_tag": "fill-mask",
+        "tags": ["bsa_export", "block-sparse-attention", "long-context", "bert"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "expected a finished conversion, found no such folder"),
+        (lambda folder: (folder / "conversion.json").unlink(), "expected a finished conversion, found no conversion.json"),
+        (lambda folder: (folder / "conversion.json").write_text("{"), "it cannot be read"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "found no model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}"), "is the download complete?"),
+    ],
+    ids=["no folder", "no record", "damaged record", "no weights", "damaged weights"],
+)  # fmt: skip
+def test_what_is_no_finished_conversion_is_refused_even_unverified(bsa_lfs, hub, model, damage, message):
+    damage(model)
+    ended = push(bsa_lfs, model, "--unverified")
+    assert ended.code == 1
+    assert message in ended.err and "Traceback" not in ended.err
+    assert not hub.repos and not hub.log
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("license: [", "README.md: expected YAML metadata between the two --- lines"),
+        ("tags: sparse", "README.md: expected a list of texts as tags in its metadata, found 'sparse'"),
+        ("pipeline_tag: [a]", "README.md: expected text as pipeline_tag in its metadata, found ['a']"),
+    ],
+)
+def test_a_card_that_the_hub_would_refuse_stops_a_push_before_it_begins(bsa_lfs, hub, model, metadata, message):
+    (model / "README.md").write_text(f"---\n{metadata}\n---\n# Mine\n")
+    ended = push(bsa_lfs, model)
+    assert ended.code == 1
+    assert message in ended.err
+    assert not hub.log
+
+
+def test_a_card_that_only_the_hub_refuses_stops_a_push_before_any_byte(bsa, hub, model):
+    hub.make_repo("alice/model")
+    hub.fault("POST /api/validate-yaml", Status(400, '"license" must be one of [...]'))
+    ended = push(bsa, model)
+    assert ended.code == 1
+    assert 'the Hub refuses this (HTTP 400) ("license" must be one of [...])' in ended.err or "license" in ended.err
+    assert not [request for origin, request, *_ in hub.log if origin == "storage"]
+    assert on_hub(hub) == {}
+
+
+# --- the card, and files of others
+
+
+def test_an_edited_card_is_kept(bsa_lfs, hub, model):
+    card = "---\nlicense: mit\n---\n# My own words\n"
+    (model / "README.md").write_text(card)
+    ended = push(bsa_lfs, model)
+    assert "The model card is your own and is kept as it is." in ended.out
+    assert on_hub(hub)["README.md"].decode() == (model / "README.md").read_text() == card
+
+
+def test_a_card_that_was_edited_on_the_hub_is_kept(bsa_lfs, hub, model):
+    push(bsa_lfs, model)
+    repo = hub.repos["alice/model"]
+    edited = hub.stored(on_hub(hub)["README.md"].replace(b"## Limits", b"## What to know"))
+    repo.commit("refs/heads/main", repo.head.files | {"README.md": edited}, "Edit")
+    local = (model / "README.md").read_text()
+    ended = push(bsa_lfs, model)
+    assert ended.code == 0 and "kept as it is" in ended.out
+    assert b"## What to know" in on_hub(hub)["README.md"]
+    assert (model / "README.md").read_text() == local
+
+
+def test_the_metadata_that_the_hub_starts_a_card_with_is_no_card(bsa_lfs, hub, model):
+    hub.make_repo("alice/model", {"README.md": b"---\nlicense: mit\n---\n"})
+    assert push(bsa_lfs, model).code == 0
+    assert on_hub(hub) == in_folder(model)
+
+
+def test_files_of_an_earlier_model_go_and_those_of_people_stay(bsa, hub, model, sharded):
+    mine = {"LICENSE": b"mine", "eval/results.json": b"{}", "pytorch_model.bin": b"old", "handler.py": b"pass"}
+    repo = hub.make_repo("alice/model", mine)
+    assert push(bsa, sharded).code == 0
+    ended = push(bsa, model)
+    assert ended.code == 0
+    assert "model-00001-of-" in ended.out and "removed: of an earlier model" in ended.out
+    assert on_hub(hub) == in_folder(model) | mine
+    assert repo is hub.repos["alice/model"]
+
+
+# --- where it goes
+
+
+def test_a_private_repository(bsa_lfs, hub, model):
+    assert push(bsa_lfs, model, "--private").code == 0
+    assert hub.repos["alice/model"].private
+    again = push(bsa_lfs, model)
+    assert again.out.startswith("alice/model (private, as it is)") and hub.repos["alice/model"].private
+
+
+def test_a_public_repository_does_not_become_private(bsa_lfs, hub, model):
+    hub.make_repo("alice/model")
+    ended = push(bsa_lfs, model, "--private")
+    assert ended.code == 1
+    assert "alice/model: it is public, and a push does not change that; make it private at" in ended.err
+    assert on_hub(hub) == {}
+
+
+def test_a_branch_is_made_from_main(bsa, hub, model):
+    hub.make_repo("alice/model", {"notes.txt": b"n"})
+    ended = push(bsa, model, "--revision", "longer")
+    assert "branch longer (new)" in ended.out
+    assert ended.out.endswith('load    bsa_export.load("alice/model@longer")\n')
+    assert on_hub(hub, revision="longer") == in_folder(model) | {"notes.txt": b"n"}
+    assert on_hub(hub) == {"notes.txt": b"n"}
+
+
+def test_a_branch_of_a_new_repository(bsa_lfs, hub, model):
+    assert push(bsa_lfs, model, "--revision", "longer").code == 0
+    assert on_hub(hub, revision="longer") == in_folder(model)
+    assert on_hub(hub) == {}
+
+
+def test_an_organisation(bsa_lfs, hub, model):
+    assert push(bsa_lfs, model, repo="alices-lab/model").code == 0
+    assert on_hub(hub, "alices-lab/model") == in_folder(model)
+
+
+def test_a_pull_request_to_a_foreign_repository(bsa, hub, model):
+    hub.make_repo("bob/model", {"notes.txt": b"n"})
+    ended = push(bsa, model, "--create-pr", repo="bob/model")
+    assert (ended.code, ended.err) == (0, "")
+    assert f"Pushed to {hub.url}/bob/model/discussions/1\n" in ended.out
+    assert ended.out.endswith('load    bsa_export.load("bob/model@refs/pr/1")\n')
+    assert on_hub(hub, "bob/model", "refs/pr/1") == in_folder(model) | {"notes.txt": b"n"}
+    assert on_hub(hub, "bob/model") == {"notes.txt": b"n"}
+
+
+@pytest.mark.parametrize("repo", ["model", "a/b/c", "alice/model@dev", "alice/..", "../model", "alice/model.bin"])
+def test_what_is_no_repository_is_wrong_usage(bsa_lfs, hub, model, repo):
+    ended = push(bsa_lfs, model, repo=repo)
+    assert ended.code == 2
+    assert ended.err.startswith("Usage: bsa-push")
+
+
+def test_a_read_only_folder(bsa_lfs, hub, model):
+    for path in model.iterdir():
+        path.chmod(0o444)
+    assert push(bsa_lfs, model).code == 0
+    assert set(on_hub(hub)) == set(in_folder(model))
+
+
+def test_a_folder_that_changes_meanwhile(bsa_lfs, hub, model):
+    hub.make_repo("alice/model")
+    hub.fault("POST .*/commit/", First(lambda: (model / "vocab.txt").write_text("later\n")))
+    ended = push(bsa_lfs, model)
+    assert ended.code == 1
+    assert "vocab.txt: it changed while it was being pushed; verify and push again" in ended.err
+
+
+def test_the_records_are_those_of_the_conversion(bsa_lfs, hub, model, finished):
+    push(bsa_lfs, model)
+    assert json.loads(on_hub(hub)["conversion.json"]) == json.loads((finished / "conversion.json").read_text())
+
+
+def test_who_may_only_read_can_propose(bsa_lfs, hub, model):
+    """A token that may only read is told so, though the Hub lets it open pull requests."""
+    ended = push(bsa_lfs, model, env={"HF_TOKEN": READER})
+    assert "the token of alice may only read" in ended.err
+
+
+def test_a_conversion_of_a_conversion(bsa_lfs, hub, tmp_path, finished):
+    """`converted` here is the real converter, so the whole way is walked once: dense, converted, pushed, compared."""
+    folder = mark_verified(converted(finished.parent / "dense", tmp_path / "longer", length=512))
+    assert push(bsa_lfs, folder).code == 0
+    assert on_hub(hub) == in_folder(folder)
+
+
+@pytest.mark.parametrize("answer", ["y", "n"])
+def test_a_person_is_asked_and_shown_progress(hub, model, tmp_path, answer):
+    hub.forget_objects()
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", "from bsa_export.cli.push import main; main()", str(model), "alice/model"]
+    with subprocess.Popen(command, env=env | {"HF_HUB_DISABLE_XET": "1"}, stdin=end, stdout=end, stderr=end) as process:
+        os.close(end)
+        os.write(terminal, answer.encode() + b"\n")
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal is gone when the process is
+            while piece := os.read(terminal, 4096):
+                shown += piece
+    os.close(terminal)
+    assert b"Push this? [y/N]: " in shown
+    assert process.returncode == (0 if answer == "y" else 1)
+    assert ("alice/model" in hub.repos) == (answer == "y")
+    assert (b"100%" in shown) == (answer == "y"), shown
