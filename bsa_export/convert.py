@@ -1,459 +1,25 @@
-"""A dense BERT checkpoint becomes a sparse-attention one: table in, table out; then folders.
-
-`plan` is the conversion, on a table and a config.json in memory. `convert` does it to a path: opens, plans, writes,
-records.
-"""
+"""A dense BERT checkpoint becomes a sparse-attention one, from path to folder: opens, plans, writes, records."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
 from bsa_export import __version__, model_card, sidecars
-from bsa_export.checkpoint.dtypes import cast, pieces, read
 from bsa_export.checkpoint.folder import CONVERSION_RECORD, AtomicFolder
-from bsa_export.checkpoint.source import open_checkpoint
-from bsa_export.checkpoint.table import Computed, Tensor, tied
+from bsa_export.checkpoint.source import WEIGHT_ENDINGS, open_checkpoint
 from bsa_export.checkpoint.writer import FileRecord, write_weights
-from bsa_export.errors import CheckpointError, FamilyError, SparsityError
-from bsa_export.families import (
-    BUFFER,
-    BUFFERS,
-    LAYOUT,
-    OTHER_BUFFER,
-    POSITIONS,
-    TOKEN_TYPES,
-    WORDS,
-    Family,
-    bert_config,
-    encoder_prefix,
-    find_family,
-    lost_head,
-    read_config,
-    reserved_rows,
-    written_name,
-    written_prefix,
-)
-from bsa_export.layout import LayoutFacts, attention_flops, check_layout, layout_facts, load_layouts
-from bsa_export.position import extend
-from bsa_export.sparsity import (
-    MODES,
-    CustomSparsityConfig,
-    SparsityConfig,
-    config_class_path,
-    make_layouts,
-    sparsity_config,
-    sparsity_config_from_class_path,
-    windowed_for,
-)
-from bsa_export.state_dict import compare, dense_spec, longest_input, sparse_spec
-
-DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-BLOCKS = (64, 32, 16)  # tried in this order where no block is named
-DEEPSPEED_LENGTH = 2048  # tokens of the master layout in DeepSpeed's BertSparseSelfAttention
-STORED_LAYOUT = re.compile(r"(.*encoder\.layer\.(\d+)\.attention\.self)\.sparse_self_attention\.master_layout")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user chooses about a conversion; the defaults are those of the bare command.
-
-    Attributes:
-        max_length: tokens that the new model reads, a multiple of the block; None keeps the source's.
-        mode: one of `sparsity.MODES`; None is `windowed`, or `custom` with a layout.
-        block: side of a block in tokens; None is 64, or 32 or 16 where 64 does not divide the length.
-        parameters: those of the mode's class, by name.
-        section: the `sparse_attention` section of a DeepSpeed config in the place of mode, block and parameters.
-        layout: a file of custom layouts (`layout.load_layouts`).
-        seed: of random blocks.
-        different_layout_per_layer: whether each layer draws its own random blocks.
-        positions: one of `position.METHODS`.
-        dtype: `keep`, or what floating tensors are rounded to: `fp32`, `fp16` or `bf16`.
-    """
-
-    max_length: int | None = None
-    mode: str | None = None
-    block: int | None = None
-    parameters: Mapping[str, object] = field(default_factory=dict)
-    section: Mapping[str, object] | None = None
-    layout: Path | None = None
-    seed: int = 0
-    different_layout_per_layer: bool = False
-    positions: str = "tile"
-    dtype: str = "keep"
-
-    @property
-    def chooses_sparsity(self) -> bool:
-        """Whether anything that decides layouts was given."""
-        given = (self.mode, self.block, self.section, self.layout)
-        return any(value is not None for value in given) or bool(self.parameters) or self.different_layout_per_layer
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a conversion does, name by name, before anything is written.
-
-    Attributes:
-        family: of the source.
-        tensors: what is written, in order.
-        config: content of the new config.json.
-        source_config: content of the source's.
-        source_length, max_length: tokens that the source and the new model read.
-        sparsity: the sparsity config; its layouts are `layouts`, uint8 `[heads, n, n]` one a layer.
-        renamed: source's name -> written name.
-        changed: written name -> what is done to its values.
-        added: written names that no source's tensor stands behind.
-        dropped: source's name -> why it is left out.
-        tied: source's name that is not written -> written name with the same bytes.
-        positions: method, reserved, source_rows and rows of the position embeddings; None where they stay.
-        notes: what a user should know, a sentence each.
-    """
-
-    family: Family
-    tensors: dict[str, Tensor]
-    config: dict
-    source_config: dict
-    source_length: int
-    max_length: int
-    sparsity: SparsityConfig
-    layouts: list[np.ndarray]
-    renamed: dict[str, str]
-    changed: dict[str, str]
-    added: list[str]
-    dropped: dict[str, str]
-    tied: dict[str, str]
-    positions: dict | None
-    notes: list[str]
-
-    @property
-    def copied(self) -> list[str]:
-        """The names written whose bytes are the source's."""
-        own = {*self.changed, *self.added}
-        return [name for name in self.tensors if name not in own]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors that are written."""
-        return sum(row.nbytes for row in self.tensors.values())
-
-    @cached_property
-    def facts(self) -> LayoutFacts:
-        """What the layouts mean for this model."""
-        return layout_facts(self.layouts, self.sparsity.block, self.source_length)
-
-    def attention_flops(self, density: float) -> float:
-        """Floating-point operations of one input of the longest length, in all attention layers."""
-        heads, layers = self.config["num_attention_heads"], self.config["num_hidden_layers"]
-        return attention_flops(density, self.max_length, self.config["hidden_size"] // heads, heads, layers)
-
-
-def plan(tensors: Mapping[str, Tensor], config: Mapping, options: Options = Options(), where: object = None) -> Plan:
-    """Works out the conversion of a table, dense or sparse already (then its layouts stay). Reads small tensors only.
-
-    Args:
-        tensors: the source's (`open_checkpoint(path).tensors`).
-        config: content of its config.json.
-        options: what the user chose.
-        where: the source, for messages.
-
-    Raises:
-        FamilyError: it is of no BERT family, or its tensors do not fit the config.
-        SparsityError: the sparsity or the length cannot be.
-    """
-    prefix = encoder_prefix(tensors)
-    position_name = f"{prefix}{POSITIONS}"
-    rows = tensors[position_name].shape[0] if position_name in tensors and tensors[position_name].shape else None
-    family = find_family(config, tensors, rows)
-    own_prefix = written_prefix(family, prefix)
-    new_config = bert_config(family, config)
-    notes = []
-    if head := lost_head(family, config):
-        notes.append(
-            f"BERT has no equal of the head of {head}: its tensors are kept, but only the encoder runs in transformers"
-        )
-
-    renamed, dropped, stored, written = {}, {}, {}, {}
-    for name, row in tensors.items():
-        inner = name.removeprefix(prefix) if name.startswith(prefix) else name
-        if inner in BUFFERS:
-            dropped[name] = BUFFER if _is_usual_buffer(inner, row) else OTHER_BUFFER
-            continue
-        if match := STORED_LAYOUT.fullmatch(name):
-            stored[int(match[2])] = name
-            continue
-        new = written_name(family, prefix, name)
-        if new in written:
-            raise FamilyError(f"two of its tensors would be written as {new}", where=where)
-        written[new] = row
-        if new != name:
-            renamed[name] = new
-    source_names = {new: old for old, new in renamed.items()}
-    ties = {
-        source_names.get(new, new): holder for new, holder in _ties(written, family, own_prefix, new_config).items()
-    }
-    for name in ties:
-        del written[renamed.get(name, name)]
-        renamed.pop(name, None)
-
-    added = []
-    if family.name == "distilbert" and f"{own_prefix}{TOKEN_TYPES}" not in written:
-        words = written.get(f"{own_prefix}{WORDS}")
-        if words is not None and len(words.shape) == 2:
-            added.append(f"{own_prefix}{TOKEN_TYPES}")
-            written[added[0]] = _zeros(words.dtype, (new_config["type_vocab_size"], words.shape[1]))
-    compare(written, dense_spec(family, new_config, own_prefix, where="config.json")).raise_if_any(where)
-    source_length = longest_input(family, new_config)
-    if source_length < 1:
-        raise FamilyError(
-            "expected more position rows than reserved ones", found=new_config["max_position_embeddings"], where=where
-        )
-
-    layers = new_config["num_hidden_layers"]
-    _refuse_more_layers(written, own_prefix, layers, where)
-    if stored or new_config.get("sparse_attention") is not None:
-        sparsity, layouts = _kept_sparsity(tensors, stored, new_config, source_length, options)
-        if not stored and getattr(sparsity, "num_random_blocks", 0):
-            notes.append(
-                "its layouts are not stored: random blocks are drawn anew, they are not those that it was trained with"
-            )
-    else:
-        sparsity, layouts = _chosen_sparsity(options, source_length, new_config["num_attention_heads"], layers)
-    max_length = layouts[0].shape[-1] * sparsity.block
-
-    reserved = reserved_rows(family, new_config)
-    positions_name = f"{own_prefix}{POSITIONS}"
-    positions = None
-    changed = {}
-    if max_length != source_length:
-        source_rows = written[positions_name].shape[0]
-        written[positions_name] = extend(
-            positions_name, written[positions_name], max_length, reserved, options.positions
-        )
-        method = options.positions if max_length > source_length else "tile"
-        positions = {"method": method, "reserved": reserved, "source_rows": source_rows, "rows": reserved + max_length}
-        changed[positions_name] = f"{source_rows} rows to {positions['rows']}, {method}"
-    if options.dtype != "keep":
-        for name, row in written.items():
-            narrowed = cast(name, row, DTYPES[options.dtype])
-            if narrowed is not row:
-                written[name] = narrowed
-                rule = f"{row.dtype} to {narrowed.dtype}"
-                changed[name] = f"{changed[name]}, {rule}" if name in changed else rule
-        new_config["dtype" if "dtype" in new_config else "torch_dtype"] = TORCH_NAMES[options.dtype]
-        changed = {name: rule for name, rule in changed.items() if name not in added}
-    for layer, layout in enumerate(layouts):
-        name = f"{own_prefix}{LAYOUT.format(layer)}"
-        written[name] = _layout_row(layout)
-        if layer in stored:
-            if stored[layer] != name:
-                renamed[stored[layer]] = name
-            changed[name] = "the stored layout as U8, one 0 or 1 for each block"
-        else:
-            added.append(name)
-
-    new_config["max_position_embeddings"] = reserved + max_length
-    new_config["sparse_config_cls"] = config_class_path(sparsity)
-    new_config["sparse_attention"] = sparsity.to_parameters()
-    compare(written, sparse_spec(family, new_config, own_prefix)).raise_if_any(where)
-    return Plan(
-        family=family,
-        tensors=dict(sorted(written.items(), key=lambda item: _natural(item[0]))),
-        config=new_config,
-        source_config=dict(config),
-        source_length=source_length,
-        max_length=max_length,
-        sparsity=sparsity,
-        layouts=layouts,
-        renamed=renamed,
-        changed=changed,
-        added=added,
-        dropped=dropped,
-        tied=ties,
-        positions=positions,
-        notes=notes,
-    )
-
-
-def _refuse_more_layers(names: Iterable[str], prefix: str, layers: int, where: object) -> None:
-    """Raises FamilyError for tensors of layers that the config.json does not have: they would never be used."""
-    layer = re.compile(re.escape(prefix) + r"encoder\.layer\.(\d+)\.")
-    more = [name for name in names if (match := layer.match(name)) and int(match[1]) >= layers]
-    if more:
-        raise FamilyError(
-            f"expected tensors of {layers} layers, which is num_hidden_layers of config.json",
-            found=f"{more[0]}" + (f" and {len(more) - 1} more" if len(more) > 1 else ""),
-            where=where,
-            hint="is this config.json from the same model?",
-        )
-
-
-def buffer_values(inner: str, rows: int) -> np.ndarray:
-    """What a model makes of one of BUFFERS: int64 `[1, rows]`, the positions in order or zeros."""
-    return (np.arange(rows) if inner.endswith("position_ids") else np.zeros(rows)).astype("<i8")[None]
-
-
-def _is_usual_buffer(inner: str, row: Tensor) -> bool:
-    return (
-        row.dtype == "I64" and row.shape[:1] == (1,) and np.array_equal(read(row), buffer_values(inner, row.shape[-1]))
-    )
-
-
-def _natural(name: str) -> list:
-    """Sorts layer 2 before layer 10, so that the order does not depend on how the source was stored."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def _ties(written: Mapping[str, Tensor], family: Family, prefix: str, config: Mapping) -> dict[str, str]:
-    """Written names of a head that transformers ties to another, where they hold the same bytes: name -> the other.
-
-    Shared storage tells; where a format or a shard forced a copy, the bytes do, unless the config says that nothing is
-    tied.
-    """
-    shared = tied(written)
-    ties = {}
-    for name, holder in family.tied.items():
-        holder = f"{prefix}{holder[1:]}" if holder.startswith(".") else holder
-        if name not in written or holder not in written:
-            continue
-        share = shared.get(name, name) == shared.get(holder, holder)
-        if share or (config.get("tie_word_embeddings", True) and _same_bytes(written[name], written[holder])):
-            ties[name] = holder
-    return ties
-
-
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return all(bytes(a) == bytes(b) for a, b in zip(pieces(one), pieces(other), strict=True))
-
-
-def _zeros(dtype: str, shape: tuple[int, ...]) -> Tensor:
-    row = Tensor(dtype, shape, Computed(lambda: iter(())))
-    return Tensor(dtype, shape, Computed(lambda: iter([bytes(row.nbytes)])))
-
-
-def _layout_row(layout: np.ndarray) -> Tensor:
-    return Tensor("U8", layout.shape, Computed(lambda: iter([memoryview(np.ascontiguousarray(layout).reshape(-1))])))
-
-
-def _chosen_sparsity(
-    options: Options, source_length: int, heads: int, layers: int
-) -> tuple[SparsityConfig, list[np.ndarray]]:
-    """The sparsity config that the options describe, and its layouts."""
-    length = options.max_length or source_length
-    if options.section is not None:
-        config = sparsity_config(dict(options.section), heads)
-        if config.mode == "custom" and options.layout is None:
-            raise SparsityError(
-                "a custom layout comes from a file", where="sparse_attention: mode", hint="--layout names it"
-            )
-    else:
-        block = options.block or next((block for block in BLOCKS if length % block == 0), BLOCKS[0])
-        mode = options.mode or ("custom" if options.layout else "windowed")
-        if mode == "windowed":
-            config = windowed_for(source_length, heads, block)
-            config = replace(config, **options.parameters)
-        else:
-            config = MODES[mode](num_heads=heads, block=block, **options.parameters)
-    if (config.mode == "custom") != (options.layout is not None):
-        raise SparsityError(
-            "a layout file goes with the mode custom, and that mode with a layout file",
-            found=f"mode {config.mode}",
-            where="--layout",
-        )
-    if length % config.block:
-        below, above = length - length % config.block, length - length % config.block + config.block
-        choices = " or ".join(f"{choice:,}" for choice in (below, above) if choice)
-        raise SparsityError(
-            f"expected a length in whole blocks of {config.block} tokens",
-            found=f"{length:,}",
-            where="--max-length",
-            hint=f"choose {choices}",
-        )
-    if options.layout is not None:
-        return config, load_layouts(options.layout, layers, heads, length // config.block)
-    if options.different_layout_per_layer and not getattr(config, "num_random_blocks", 0):
-        raise SparsityError(
-            "layers differ only in random blocks",
-            found=f"{config.mode} without any",
-            where="--different-layout-per-layer",
-        )
-    layouts = make_layouts(config, length, layers, options.seed, options.different_layout_per_layer)
-    for layout in {id(layout): layout for layout in layouts}.values():
-        check_layout(layout, f"{config.mode} at {length:,} tokens")
-    return config, layouts
-
-
-def _kept_sparsity(
-    tensors: Mapping[str, Tensor], stored: Mapping[int, str], config: dict, source_length: int, options: Options
-) -> tuple[SparsityConfig, list[np.ndarray]]:
-    """The sparsity config and layouts of a source that is sparse already: as stored, else as configured."""
-    if options.chooses_sparsity or options.max_length not in (None, source_length):
-        raise SparsityError(
-            "the source is sparse already, and its layouts are kept",
-            where="source",
-            hint="leave the options for sparsity and length out, or convert it with --to-dense first",
-        )
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    section = config.get("sparse_attention") or {}
-    if not stored:
-        sparsity = _configured_sparsity(config, section, heads)
-        length = source_length - source_length % sparsity.block
-        return sparsity, make_layouts(sparsity, length, layers, options.seed)
-    if sorted(stored) != list(range(layers)):
-        raise SparsityError(
-            f"expected a stored layout for each of {layers} layers", found=f"layers {sorted(stored)}", where="source"
-        )
-    arrays = [read(tensors[stored[layer]]) for layer in range(layers)]
-    for layer, array in enumerate(arrays):
-        check_layout(array, stored[layer])
-        if array.shape != (heads, *arrays[0].shape[1:]):
-            raise SparsityError(
-                f"expected [{heads}, {arrays[0].shape[1]}, {arrays[0].shape[1]}]",
-                found=list(array.shape),
-                where=stored[layer],
-            )
-    n = arrays[0].shape[1]
-    try:
-        sparsity = _configured_sparsity(config, section, heads)
-    except SparsityError:
-        sparsity = CustomSparsityConfig(heads, section.get("block") or _block_of(n, source_length))
-    # Positions and layout may have been made for different lengths: the model reads what both cover.
-    n = min(n, source_length // sparsity.block)
-    if n < 1:
-        raise SparsityError(
-            f"expected at least a block of {sparsity.block} tokens", found=f"{source_length} positions", where="source"
-        )
-    same = {array.tobytes(): np.ascontiguousarray(array[:, :n, :n], np.uint8) for array in arrays}
-    return sparsity, [same[array.tobytes()] for array in arrays]
-
-
-def _configured_sparsity(config: Mapping, section: Mapping, heads: int) -> SparsityConfig:
-    path = config.get("sparse_config_cls")
-    return sparsity_config_from_class_path(path, section, heads) if path else sparsity_config(section, heads)
-
-
-def _block_of(blocks: int, source_length: int) -> int:
-    """The block of a stored layout that no config describes: by the positions, else by DeepSpeed's own length."""
-    for length in (source_length, DEEPSPEED_LENGTH):
-        if length % blocks == 0 and length // blocks in (16, 32, 64, 128):
-            return length // blocks
-    raise SparsityError(
-        f"its layouts have {blocks} blocks a row, and no config tells the tokens of a block",
-        where="source",
-        hint='add "sparse_attention": {"block": ...} to config.json',
-    )
+from bsa_export.errors import CheckpointError
+from bsa_export.families import read_config
+from bsa_export.plan import BARE, Options, Plan, plan
 
 
 @dataclass(frozen=True)
@@ -476,9 +42,8 @@ def find_source(text: str, progress: bool = False) -> Source:
         return Source(Path(text))
     from bsa_export import hub
 
-    if (named := hub.parse_repo(text)) is None or text.endswith(
-        tuple([".bin", ".pt", ".pth", ".safetensors", ".json", ".ckpt"])
-    ):
+    is_local = text.endswith((*WEIGHT_ENDINGS, ".json")) or Path(text).parts[:1] in ((part,) for part in os.listdir())
+    if is_local or (named := hub.parse_repo(text)) is None:
         raise CheckpointError(
             "expected a file, a folder, or a repository as org/name", found="nothing of that name", where=text
         )
@@ -490,7 +55,8 @@ def plan_source(source: Source, options: Options, config_path: Path | None = Non
     """Opens a source and plans its conversion. Returns the checkpoint and the plan."""
     checkpoint = open_checkpoint(source.path)
     config = read_config(config_path or checkpoint.folder / "config.json")
-    return checkpoint, plan(checkpoint.tensors, config, options, where=source.path)
+    planned = plan(checkpoint.tensors, config, options, where=source.path)
+    return checkpoint, replace(planned, skipped=dict(checkpoint.skipped))
 
 
 @dataclass(frozen=True)
@@ -505,7 +71,7 @@ class Converted:
 def convert(
     source: Source,
     target: Path,
-    options: Options = Options(),
+    options: Options = BARE,
     *,
     config_path: Path | None = None,
     max_shard_size: int | None = None,
@@ -530,7 +96,8 @@ def convert(
     folder = AtomicFolder(target, overwrite=overwrite)
     folder.refuse_target()
     checkpoint, planned = plan_source(source, options, config_path)
-    if folder.target in (checkpoint.folder.resolve(), *checkpoint.folder.resolve().parents):
+    read = [path.resolve() for path in (checkpoint.folder, *checkpoint.files)]
+    if any(folder.target in (path, *path.parents) for path in read):
         raise CheckpointError("the target would replace the source", where=target, hint="choose another folder")
     with folder as staging:
         records = write_weights(staging, planned.tensors, max_shard_size=max_shard_size, progress=progress)
@@ -543,7 +110,7 @@ def convert(
                 records[name] = _file_record(path)
         record = conversion_record(planned, source, checkpoint.files, options, records)
         write_json(staging / CONVERSION_RECORD, record)
-        model_card.write(staging, repo=Path(target).resolve().name)
+        model_card.write(staging, repo=_text(Path(target).resolve().name))
     return Converted(planned, record, time.perf_counter() - started)
 
 
@@ -558,11 +125,11 @@ def conversion_record(
         "bsa_export": __version__,
         "family": planned.family.name,
         "source": {
-            "path": source.path.resolve().name,
+            "path": _text(source.path.resolve().name),
             "repo": source.repo,
             "revision": source.revision,
             "license": model_card.source_license(source_files[0].parent),
-            "files": {path.name: {"bytes": path.stat().st_size, "sha256": None} for path in source_files},
+            "files": {_text(path.name): {"bytes": path.stat().st_size, "sha256": None} for path in source_files},
             "config": planned.source_config,
         },
         "options": chosen,
@@ -577,10 +144,18 @@ def conversion_record(
         "dropped": planned.dropped,
         "tied": planned.tied,
         "positions": planned.positions,
+        "sparse_source": planned.sparse_source,
+        "skipped": planned.skipped,
+        "notes": planned.notes,
         "not_finite": {name: what for file in files.values() for name, what in file.not_finite.items()},
         "files": {name: _file_entry(file) for name, file in files.items()},
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
     }
+
+
+def _text(name: str) -> str:
+    """A file's name as text, whatever bytes it has."""
+    return name.encode("utf-8", "replace").decode()
 
 
 def write_json(path: Path, content: Mapping) -> None:

@@ -42,12 +42,14 @@ class Family:
 
     Attributes:
         name: `model_type` in config.json.
+        classes: how the names of its classes in transformers begin.
         prefix: the attribute that holds the encoder in a model with a head, `bert` in `bert.embeddings...`.
         reserves: whether position rows up to that of the padding token are no positions (RoBERTa's fairseq heritage).
         tied: names of a head -> the name that they share their bytes with; one that starts with a dot is the encoder's.
     """
 
     name: str
+    classes: str
     prefix: str
     reserves: bool
     tied: Mapping[str, str]
@@ -58,14 +60,14 @@ _ROBERTA_HEAD = {"lm_head.decoder.weight": f".{WORDS}", "lm_head.decoder.bias": 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("bert", "bert", False, _BERT_HEAD),
-        Family("roberta", "roberta", True, _ROBERTA_HEAD),
-        Family("xlm-roberta", "roberta", True, _ROBERTA_HEAD),
-        Family("camembert", "roberta", True, _ROBERTA_HEAD),
-        Family("electra", "electra", False, {"generator_lm_head.weight": f".{WORDS}"}),
-        Family("ernie", "ernie", False, _BERT_HEAD),
-        Family("data2vec-text", "data2vec_text", True, _ROBERTA_HEAD),
-        Family("distilbert", "distilbert", False, _BERT_HEAD),
+        Family("bert", "Bert", "bert", False, _BERT_HEAD),
+        Family("roberta", "Roberta", "roberta", True, _ROBERTA_HEAD),
+        Family("xlm-roberta", "XLMRoberta", "roberta", True, _ROBERTA_HEAD),
+        Family("camembert", "Camembert", "roberta", True, _ROBERTA_HEAD),
+        Family("electra", "Electra", "electra", False, {"generator_lm_head.weight": f".{WORDS}"}),
+        Family("ernie", "Ernie", "ernie", False, _BERT_HEAD),
+        Family("data2vec-text", "Data2VecText", "data2vec_text", True, _ROBERTA_HEAD),
+        Family("distilbert", "DistilBert", "distilbert", False, _BERT_HEAD),
     )
 }
 
@@ -161,7 +163,7 @@ def encoder_prefix(names: Collection[str]) -> str:
 
 
 def find_family(config: Mapping, names: Collection[str], position_rows: int | None = None) -> Family:
-    """The family of a checkpoint: by `model_type`; without one by the names of its tensors.
+    """The family of a checkpoint: by `model_type`; without one by the class in `architectures`, or the names of its tensors.
 
     Args:
         config: content of config.json.
@@ -183,8 +185,10 @@ def find_family(config: Mapping, names: Collection[str], position_rows: int | No
     by_prefix = next(
         (family for family in FAMILIES.values() if family.prefix == prefix.rstrip(".").rpartition(".")[2]), None
     )
-    if by_prefix:
-        family = by_prefix
+    classes = str(next(iter(config.get("architectures") or ()), ""))
+    by_class = next((family for family in FAMILIES.values() if classes.startswith(family.classes)), None)
+    if by_prefix or by_class:
+        family = by_prefix or by_class
     elif any(name.startswith("transformer.layer.") for name in inner):
         family = FAMILIES["distilbert"]
     elif any(name.startswith("embeddings_project.") for name in inner):
@@ -213,24 +217,32 @@ def _refuse_other_encoders(inner: Collection[str], family: Family) -> None:
 
 
 def written_prefix(family: Family, prefix: str) -> str:
-    """The encoder's prefix in what is written: DistilBERT's becomes BERT's."""
-    return re.sub(r"distilbert\.$", "bert.", prefix) if family.name == "distilbert" else prefix
+    """The encoder's prefix in what is written: the family's own, whatever a wrapper made of it; DistilBERT's becomes BERT's."""
+    if not prefix:
+        return ""
+    return "bert." if family.name == "distilbert" else f"{family.prefix}."
 
 
 def written_name(family: Family, prefix: str, name: str) -> str:
-    """The name under which a source's tensor is written; `prefix` is the encoder's."""
+    """The name under which a source's tensor is written; `prefix` is the encoder's.
+
+    What a wrapper put before the family's own prefix, such as Lightning's `model.` in `model.bert.`, goes from every name.
+    """
     for found, written in _EVERY_FAMILY:
         name = re.sub(f"^{found}$", written, name)
-    if family.name != "distilbert":
-        return name
-    inner = name.removeprefix(prefix) if name.startswith(prefix) else None
-    for found, written in _DISTILBERT_ENCODER if inner else ():
+    own = f"{family.prefix}."
+    if prefix and name.startswith(prefix):
+        inner = name.removeprefix(prefix)
+    else:
+        inner = None if prefix else name
+        name = name.removeprefix(prefix.removesuffix(own) if prefix.endswith(f".{own}") else "")
+    for found, written in _DISTILBERT_ENCODER if family.name == "distilbert" and inner else ():
         if match := re.fullmatch(found, inner):
             return written_prefix(family, prefix) + match.expand(written)
-    for found, written in _DISTILBERT_HEAD:
+    for found, written in _DISTILBERT_HEAD if family.name == "distilbert" else ():
         if match := re.fullmatch(found, name):
             return match.expand(written)
-    return name
+    return written_prefix(family, prefix) + inner if prefix and inner is not None else name
 
 
 def reserved_rows(family: Family, config: Mapping) -> int:

@@ -97,6 +97,7 @@ class LayoutFacts:
             not count, unless all are; a block with both next to a sliding window counts to that.
         far_share: share of the kept blocks that lie outside that stretch and hold keys at `source_length` or farther,
             where the dense model never looked: those of global and random blocks.
+        interpolated: whether positions are interpolated in the place of tiled, so that no input meets those it knows.
     """
 
     block: int
@@ -106,25 +107,28 @@ class LayoutFacts:
     kept_share: float
     reach: int
     far_share: float
+    interpolated: bool = False
 
     @property
     def short_inputs_differ(self) -> bool:
         """Whether inputs that the dense model can read give other outputs than there."""
-        return self.kept_share < 1
+        return self.interpolated or self.kept_share < 1
 
     @property
     def repeats_positions(self) -> bool:
         """Whether the local reach includes a key that has the query's own tiled position."""
-        return self.reach >= self.source_length
+        return not self.interpolated and self.reach >= self.source_length
 
     @property
     def needs_training(self) -> bool:
         """Whether the model has to be trained on before it is about as good as the dense one: blocks are missing that it
-        knows, or there are keys farther than it knows."""
+        knows, or positions are others, or there are keys farther than it knows."""
         return self.short_inputs_differ or self.repeats_positions or self.far_share > 0
 
 
-def layout_facts(layouts: Sequence[np.ndarray], block: int, source_length: int) -> LayoutFacts:
+def layout_facts(
+    layouts: Sequence[np.ndarray], block: int, source_length: int, interpolated: bool = False
+) -> LayoutFacts:
     """Computes the facts of the layouts `[heads, n, n]` of all layers, whichever mode or file they come from."""
     n = layouts[0].shape[-1]
     heads = distinct_heads(layouts)
@@ -144,6 +148,7 @@ def layout_facts(layouts: Sequence[np.ndarray], block: int, source_length: int) 
         kept_share=float(kept_within / total),
         reach=max(stretch * block - 1, 0),
         far_share=float(far / max(kept, 1)),
+        interpolated=interpolated,
     )
 
 

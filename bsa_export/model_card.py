@@ -14,7 +14,8 @@ import numpy as np
 
 from bsa_export.checkpoint.source import open_checkpoint
 from bsa_export.errors import CheckpointError
-from bsa_export.layout import LayoutFacts, distinct_heads, layout_facts
+from bsa_export.layout import LayoutFacts, distinct_heads, layout_facts, layout_hash
+from bsa_export.plan import is_interpolated
 
 FILE_NAME = "README.md"
 # The pipeline that the Hub offers for a head of transformers, and the class that loads it.
@@ -72,7 +73,12 @@ def complete(folder: Path, repo: str | None = None, unverified: str | None = Non
         conversion,
         verification,
         config,
-        facts=layout_facts(_stored_layouts(folder), config["sparse_attention"]["block"], conversion["source_length"]),
+        facts=layout_facts(
+            _stored_layouts(folder),
+            config["sparse_attention"]["block"],
+            conversion["source_length"],
+            is_interpolated(conversion["positions"]),
+        ),
         repo=repo or folder.resolve().name,
         picture=next((name for name in PICTURES if (folder / name).is_file()), None),
         unverified=unverified,
@@ -300,8 +306,15 @@ def _limits(conversion: dict, facts: LayoutFacts | None) -> str:
     lines = [
         "The conversion trained nothing, and no task was measured on this model: measure your own before you rely on it."
     ]
-    if facts:
-        if facts.short_inputs_differ:
+    lines += [f"{_cell(note)}." for note in conversion.get("notes", ())]
+    for name, what in conversion.get("not_finite", {}).items():
+        lines.append(f"`{_cell(name)}` holds {what} values, as in the source.")
+    if conversion.get("sparse_source"):
+        lines.append("Its source was sparse already: the layouts are those that it was trained with.")
+    elif facts:
+        if facts.interpolated:
+            lines.append("Its positions are interpolated, so short inputs too give other outputs than the source does.")
+        elif facts.short_inputs_differ:
             lines.append(
                 f"Within the first {source_length:,} tokens {facts.kept_share:.1%} of the blocks are kept, so short inputs give other outputs than the source does."
             )
@@ -341,11 +354,11 @@ def _versions(conversion: dict, verification: dict | None) -> str:
 
 def _stored_layouts(folder: Path) -> list[np.ndarray]:
     """The layouts of all layers as they lie in the folder's weights."""
-    layouts = [
-        np.fromfile(row.data.path, np.uint8, row.nbytes, offset=row.data.offset).reshape(row.shape)
-        for name, row in open_checkpoint(folder).tensors.items()
-        if name.endswith("master_layout")
-    ]
+    layouts, seen = [], {}
+    for name, row in open_checkpoint(folder).tensors.items():
+        if name.endswith("master_layout"):
+            layout = np.fromfile(row.data.path, np.uint8, row.nbytes, offset=row.data.offset).reshape(row.shape)
+            layouts.append(seen.setdefault(layout_hash(layout), layout))  # equal layers share one array
     if not layouts:
         raise CheckpointError("expected stored layouts in its weights", found="none", where=folder)
     return layouts

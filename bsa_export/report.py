@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from bsa_export.convert import Converted, Plan
+    from bsa_export.convert import Converted
+    from bsa_export.plan import Plan
 
 Lines = list[tuple[str, str]]
 
@@ -26,6 +28,8 @@ MAX_HEADS = 24
 MAX_NAMES = 8
 POSITION_WORDS = {"tile": "tiled", "interpolate": "interpolated"}
 COLUMNS = 4
+PICTURES = (".png", ".svg", ".pdf")
+NO_MATPLOTLIB = 'pip install "bsa_export[plot]"'
 # A picture of more blocks than LONG is joined by one of its first DETAIL blocks.
 LONG, DETAIL = 128, 64
 
@@ -116,7 +120,10 @@ def plan_facts(planned: Plan) -> Lines:
         *meaning(planned),
         *(("note", note) for note in planned.notes),
     ]
-    if not grown:
+    if planned.skipped:
+        (name, why), *others = planned.skipped.items()
+        lines.append(("skipped", f"{name}: {why}" + (f"; and {len(others)} more" if others else "")))
+    if not grown and not planned.sparse_source:
         lines.append(
             ("longer", f"--max-length {8 * planned.source_length} lets it read {8 * planned.source_length:,} tokens")
         )
@@ -125,15 +132,22 @@ def plan_facts(planned: Plan) -> Lines:
 
 def meaning(planned: Plan) -> Lines:
     """What the layouts mean for outputs: for short inputs, for repeated positions, for training."""
+    if planned.sparse_source:
+        stored = any(row.startswith("the stored layout") for row in planned.changed.values())
+        return [("layouts", "the source's own, as stored" if stored else "made again from the source's config.json")]
     facts = planned.facts
     length = f"{min(facts.source_length, facts.seq_len):,} tokens"
-    if facts.short_inputs_differ:
+    if facts.interpolated:
+        short = "other outputs than the source's: no position is one that it knows"
+    elif facts.short_inputs_differ:
         short = f"other outputs than the source's: {facts.kept_share:.1%} of the blocks within {length} are kept"
     else:
         short = f"the source's outputs: every block within {length} is kept"
     lines = [("short inputs", short)]
     if planned.max_length > planned.source_length:
-        if facts.repeats_positions:
+        if facts.interpolated:
+            reach = f"a token sees others up to {facts.reach:,} tokens away"
+        elif facts.repeats_positions:
             reach = f"a token sees others {facts.reach:,} tokens away, where positions repeat"
         else:
             reach = f"a token sees others up to {facts.reach:,} tokens away, fewer than repeat a position"
@@ -167,6 +181,8 @@ def plan_content(planned: Plan) -> dict:
         "dropped": planned.dropped,
         "tied": planned.tied,
         "positions": planned.positions,
+        "sparse_source": planned.sparse_source,
+        "skipped": planned.skipped,
         "notes": planned.notes,
     }
 
@@ -195,10 +211,8 @@ def plot_layouts(
         BsaError: matplotlib is absent, it cannot write such a file, or the file cannot be written.
     """
     path = Path(path)
+    check_picture(path)
     figure = layout_figure(layouts, block, title, source_length)
-    formats = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:] not in formats:
-        raise BsaError("expected a picture ending in .png, .svg or .pdf", found=repr(path.name), where="plot")
     image = io.BytesIO()
     figure.savefig(image, format=path.suffix[1:])
     beside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -210,13 +224,23 @@ def plot_layouts(
         raise BsaError("cannot be written", found=error.strerror, where=path) from error
 
 
+def check_picture(path: Path) -> None:
+    """Raises BsaError where `plot_layouts` could not draw into that file, before anything is computed for it."""
+    if path.suffix not in PICTURES:
+        raise BsaError("expected a picture ending in .png, .svg or .pdf", found=repr(path.name), where="plot")
+    if not path.absolute().parent.is_dir():
+        raise BsaError("there is no such folder", where=path.absolute().parent)
+    if find_spec("matplotlib") is None:
+        raise BsaError("pictures need matplotlib", hint=NO_MATPLOTLIB)
+
+
 def layout_figure(layouts: Sequence[np.ndarray], block: int, title: str, source_length: int | None = None) -> Figure:
     """The figure that `plot_layouts` saves, with at most `MAX_HEADS` distinct layouts; the title tells of the rest."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise BsaError("pictures need matplotlib", hint='pip install "bsa_export[plot]"') from error
+        raise BsaError("pictures need matplotlib", hint=NO_MATPLOTLIB) from error
 
     n = layouts[0].shape[-1]
     heads = distinct_heads(layouts)

@@ -25,6 +25,7 @@ from bsa_export.layout import check_layout
 from bsa_export.patterns import add_global, add_random, aligned_windows, causal, sliding_window
 
 ATTENTION = ("bidirectional", "unidirectional")
+MAX_BLOCKS = 16384  # of a sequence: a head's layout takes the square of that in bytes
 
 
 def _count(default: int, minimum: int = 0):
@@ -143,6 +144,9 @@ class SparsityConfig:
         if seq_len < 1 or seq_len % self.block:
             message = f"expected a length that is a multiple of block {self.block}"
             raise SparsityError(message, found=seq_len, where=self.mode)
+        if seq_len > MAX_BLOCKS * self.block:
+            message = f"expected at most {MAX_BLOCKS * self.block:,} tokens in blocks of {self.block}"
+            raise SparsityError(message, found=f"{seq_len:,}", where=self.mode, hint="choose larger blocks")
         return seq_len // self.block
 
     def _patterns(self, n: int) -> list[np.ndarray]:

@@ -52,6 +52,8 @@ class Misfits:
         if self.mismatched:
             (name, (expected, found)), *others = self.mismatched.items()
             more = f", and {len(others)} more do not fit" if others else ""
+            if name.endswith(POSITIONS) and not others:
+                hint = "if its length was changed before, state its rows as max_position_embeddings"
             raise FamilyError(
                 f"{name}: expected {expected} from config.json", found=f"{found}{more}", where=where, hint=hint
             )

@@ -16,7 +16,7 @@ from bsa_export.checkpoint.folder import CONVERSION_RECORD, AtomicFolder
 from bsa_export.checkpoint.source import open_checkpoint
 from bsa_export.checkpoint.table import Computed, FileRange, Tensor
 from bsa_export.checkpoint.writer import write_weights
-from bsa_export.convert import STORED_LAYOUT, buffer_values, write_json
+from bsa_export.convert import write_json
 from bsa_export.errors import CheckpointError, FamilyError
 from bsa_export.families import (
     BUFFER,
@@ -28,6 +28,7 @@ from bsa_export.families import (
     read_config,
     reserved_rows,
 )
+from bsa_export.plan import STORED_LAYOUT, buffer_values
 from bsa_export.state_dict import longest_input, model_fields
 
 SPARSE_FIELDS = ("sparse_config_cls", "sparse_attention")
@@ -188,7 +189,8 @@ def to_dense(
         checkpoint.check_unchanged()
         write_json(staging / "config.json", dense.config)
         longest = config["max_position_embeddings"] - reserved_rows(find_family(config, checkpoint.tensors), config)
-        sidecars.write(checkpoint.folder, staging, longest, dense.max_length)
+        edited = sidecars.write(checkpoint.folder, staging, longest, dense.max_length)
+    dense.notes.extend(f"{name}: {how}" for name, how in edited.items() if how != "copied")
     return dense, time.perf_counter() - started
 
 

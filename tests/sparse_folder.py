@@ -7,7 +7,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bsa_export.convert import Options, Source, convert
+from bsa_export.convert import Source, convert
+from bsa_export.plan import Options
 
 BLOCK, HEADS, LAYERS = 16, 4, 2
 SHORT, LONGEST = 64, 128  # tokens that the source reads, and the converted model

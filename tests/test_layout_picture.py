@@ -125,7 +125,13 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path):
     path = tmp_path / "absent" / "layout.png"
     with pytest.raises(BsaError) as refusal:
         plot_layouts(path, make_layouts(windowed_for(512, 2), 1024, 2), 64, "windowed")
-    assert str(refusal.value) == f"{path}: cannot be written, found No such file or directory"
+    assert str(refusal.value) == f"{path.parent}: there is no such folder"
+    (tmp_path / "absent").mkdir()
+    path.mkdir()
+    with pytest.raises(BsaError) as refusal:
+        plot_layouts(path, make_layouts(windowed_for(512, 2), 1024, 2), 64, "windowed")
+    assert str(refusal.value) == f"{path}: cannot be written, found Is a directory"
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import signal
 import threading
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from types import FrameType
 
 from bsa_export.errors import CheckpointError
 
@@ -41,41 +42,80 @@ class AtomicFolder(AbstractContextManager):
         self.target = Path(os.path.realpath(target))
         self.overwrite = overwrite
         self.made_parents: list[Path] = []
-        self.handled: list[signal.Signals] = []
+        self.staging: Path | None = None
+        self.lock: int | None = None
+        self.handlers: dict[signal.Signals, object] = {}
+        self.interrupted: int | None = None
 
     def __enter__(self) -> Path:
         try:
+            self.hold_signals()
             self.refuse_target()
             self.make_parents()
             self.remove_stale()
-            self.staging, self.lock = self.make_staging()
-        except OSError as error:
-            self.remove_parents()
-            raise plain_error(error, self.target) from error
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP: so be it
-                    self.handled.append(number)
-                    signal.signal(number, _exit_on_signal)
+            self.make_staging()
+            self.end_if_interrupted()
+        except BaseException as error:
+            self.clean()
+            if isinstance(error, OSError):
+                raise plain_error(error, self.target.parent, "no folder can be made in it") from error
+            raise
         return self.staging
 
     def __exit__(self, kind, error, _):
-        placed = False
         try:
+            self.end_if_interrupted()
             if kind is None:
                 self.put_in_place()
-                placed = True
+                self.made_parents.clear()
         except OSError as problem:
             raise plain_error(problem, self.target) from problem
         finally:
-            shutil.rmtree(self.staging, ignore_errors=True)
-            os.close(self.lock)
-            if not placed:
-                self.remove_parents()
-            for number in self.handled:
-                signal.signal(number, signal.SIG_DFL)
+            self.clean()
+        self.end_if_interrupted()
         if isinstance(error, OSError):
             raise plain_error(error, self.target) from error
+
+    def hold_signals(self) -> None:
+        """From here on Ctrl-C, SIGTERM and SIGHUP do not end the process between making the staging folder and removing it."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            handler = signal.getsignal(number)
+            if handler in (signal.SIG_DFL, signal.default_int_handler):  # nohup ignores SIGHUP: so be it
+                self.handlers[number] = handler
+                signal.signal(number, self.on_signal)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ends the work with an exception; in the middle of `__enter__` or `__exit__` only remembers to."""
+        self.interrupted = number
+        own = (AtomicFolder.__enter__.__code__, AtomicFolder.__exit__.__code__)
+        while frame is not None:
+            if frame.f_code in own:
+                return
+            frame = frame.f_back
+        self.end_if_interrupted()
+
+    def end_if_interrupted(self) -> None:
+        """Raises what a signal that came stands for, once."""
+        number, self.interrupted = self.interrupted, None
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if number is not None:
+            raise SystemExit(128 + number)
+
+    def clean(self) -> None:
+        """Removes what was made and is not in place, and gives the signals back."""
+        if self.staging is not None:
+            shutil.rmtree(self.staging, ignore_errors=True)
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+        for parent in reversed(self.made_parents):
+            with suppress(OSError):
+                parent.rmdir()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def refuse_target(self) -> None:
         """Raise CheckpointError when `target` may not be made or replaced."""
@@ -84,6 +124,12 @@ class AtomicFolder(AbstractContextManager):
         if not self.target.is_dir():
             raise CheckpointError(
                 "expected a folder to write to", found="a file", where=self.target, hint="choose another name"
+            )
+        if os.path.ismount(self.target) or self.target in (Path.cwd(), *Path.cwd().parents):
+            raise CheckpointError(
+                "the folder is made in one step, and cannot take the place of the current one or of a mounted one",
+                where=self.target,
+                hint="name a folder inside it",
             )
         if not any(self.target.iterdir()):
             return
@@ -104,23 +150,18 @@ class AtomicFolder(AbstractContextManager):
             parent.mkdir()
             self.made_parents.append(parent)
 
-    def remove_parents(self) -> None:
-        for parent in reversed(self.made_parents):
-            with suppress(OSError):
-                parent.rmdir()
-
-    def make_staging(self) -> tuple[Path, int]:
+    def make_staging(self) -> None:
         """A new staging folder and the descriptor that holds its lock."""
         while True:
-            staging = self.target.with_name(f".{self.target.name}.tmp-{secrets.token_hex(4)}")
-            staging.mkdir()
+            self.staging = self.target.with_name(f".{self.target.name}.tmp-{secrets.token_hex(4)}")
+            self.staging.mkdir()
             try:
-                lock = _open_locked(staging)
+                self.lock = _open_locked(self.staging)
             except (BlockingIOError, FileNotFoundError):
                 continue  # another run took it for stale before it was locked
-            if staging.exists():
-                return staging, lock
-            os.close(lock)
+            if self.staging.exists():
+                return
+            os.close(self.lock)
 
     def remove_stale(self) -> None:
         """Remove the staging folders of this target that no process holds."""
@@ -171,13 +212,8 @@ def _exchange(one: Path, other: Path) -> None:
     os.rename(aside, one)
 
 
-def _exit_on_signal(number: int, _) -> None:
-    signal.signal(number, signal.SIG_IGN)  # a second one must not stop the cleaning
-    raise SystemExit(128 + number)
-
-
-def plain_error(error: OSError, where: Path) -> CheckpointError:
-    """A failed write in one sentence."""
+def plain_error(error: OSError, where: Path, what: str | None = None) -> CheckpointError:
+    """A failed write in one sentence; `what` could not be done with `where`, else with the file that the error names."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CheckpointError(
             "the disk is full", where=where, hint="nothing was left there; free some space or choose another place"
@@ -186,4 +222,6 @@ def plain_error(error: OSError, where: Path) -> CheckpointError:
         return CheckpointError(
             "the file is larger than this system allows", where=where, hint="choose a smaller --max-shard-size"
         )
+    if what is not None:
+        return CheckpointError(f"{what} ({error.strerror or error})", where=where)
     return CheckpointError(f"it cannot be read or written ({error.strerror or error})", where=error.filename or where)

@@ -30,9 +30,12 @@ HARMLESS = frozenset(
         "numpy._core.multiarray": "_reconstruct scalar",
         "numpy.core.numeric": "_frombuffer",
         "numpy._core.numeric": "_frombuffer",
+        "numpy.random.bit_generator": "__pyx_unpickle_SeedSequence",
+        "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
         "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
         "torch": "Generator Tensor device dtype",
         "torch.nn.parameter": "Buffer Parameter",
+        "torch.torch_version": "TorchVersion",
         "types": "SimpleNamespace",
         "typing": "Any",
         "uuid": "UUID",
@@ -45,7 +48,8 @@ TRAINING_LIBRARIES = frozenset({
     "pytorch_lightning", "tokenizers", "transformers",
 })  # fmt: skip
 CLASS_MODULES = ("numpy.dtypes", "numpy.random.", "torch.distributed.fsdp", "torch.nn.modules.", "torch.optim")
-PYTHON2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+# Of Python 2, and of Python 3.13.
+OTHER_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "pathlib._local": "pathlib"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def load(
 
 
 def _checked_global(module: str, name: str, rebuild: Mapping, where: object) -> Global:
-    module = PYTHON2_MODULES.get(module, module)
+    module = OTHER_MODULES.get(module, module)
     full = f"{module}.{name}"
     is_class = name.isidentifier() and name.lstrip("_")[:1].isupper()
     if (

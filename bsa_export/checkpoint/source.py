@@ -16,11 +16,11 @@ from bsa_export.errors import CheckpointError
 # The names of the Hub, in the order of preference; then any single file with one of these endings.
 KNOWN_NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+ZERO_SHARDS = "*zero_pp_rank_*_states.pt"  # of the optimizer, and with stage 3 of the model
 NOT_WEIGHTS = (
     "adapter_model.*", "optimizer*", "*optim_states.pt", "random_states*", "rng_state*", "scaler*", "scheduler*",
-    "training_args.bin",
+    "training_args.bin", ZERO_SHARDS,
 )  # fmt: skip
-ZERO_SHARDS = "*zero_pp_rank_*_optim_states.pt"
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
 # Where training scripts put the weights, outermost first.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -90,10 +90,12 @@ def _weight_file(folder: Path) -> tuple[Path, list[tuple[str, str]]]:
         )
     else:
         there = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
+        run = "latest" in there and "zero_to_fp32.py" in there
         raise CheckpointError(
             f"expected a folder with weights ({', '.join(KNOWN_NAMES)})",
             found=_listed(there) if there else "an empty folder",
             where=folder,
+            hint="of a DeepSpeed run name the file mp_rank_00_model_states.pt below it, and --config" if run else None,
         )
     others = dict.fromkeys(name for name in known + single if name != chosen)
     return folder / chosen, [(name, f"{chosen} is read instead") for name in others]
@@ -260,7 +262,9 @@ def _open_index(path: Path) -> Checkpoint:
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the `module.` that DataParallel puts before every name."""
+    """Without the `_orig_mod.` of torch.compile, wherever it stands, and the `module.` that DataParallel puts before every name."""
+    plain = {name.replace("_orig_mod.", ""): row for name, row in tensors.items()}
+    tensors = plain if len(plain) == len(tensors) else tensors
     while tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): row for name, row in tensors.items()}
     return tensors

@@ -151,9 +151,14 @@ def main(context: click.Context, source: str, target: Path | None, to_dense: boo
 def _convert(source: str, target: Path | None, as_json: bool, choices: dict) -> None:
     options = _options(choices)
     from bsa_export import convert, report
+    from bsa_export.checkpoint.folder import AtomicFolder
 
+    if choices["plot"]:
+        report.check_picture(choices["plot"])
     found = convert.find_source(source, progress=_is_watched())
     if choices["dry_run"]:
+        if target is not None:
+            AtomicFolder(target, overwrite=choices["overwrite"]).refuse_target()
         _, planned = convert.plan_source(found, options, choices["config_path"])
         content, lines = report.plan_content(planned), report.plan_lines(planned)
     else:
@@ -168,11 +173,12 @@ def _convert(source: str, target: Path | None, as_json: bool, choices: dict) -> 
                 progress=progress,
             )
         planned = done.plan
-        content, lines = done.record | {"seconds": done.seconds}, report.conversion_lines(done, target)
+        content = report.plan_content(planned) | done.record | {"seconds": done.seconds}
+        lines = report.conversion_lines(done, target)
+    click.echo(json.dumps(content, indent=2) if as_json else report.aligned(lines))
     if choices["plot"]:
         title = f"{planned.sparsity.mode}, block {planned.sparsity.block}, {planned.max_length:,} tokens"
         report.plot_layouts(choices["plot"], planned.layouts, planned.sparsity.block, title, planned.source_length)
-    click.echo(json.dumps(content, indent=2) if as_json else report.aligned(lines))
 
 
 def _to_dense(context: click.Context, source: str, target: Path, as_json: bool, choices: dict) -> None:
@@ -221,7 +227,7 @@ def _options(choices: dict):
         if clash:
             raise click.UsageError(f"--sparsity holds what --{clash.replace('_', '-')} says: give one of them.")
         section = _section(choices["sparsity"])
-    from bsa_export.convert import Options
+    from bsa_export.plan import Options
     from bsa_export.sparsity import MODES as CONFIGS
 
     allowed = CONFIGS[mode].parameter_names()
@@ -255,7 +261,8 @@ def _section(path: Path) -> dict:
     )
     if not isinstance(section, dict):
         raise SparsityError('expected a "sparse_attention" section with a mode', found="none", where=path)
-    return section
+    # A config.json in GENA-LM's form names the class in the place of the mode.
+    return {key: content[key] for key in ("sparse_config_cls",) if key in content} | section
 
 
 def _is_watched() -> bool:

@@ -10,9 +10,9 @@ from bsa_export.checkpoint.checksum import file_checksum
 from bsa_export.checkpoint.dtypes import PIECE_BYTES
 from bsa_export.checkpoint.source import WEIGHT_ENDINGS
 from bsa_export.checkpoint.writer import INDEX_NAME
-from bsa_export.convert import DTYPES, TORCH_NAMES
 from bsa_export.errors import BsaError, FamilyError
 from bsa_export.families import FAMILIES, bert_config
+from bsa_export.plan import DTYPES, TORCH_NAMES
 from bsa_export.sparsity import config_class_path
 from bsa_export.state_dict import compare, sparse_spec
 from bsa_export.verify.checks import Check, result

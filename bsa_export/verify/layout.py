@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from bsa_export.checkpoint.dtypes import read
-from bsa_export.convert import DEEPSPEED_LENGTH
 from bsa_export.errors import BsaError, SparsityError
 from bsa_export.layout import check_layout as check_array
+from bsa_export.plan import DEEPSPEED_LENGTH
 from bsa_export.sparsity import make_layouts
 from bsa_export.verify.checks import Check, result
 from bsa_export.verify.folder import ConvertedFolder, open_folder, recorded_sparsity

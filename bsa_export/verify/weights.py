@@ -16,7 +16,6 @@ from bsa_export import sidecars
 from bsa_export.checkpoint.dtypes import cast, pieces, read
 from bsa_export.checkpoint.source import open_checkpoint
 from bsa_export.checkpoint.table import ITEM_SIZE, Checkpoint, FileRange, Tensor
-from bsa_export.convert import DTYPES, STORED_LAYOUT
 from bsa_export.errors import BsaError
 from bsa_export.families import (
     BUFFERS,
@@ -29,6 +28,7 @@ from bsa_export.families import (
     written_name,
     written_prefix,
 )
+from bsa_export.plan import DTYPES, STORED_LAYOUT
 from bsa_export.position import extend
 from bsa_export.verify.checks import Check, result
 from bsa_export.verify.folder import ConvertedFolder

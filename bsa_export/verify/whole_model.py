@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from bsa_export.checkpoint.table import Checkpoint
-from bsa_export.convert import STORED_LAYOUT, TORCH_NAMES
 from bsa_export.errors import BsaError
 from bsa_export.families import POSITIONS, encoder_prefix
 from bsa_export.ops.dispatch import block_sparse_attention
 from bsa_export.ops.tolerance import FACTOR, errors
+from bsa_export.plan import STORED_LAYOUT, TORCH_NAMES
 from bsa_export.verify.checks import Check, result, skipped
 from bsa_export.verify.folder import ConvertedFolder
 from bsa_export.verify.outputs import ORDERS, larger

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "verify"))
 
 from planted import KINDS, planted, without_digests  # noqa: E402
 
-from bsa_export.convert import Options, Source, convert  # noqa: E402
+from bsa_export.convert import Source, convert  # noqa: E402
+from bsa_export.plan import Options  # noqa: E402
 from bsa_export.verify import check_file, check_layout  # noqa: E402
 from bsa_export.verify.folder import open_folder  # noqa: E402
 from bsa_export.verify.weights import check_weights  # noqa: E402

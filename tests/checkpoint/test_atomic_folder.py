@@ -54,6 +54,34 @@ def test_an_exception_leaves_nothing(tmp_path, error):
     assert everything(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("moment", ["_open_locked", "os.rename", "shutil.rmtree"])
+def test_a_signal_in_the_middle_of_making_or_cleaning_leaves_nothing(tmp_path, monkeypatch, number, moment):
+    module, _, name = moment.rpartition(".")
+    place = getattr(folder, module) if module else folder
+    real = getattr(place, name)
+
+    def interrupted(*arguments, **keywords):
+        signal.raise_signal(number)
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(place, name, interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit), AtomicFolder(tmp_path / "out"):
+        pass
+    assert everything(tmp_path) in ([], ["out"])
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("target", [".", ".."])
+def test_the_current_folder_is_refused(tmp_path, monkeypatch, target):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(CheckpointError, match="cannot take the place of the current one.*; name a folder inside it"):
+        AtomicFolder(target).__enter__()
+    assert everything(tmp_path) == ["here"]
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="out: the disk is full"), AtomicFolder(tmp_path / "out"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -78,7 +106,7 @@ def test_what_is_there_is_refused_before_anything_is_written(tmp_path):
         AtomicFolder(tmp_path / "out", overwrite=True).__enter__()
     with pytest.raises(CheckpointError, match="expected a folder to write to, found a file"):
         AtomicFolder(tmp_path / "out" / "precious", overwrite=True).__enter__()
-    with pytest.raises(CheckpointError, match="it cannot be read or written"):
+    with pytest.raises(CheckpointError, match=r"precious: no folder can be made in it \(Not a directory\)"):
         AtomicFolder(tmp_path / "out" / "precious" / "below").__enter__()
     assert everything(tmp_path) == ["out", "out/precious"]
 

@@ -105,7 +105,12 @@ def test_one_file_of_any_name_is_enough(tmp_path):
 
 @pytest.mark.parametrize("where", [".", "global_step10"])
 @pytest.mark.parametrize(
-    "shard", ["zero_pp_rank_0_mp_rank_00_optim_states.pt", "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"]
+    "shard",
+    [
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+        "zero_pp_rank_0_mp_rank_00_model_states.pt",
+    ],
 )
 def test_zero_shards_are_told_how_to_join(tmp_path, where, shard):
     (tmp_path / where).mkdir(exist_ok=True)
@@ -144,6 +149,19 @@ def test_wrappers_in_wrappers_are_removed_and_what_lies_beside_is_listed(tmp_pat
         ("model_ema", "a dict with 1 entries"),
         ("model.config", "a dict with 0 entries"),
     ]
+
+
+def test_what_torch_compile_puts_into_names_is_removed(tmp_path):
+    torch.save({"_orig_mod.a": torch.zeros(1), "encoder._orig_mod.b": torch.zeros(1)}, tmp_path / "a.pt")
+    assert list(open_checkpoint(tmp_path / "a.pt").tensors) == ["a", "encoder.b"]
+
+
+def test_a_deepspeed_run_folder_is_told_which_file_to_name(tmp_path):
+    for name in ("latest", "zero_to_fp32.py"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "global_step5").mkdir()
+    with pytest.raises(CheckpointError, match="of a DeepSpeed run name the file mp_rank_00_model_states.pt below it"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_prefix_is_removed_only_from_all_names(tmp_path):

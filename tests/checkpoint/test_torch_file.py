@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 from collections import OrderedDict, defaultdict
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_files import PersistentId, pickled, same, small_state, storage, tensor, torch_legacy, torch_zip
@@ -141,6 +142,8 @@ def test_harmless_objects_beside_the_tensors_are_listed_and_not_built(tmp_path, 
         "dtype": torch.float16,
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(4)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
         "seen": {1, 2},
+        "torch": torch.__version__,
+        "rng": np.random.default_rng(0),
     }
     path = save(tmp_path / "checkpoint.pt", beside | {"model": small_state()}, zipped)
     checkpoint = open_checkpoint(path)

@@ -465,7 +465,9 @@ def test_json_is_for_programs(tmp_path):
     source = save(tiny("bert"), tmp_path / "source")
     result = convert(source, tmp_path / "out", "--json")
     content = json.loads(result.stdout)
-    assert content.pop("seconds") > 0 and content == record(tmp_path / "out") and result.stderr == ""
+    assert content["seconds"] > 0 and record(tmp_path / "out").items() <= content.items() and result.stderr == ""
+    dry = json.loads(convert(source, "--dry-run", "--json").stdout)
+    assert dry.keys() <= content.keys() and dry["needs_training"] is content["needs_training"] is False
 
 
 def facts(*arguments):
@@ -507,6 +509,51 @@ def test_every_mode_says_what_it_means(tmp_path, options, short, reach, training
     assert "%" in told["density"]
 
 
+def test_interpolated_positions_are_nobodys_own(tmp_path):
+    source = save(tiny("bert", length=128), tmp_path / "source")
+    told = facts(source, tmp_path / "out", "--max-length", 1024, "--positions", "interpolate")
+    assert told["short inputs"] == "other outputs than the source's: no position is one that it knows"
+    assert told["reach"] == "a token sees others up to 127 tokens away"
+    assert told["training"] == "needed before it is as good as its source"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Its positions are interpolated, so short inputs too give other outputs" in card
+    assert "Train it on with this pattern" in card and "outputs are those of the source" not in card
+
+
+@pytest.mark.parametrize(
+    ("source_length", "max_length", "block"), [(96, 960, 32), (400, 3200, 16), (128, 1024, 64), (100, 1024, 64)]
+)
+def test_the_default_block_divides_both_lengths_if_one_does(tmp_path, source_length, max_length, block):
+    source = save(tiny("bert", length=source_length), tmp_path / "source")
+    told = facts(source, tmp_path / "out", "--max-length", max_length)
+    assert config(tmp_path / "out")["sparse_attention"]["block"] == block
+    assert (told["training"] == "not needed") == (source_length % block == 0)
+
+
+def test_what_is_not_read_is_told(tmp_path):
+    source = save_tensors(tmp_path / "source", {}, tiny("bert").config.to_dict())
+    torch.save({"model": tiny("bert").state_dict(), "epoch": 3, "best": 0.5}, source / "pytorch_model.bin")
+    torch.save({}, source / "other.bin")
+    told = facts(source, tmp_path / "out")
+    assert told["skipped"] == "other.bin: pytorch_model.bin is read instead; and 2 more"
+    assert set(record(tmp_path / "out")["skipped"]) == {"other.bin", "epoch", "best"}
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"), [("layout.txt", "ending in .png"), ("absent/layout.png", "no such folder")]
+)
+def test_a_picture_that_cannot_be_drawn_is_told_before_converting(tmp_path, picture, words):
+    source = save(tiny("bert"), tmp_path / "source")
+    assert words in refused(source, tmp_path / "out", "--plot", tmp_path / picture)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_dry_run_refuses_the_target_that_the_run_would(tmp_path):
+    source = save(tiny("bert"), tmp_path / "source")
+    out = converted(source)
+    assert "it is there and not empty" in refused(source, out, "--dry-run")
+
+
 def test_an_earlier_conversion_is_replaced_only_when_asked(tmp_path):
     source = save(tiny("bert"), tmp_path / "source")
     out = converted(source)
@@ -530,6 +577,42 @@ def test_the_source_is_never_replaced(tmp_path, target):
     text = refused(source, source if target == "source" else tmp_path, "--overwrite")
     assert "the target would replace the source" in text
     assert (source / "model.safetensors").is_file()
+
+
+def test_weights_that_are_links_into_the_target_are_never_replaced(tmp_path):
+    source = save(tiny("bert"), tmp_path / "source")
+    out = converted(source)
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors").symlink_to(out / "model.safetensors")
+    before = bytes_of(out)
+    assert "the target would replace the source" in refused(source, out, "--overwrite", "--dtype", "fp16")
+    assert bytes_of(out) == before
+
+
+def test_names_that_are_no_text_convert(tmp_path):
+    source = save(tiny("bert"), tmp_path / "source").rename(tmp_path / os.fsdecode(b"mod\xe8le"))
+    ran = subprocess.run(
+        [Path(sys.executable).with_name("bsa-convert"), source, os.fsdecode(b"sorti\xe8")],
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert record(tmp_path / os.fsdecode(b"sorti\xe8"))["source"]["path"] == "mod?le"
+
+
+def test_a_mistyped_local_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert "found nothing of that name" in refused("checkpoints/best", "out")
+
+
+@pytest.mark.parametrize("length", [64 * 16385, 10**9])
+def test_a_length_of_too_many_blocks_is_a_sentence(tmp_path, length):
+    source = save(tiny("bert"), tmp_path / "source")
+    assert "expected at most 1,048,576 tokens in blocks of 64" in refused(
+        source, "--dry-run", "--max-length", length // 64 * 64, "--block", 64
+    )
 
 
 def test_a_picture_of_the_layout_before_converting(tmp_path):

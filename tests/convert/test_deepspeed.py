@@ -148,6 +148,10 @@ def test_a_checkpoint_of_berts_sparse_class_keeps_its_layouts(tmp_path, position
     assert config(out)["max_position_embeddings"] == reads == record(out)["max_length"]
     assert stored["bert.embeddings.position_embeddings.weight"].shape[0] == reads
     assert config(out)["sparse_attention"]["block"] == 16
+    told = convert(tmp_path / "source", "--dry-run").stdout
+    assert "the source's own, as stored" in told and "training" not in told and "--max-length" not in told
+    assert ("that both cover" in told) == (positions != 2048)
+    assert "the layouts are those that it was trained with" in (out / "README.md").read_text()
 
 
 GENA = {
@@ -194,11 +198,36 @@ def test_a_gena_lm_style_config_without_stored_layouts_makes_them(tmp_path):
     assert "drawn anew" in told
 
 
-@pytest.mark.parametrize("option", [("--mode", "fixed"), ("--max-length", 2048), ("--block", 64)])
+@pytest.mark.parametrize(
+    "option", [("--mode", "fixed"), ("--max-length", 2048), ("--block", 64), ("--positions", "interpolate")]
+)
 def test_the_layouts_of_a_sparse_checkpoint_are_not_chosen_again(tmp_path, option):
     model = tiny("bert", length=1024)
     source = save_tensors(tmp_path / "source", model.state_dict(), model.config.to_dict() | GENA)
     assert "the source is sparse already, and its layouts are kept" in refused(source, tmp_path / "out", *option)
+
+
+def test_the_sparsity_of_a_gena_lm_style_config_is_that_of_its_class(tmp_path):
+    source = save(tiny("bert"), tmp_path / "source")
+    (tmp_path / "gena.json").write_text(json.dumps(GENA))
+    out = converted(source, "--sparsity", tmp_path / "gena.json", "--max-length", 512)
+    assert config(out)["sparse_config_cls"] == GENA["sparse_config_cls"]
+    assert GENA["sparse_attention"].items() <= config(out)["sparse_attention"].items()
+
+
+@pytest.mark.parametrize("section", [False, None, {}], ids=repr)
+def test_an_empty_section_is_that_of_a_dense_model(tmp_path, section):
+    model = tiny("bert")
+    source = save_tensors(
+        tmp_path / "source", model.state_dict(), model.config.to_dict() | {"sparse_attention": section}
+    )
+    assert record(converted(source))["sparse_source"] is False
+
+
+def test_stored_layouts_with_a_section_that_is_none_are_a_sentence(tmp_path):
+    out = converted(save(tiny("bert"), tmp_path / "source"))
+    (out / "config.json").write_text(json.dumps(config(out) | {"sparse_attention": ["fixed"]}))
+    assert "config.json: sparse_attention: expected an object with a block" in refused(out, tmp_path / "again")
 
 
 def test_our_own_output_converts_to_itself(tmp_path):

@@ -181,6 +181,59 @@ def test_tied_weights_are_stored_once_and_come_back_tied(tmp_path, family, how):
     )
 
 
+@pytest.mark.parametrize("head", ["ForMaskedLM", "ForSequenceClassification"])
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"model.{name}",
+        lambda name: f"module.model._orig_mod.{name}",
+        lambda name: name.replace("bert.", "encoder.", 1),
+    ],
+    ids=["torch.compile", "Lightning", "all of them", "another name of the encoder"],
+)
+def test_what_a_wrapper_puts_before_names_goes(tmp_path, wrapped, head):
+    model = tiny("bert", head)
+    state = {wrapped(name): tensor for name, tensor in model.state_dict().items()}
+    fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    out = converted(save_tensors(tmp_path / "source", state, fields), "--max-length", 4 * LENGTH)
+    loaded, found = type(model).from_pretrained(out, output_loading_info=True)
+    assert not found["missing_keys"]
+    plain = converted(save(model, tmp_path / "plain" / "source"), "--max-length", 4 * LENGTH)
+    assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    assert convert(out, tmp_path / "dense", "--to-dense").exit_code == 0
+    assert set(tensors(tmp_path / "dense")) == {
+        name.replace("_orig_mod.", "").removeprefix("module.") for name in state
+    }
+
+
+def test_the_class_tells_the_family_where_no_prefix_does(tmp_path):
+    model = tiny("roberta", "Model")
+    fields = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "pad_token_id")}
+    source = save_tensors(tmp_path / "source", model.state_dict(), fields | {"architectures": ["RobertaModel"]})
+    out = converted(source, "--max-length", 4 * LENGTH)
+    assert record(out)["family"] == "roberta" and record(out)["positions"]["reserved"] == 2
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+def test_shared_storage_that_the_config_does_not_tie_is_written_twice(tmp_path, family):
+    model = tiny(family)
+    fields = model.config.to_dict() | {"tie_word_embeddings": False, "architectures": [type(model).__name__]}
+    out = converted(save_tensors(tmp_path / "source", model.state_dict(), fields))
+    loaded, found = type(model).from_pretrained(out, output_loading_info=True)
+    assert not found["missing_keys"] and record(out)["tied"] == {}
+    assert torch.equal(loaded.get_output_embeddings().weight, model.get_output_embeddings().weight)
+
+
+def test_a_tied_decoder_that_lies_transposed_is_seen(tmp_path):
+    model = tiny("bert", vocab_size=12000, hidden_size=48)
+    state = model.state_dict()
+    state["cls.predictions.decoder.weight"] = state["cls.predictions.decoder.weight"].t().contiguous().t()
+    fields = model.config.to_dict() | {"architectures": ["BertForMaskedLM"]}
+    out = converted(save_tensors(tmp_path / "source", state, fields))
+    assert "cls.predictions.decoder.weight" in record(out)["tied"]
+
+
 @pytest.mark.parametrize("family", [family for family in CLASSES if family != "distilbert"])
 def test_decoders_of_their_own_stay_untied(tmp_path, family):
     model = tiny(family, tie_word_embeddings=False)

@@ -11,7 +11,8 @@ from commands import Commands
 from hub_server import WRITER, HubServer
 from safetensors.numpy import save_file
 
-from bsa_export.convert import Options, Source, convert
+from bsa_export.convert import Source, convert
+from bsa_export.plan import Options
 
 LAYERS, HIDDEN, HEADS, WORDS, POSITIONS = 2, 32, 2, 300, 64
 

@@ -21,7 +21,8 @@ def converted(tmp_path_factory):
 
 @pytest.fixture
 def damaged(converted, tmp_path):
-    """`damaged(family, **options)` gives (source folder, a copy of the converted folder that a test may damage)."""
+    """`damaged(family, **options)` gives (source folder, a copy of the converted folder that a test may damage or verify,
+    which writes to it)."""
     import shutil
 
     def copy(family="bert", **options):

@@ -138,7 +138,8 @@ def clean_cases(count: int, seed: int = 0) -> list[Case]:
 
 def make(case: Case, path: Path) -> tuple[Path, Path]:
     """Makes the source and its conversion in `path`: (source folder, converted folder)."""
-    from bsa_export.convert import Options, Source, convert
+    from bsa_export.convert import Source, convert
+    from bsa_export.plan import Options
 
     source = make_source(case, path / "source")
     options = Options(

@@ -155,7 +155,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     """A model of about 200 MB, compared in a process of its own."""
     from converted_models import Case, make_source
 
-    from bsa_export.convert import Options, Source, convert
+    from bsa_export.convert import Source, convert
+    from bsa_export.plan import Options
 
     program = (
         "import resource, sys; from pathlib import Path; from bsa_export.verify.folder import open_folder\n"
