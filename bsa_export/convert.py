@@ -17,7 +17,7 @@ from bsa_export import __version__, model_card, sidecars
 from bsa_export.checkpoint.folder import CONVERSION_RECORD, AtomicFolder
 from bsa_export.checkpoint.source import WEIGHT_ENDINGS, open_checkpoint
 from bsa_export.checkpoint.writer import FileRecord, write_weights
-from bsa_export.errors import CheckpointError
+from bsa_export.errors import CheckpointError, HubError
 from bsa_export.families import read_config
 from bsa_export.plan import BARE, Options, Plan, plan
 
@@ -42,12 +42,18 @@ def find_source(text: str, progress: bool = False) -> Source:
         return Source(Path(text))
     from bsa_export import hub
 
-    is_local = text.endswith((*WEIGHT_ENDINGS, ".json")) or Path(text).parts[:1] in ((part,) for part in os.listdir())
-    if is_local or (named := hub.parse_repo(text)) is None:
+    if text.endswith((*WEIGHT_ENDINGS, ".json")) or (named := hub.parse_repo(text)) is None:
         raise CheckpointError(
             "expected a file, a folder, or a repository as org/name", found="nothing of that name", where=text
         )
-    fetched = hub.fetch(*named, progress=progress)
+    try:
+        fetched = hub.fetch(*named, progress=progress)
+    except HubError as error:
+        if not Path(text).parent.is_dir():
+            raise
+        raise HubError(
+            f"nothing of that name is in the folder {Path(text).parent}, and as a repository: {error}"
+        ) from None
     return Source(fetched.folder, named[0], fetched.commit)
 
 

@@ -600,11 +600,12 @@ def test_names_that_are_no_text_convert(tmp_path):
     assert record(tmp_path / os.fsdecode(b"sorti\xe8"))["source"]["path"] == "mod?le"
 
 
-def test_a_mistyped_local_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+def test_a_mistyped_local_path_is_told_beside_the_hubs_answer(tmp_path, monkeypatch):
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert "found nothing of that name" in refused("checkpoints/best", "out")
+    told = refused("checkpoints/best", "out")
+    assert told.startswith("nothing of that name is in the folder checkpoints, and as a repository: ")
 
 
 @pytest.mark.parametrize("length", [64 * 16385, 10**9])
