@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bsa_export.errors import AttentionError
 from bsa_export.layout import check_layout
@@ -18,7 +18,8 @@ class SparseSelfAttention(nn.Module):
     """Attention over the kept blocks of a layout that is made once and stored, as deepspeed 0.19.6's class of that name.
 
     Unlike DeepSpeed's it takes fp32, bf16 and any length on any device, and each module computes with its own layout, also after
-    another one was loaded. There is no dropout on the probabilities, as in DeepSpeed.
+    another one was loaded. There is no dropout on the probabilities, as in DeepSpeed. Where `torch.distributed` runs, the first
+    use gives every process the layout of rank 0: random blocks would differ.
 
     Buffers: `master_layout`, int64 `[num_heads, max_seq_length / block, max_seq_length / block]`; shorter sequences use its
     top-left slice.
@@ -54,13 +55,20 @@ class SparseSelfAttention(nn.Module):
         check_layout(np.asarray(layout), where="sparsity_config")
         self.register_buffer("master_layout", torch.as_tensor(layout).to(torch.int64, copy=True))
         self.register_load_state_dict_post_hook(_renew_layout)
+        self._need_layout_synchronization = True  # DeepSpeed's name: its pickled modules have it
 
     def get_layout(self, seq_len: int) -> Tensor:
         """The layout for `seq_len` tokens, `[num_heads, ceil(seq_len / block), ceil(seq_len / block)]`: a slice of the buffer.
 
+        The first call is one of every process of `torch.distributed`.
+
         Raises:
             AttentionError: more tokens than the master layout has.
         """
+        if self._need_layout_synchronization and distributed.is_available() and distributed.is_initialized():
+            _renew_layout(self)
+            distributed.broadcast(self.master_layout, src=0)
+            self._need_layout_synchronization = False
         block = self.sparsity_config.block
         longest = self.master_layout.shape[-1] * block
         if seq_len > longest:
@@ -84,7 +92,8 @@ class SparseSelfAttention(nn.Module):
     ) -> Tensor:
         """Attends, with the scores scaled by `head_dim ** -0.5`. A query that no key is left for gets zeros.
 
-        A bool mask says which keys take part (True), in either mode; the others mean what their mode says.
+        A mask means what its mode says. A bool one, True where a key takes part, is one for `mul`; with `add` it is refused:
+        DeepSpeed would add 1.0 where it is True.
 
         Args:
             query, value: `[batch, heads, seq, head_dim]`.
@@ -108,8 +117,8 @@ class SparseSelfAttention(nn.Module):
             value,
             self.get_layout(seq),
             self.sparsity_config.block,
-            key_padding_mask=_in_mode(_without_ones(key_padding_mask), self.key_padding_mask_mode),
-            attn_mask=_in_mode(attn_mask, self.attn_mask_mode),
+            key_padding_mask=_in_mode("key_padding_mask", without_ones(key_padding_mask), self.key_padding_mask_mode),
+            attn_mask=_in_mode("attn_mask", attn_mask, self.attn_mask_mode),
             rpe=rpe,
         )
 
@@ -117,12 +126,12 @@ class SparseSelfAttention(nn.Module):
         return f"master_layout={tuple(self.master_layout.shape)}, block={self.sparsity_config.block}"
 
 
-def _renew_layout(module: SparseSelfAttention, _) -> None:
-    """Moves a layout that was loaded into the buffer to a new tensor: kernels remember what they derived from the old one."""
+def _renew_layout(module: SparseSelfAttention, *_) -> None:
+    """Moves a layout that others write into to a new tensor: kernels remember what they derived from the old one."""
     module.master_layout = module.master_layout.clone()
 
 
-def _without_ones(mask: Tensor | None) -> Tensor | None:
+def without_ones(mask: Tensor | None) -> Tensor | None:
     """A key padding mask `[batch, seq]` from one with dimensions of 1 behind the batch."""
     if mask is None or mask.ndim < 3:
         return mask
@@ -136,13 +145,27 @@ def _without_ones(mask: Tensor | None) -> Tensor | None:
     return mask.flatten(1)
 
 
-def _in_mode(mask: Tensor | None, mode: str) -> Tensor | None:
+def _in_mode(name: str, mask: Tensor | None, mode: str) -> Tensor | None:
     """A mask as `block_sparse_attention` takes it: bool where it removes keys, floating where it is added."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask
+    if mask is None:
+        return None
     if mode == "mul":
         return mask != 0
+    if mask.dtype == torch.bool:
+        raise AttentionError(
+            "expected numbers that are added to the scores, in mode add",
+            found="bool",
+            where=name,
+            hint=f'pass 0 for what takes part and -inf for what does not, or make the module with {name}_mode="mul"',
+        )
     return mask if mask.is_floating_point() else mask.float()
+
+
+def added(mask: Tensor | None) -> Tensor | None:
+    """A mask to add to the scores: of a bool one, which says who takes part, 0 and -inf."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.where(mask, 0.0, float("-inf"))
 
 
 class BertSparseSelfAttention(nn.Module):
@@ -191,15 +214,20 @@ class BertSparseSelfAttention(nn.Module):
 
         Args:
             hidden_states: `[batch, seq, hidden]`, any length up to the master layout's.
-            attention_mask: BERT's extended mask `[batch, 1, 1, seq]`, added to the scores; or bool, True takes part.
+            attention_mask: BERT's extended mask `[batch, 1, 1, seq]`, added to the scores; or bool, True takes part, as
+                transformers makes it today (DeepSpeed would add 1.0 there).
 
         Returns:
             The context layer, `[batch, seq, hidden]`.
         """
+        return self.context_layer(hidden_states, key_padding_mask=added(attention_mask))
+
+    def context_layer(self, hidden_states: Tensor, **masks) -> Tensor:
+        """`[batch, seq, hidden]` to the same, under masks of `SparseSelfAttention`."""
         context = self.sparse_self_attention(
             self.transpose_for_scores(self.query(hidden_states)),
             self.transpose_for_scores(self.key(hidden_states)),
             self.transpose_for_scores(self.value(hidden_states)),
-            key_padding_mask=attention_mask,
+            **masks,
         )  # [batch, heads, seq, head_dim]
         return context.permute(0, 2, 1, 3).flatten(2)

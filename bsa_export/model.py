@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,33 +25,62 @@ from bsa_export.state_dict import longest_input
 log = logging.getLogger(__name__)
 
 NAME = "block_sparse"
+# For models that `SparseAttentionUtils` made sparse: masks as for NAME, but no stored layouts and no padding dropped.
+IN_MEMORY = "block_sparse_in_memory"
 MIN_TRANSFORMERS = (5, 0)
 
 
 class StoredLayout(nn.Module):
     """A layer's master layout, at the name that DeepSpeed's `BertSparseSelfAttention` gives it.
 
-    Buffers: `master_layout`, uint8 `[num_heads, n, n]`, zero until a checkpoint fills it.
+    Buffers: `master_layout`, uint8 `[num_heads, n, n]`: zeros in a new model. `from_pretrained` leaves uninitialised
+    memory in it where the checkpoint has no layout; `load` refuses such a checkpoint by its names.
     """
 
     def __init__(self, num_heads: int, num_blocks: int, block: int):
         super().__init__()
         self.block = block
-        self.checked = False
+        self.checked = None
         self.register_buffer("master_layout", torch.zeros(num_heads, num_blocks, num_blocks, dtype=torch.uint8))
 
     def check(self) -> None:
-        """Raises AttentionError unless the layout holds only 0 and 1 and no empty row, as every converted one does."""
+        """Raises AttentionError unless the layout holds only 0 and 1 and no empty row, as every converted one does.
+
+        Looks once at each layout; compiled code while it is compiled, and again only when a state dict is loaded.
+        """
         layout = self.master_layout
-        if layout.max() > 1 or not layout.any(dim=-1).all():
-            raise AttentionError(
-                "this layer has no stored layout: its checkpoint holds no sparse_self_attention.master_layout",
-                hint="load a folder that bsa-convert wrote, a new model too",
-            )
-        self.checked = True
+        if layout.is_meta:
+            return
+        if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling():  # nothing else has values then
+                _refuse_no_layout(layout)
+            return
+        # The tensor itself: another one may get its address. Inference tensors have no version.
+        now = layout, None if layout.is_inference() else layout._version
+        if self.checked and self.checked[0] is now[0] and self.checked[1] == now[1]:
+            return
+        _refuse_no_layout(layout)
+        self.checked = now
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if f"{prefix}master_layout" in state_dict:
+            try:
+                self.check()
+            except AttentionError as error:
+                errors.append(f"{prefix}master_layout: {error}")
 
     def extra_repr(self) -> str:
         return f"{tuple(self.master_layout.shape)}, block={self.block}"
+
+
+@torch.compiler.assume_constant_result  # Dynamo calls it once, with the real tensor
+def _refuse_no_layout(layout: torch.Tensor) -> None:
+    if not ((layout <= 1).all() & layout.any(dim=-1).all()):
+        raise AttentionError(
+            "this layer has no stored layout: its checkpoint holds no sparse_self_attention.master_layout",
+            hint="load a folder that bsa-convert wrote, a new model too",
+        )
 
 
 def _give_layout(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
@@ -59,24 +88,28 @@ def _give_layout(parent: nn.Module, name: str, submodule: nn.Module | None) -> N
 
     A buffer has to exist before `from_pretrained` fills it and `save_pretrained` writes it. torch calls this hook for
     every submodule that any module takes in; all but the self-attention, embeddings and encoder of such a model pass
-    untouched.
+    untouched, and so do these when they are put into another module, or wrapped and put back.
     """
-    config = getattr(submodule, "config", None)
-    if name == "embeddings":
-        config = getattr(parent, "config", None)
+    if submodule is None or name not in ("self", "embeddings", "encoder"):
+        return
+    # What the module itself holds: a wrapper's or a stranger's `config` may be a property that raises.
+    own = vars(submodule)
+    config = vars(parent).get("config") if name == "embeddings" else own.get("config")
     if getattr(config, "_attn_implementation", None) != NAME:
         return
-    if name == "self" and hasattr(submodule, "query"):
+    if name == "self" and hasattr(submodule, "query") and not hasattr(submodule, "sparse_self_attention"):
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             raise AttentionError(
                 "block-sparse attention runs encoders only", found="is_decoder or add_cross_attention in the config"
             )
         submodule.sparse_self_attention = StoredLayout(config.num_attention_heads, *_blocks(config))
-    elif name == "embeddings" and hasattr(submodule, "position_embeddings"):
+    elif name == "embeddings" and hasattr(submodule, "position_embeddings") and "longest" not in own:
         num_blocks, block = _blocks(config)
         submodule.longest = num_blocks * block
         submodule.register_forward_pre_hook(_refuse_longer, with_kwargs=True)
-    elif name == "encoder" and hasattr(submodule, "layer"):
+        parent.register_forward_pre_hook(partial(_refuse_longer_in_row, submodule.longest), with_kwargs=True)
+    elif name == "encoder" and hasattr(submodule, "layer") and "drops_padding" not in own:
+        submodule.drops_padding = True
         submodule.register_forward_pre_hook(_drop_padding, with_kwargs=True)
         submodule.register_forward_hook(_restore_padding, with_kwargs=True)
 
@@ -99,9 +132,10 @@ class Texts(NamedTuple):
 def _drop_padding(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Lays the real tokens of a right-padded batch `[batch, seq, hidden]` into one row: no layer works on padding.
 
-    Any other padding is left to the mask: a text has to start where the layout does. Stays out of `torch.compile` (the
-    shapes depend on the data) and of calls that ask for every layer's hidden states. A row that the caller packed, in
-    transformers' own form (`cu_seq_lens_q`), is taken as it is.
+    Any other padding is left to the mask: a text has to start where the layout does. Stays out of `torch.compile` and
+    `torch.jit.trace` (the shapes depend on the data), of calls that ask for every layer's hidden states, and of feed-forward
+    in chunks, which divide the batch's length. A row that the caller packed, in transformers' own form (`cu_seq_lens_q`), is
+    taken as it is.
     """
     if encoder.config._attn_implementation != NAME:
         return None
@@ -114,7 +148,11 @@ def _drop_padding(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
         return args, kwargs | {"texts": texts}
     if mask is None or mask.ndim != 2:
         return args, kwargs
-    if torch.compiler.is_compiling() or kwargs.get("output_hidden_states") or encoder.config.output_hidden_states:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return args, kwargs
+    if kwargs.get("output_hidden_states") or encoder.config.output_hidden_states:
+        return args, kwargs
+    if any(getattr(layer, "chunk_size_feed_forward", 0) for layer in encoder.layer):
         return args, kwargs
     if mask.shape != hidden.shape[:2]:
         raise AttentionError(f"expected an attention_mask of {tuple(hidden.shape[:2])}", found=tuple(mask.shape))
@@ -164,10 +202,24 @@ def _refuse_longer(embeddings: nn.Module, args: tuple, kwargs: dict) -> None:
         return
     inputs = args[0] if args else kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
-    if inputs is not None and inputs.shape[1] > embeddings.longest:
+    if inputs is not None:
+        _refuse_more_than(embeddings.longest, inputs.shape[1])
+
+
+def _refuse_longer_in_row(longest: int, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """The same for each text of a packed row, where that is known without waiting for a device."""
+    tokens, ends = kwargs.get("max_length_q"), kwargs.get("cu_seq_lens_q")
+    if tokens is None and ends is not None and ends.device.type == "cpu" and not torch.compiler.is_compiling():
+        tokens = int(ends.diff().max())
+    if tokens is not None:
+        _refuse_more_than(longest, tokens)
+
+
+def _refuse_more_than(longest: int, tokens: int) -> None:
+    if tokens > longest:
         raise AttentionError(
-            f"this model reads up to {embeddings.longest} tokens",
-            found=f"{inputs.shape[1]}",
+            f"this model reads up to {longest} tokens",
+            found=f"{tokens}",
             hint="truncate, or convert the source again with a larger --max-length",
         )
 
@@ -238,8 +290,7 @@ def attention(
             "block-sparse attention is self-attention without a cache",
             found=f"{query.shape[2]} queries and {key.shape[2]} keys",
         )
-    if not stored.checked and not torch.compiler.is_compiling():
-        stored.check()
+    stored.check()
 
     if texts is not None:
         context = block_sparse_attention_varlen(
@@ -278,23 +329,24 @@ def _say_no_dropout(dropout: float) -> None:
 _registered = False
 
 
-def register() -> None:
-    """Registers `block_sparse` with transformers, once; does nothing where transformers is older than 5.0."""
+def register() -> bool:
+    """Registers `block_sparse` with transformers, once; False, and nothing done, where that is older than 5.0."""
     global _registered
     import transformers
 
     if _version(transformers) < MIN_TRANSFORMERS:
-        return
+        return False
     # The first import of these registers by itself (`bsa_export.registration`): whether it is done is asked after it.
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    if _registered:
-        return
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, key_padding_mask)
-    register_module_module_registration_hook(_give_layout)
-    _registered = True
+    if not _registered:
+        for name in (NAME, IN_MEMORY):
+            AttentionInterface.register(name, attention)
+            AttentionMaskInterface.register(name, key_padding_mask)
+        register_module_module_registration_hook(_give_layout)
+        _registered = True
+    return True
 
 
 def _version(transformers) -> tuple[int, ...]:

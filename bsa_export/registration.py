@@ -3,7 +3,6 @@
 import sys
 from importlib import import_module
 from importlib.abc import MetaPathFinder
-from importlib.util import find_spec
 
 # The module that defines the table of attention functions; every model class imports it.
 TABLE_MODULE = "transformers.modeling_utils"
@@ -14,25 +13,28 @@ def _register() -> None:
 
 
 class _AfterTransformers(MetaPathFinder):
-    """Steps aside at the first import of transformers' table, and registers once that module has run.
+    """Registers once transformers' table has been imported, and steps aside then.
 
     transformers offers no entry point that it would look up itself; an import hook is what the standard library has for
-    "when that module is imported" (PEP 369 was never merged). Everything else is found by the usual finders.
+    "when that module is imported" (PEP 369 was never merged). Everything is found by the other finders.
     """
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != TABLE_MODULE:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None:
             run = spec.loader.exec_module
 
             def exec_module(module):
                 run(module)
                 _register()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # it may only have been looked up: not yet the time to step aside
         return spec
 
 

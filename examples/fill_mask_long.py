@@ -24,7 +24,7 @@ def main(folder: str, file: str, word: str) -> None:
     if not places:
         sys.exit(f"{word!r} is not among the first {longest} tokens of {file}")
     start, end = places[-1].span()
-    before = len(tokenizer(text[:start], verbose=False)["input_ids"])
+    before = len(tokenizer(text[:start], add_special_tokens=False, verbose=False)["input_ids"])
     print(f"{len(encoded['input_ids'])} tokens read, {before} of them before the gap")
     print(f"...{text[max(0, start - 60) : start]}[____]{text[end : end + 60]}...")
 

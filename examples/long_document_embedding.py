@@ -18,12 +18,14 @@ def main(folder: str, *files: str) -> None:
     vectors = model.encode(texts, batch_size=4, normalize_embeddings=True)
     similarity = vectors @ vectors.T
     for i, file in enumerate(files):
-        similarity[i, i] = -1.0
-        nearest = similarity[i].argmax()
         tokens = len(model.tokenizer(texts[i], truncation=False, verbose=False)["input_ids"])
         read = min(tokens, model.max_seq_length)
-        other = Path(files[nearest]).name
-        print(f"{Path(file).name}: {read} of {tokens} tokens; nearest {other} ({similarity[i, nearest]:.3f})")
+        line = f"{Path(file).name}: {read} of {tokens} tokens"
+        if len(files) > 1:
+            similarity[i, i] = -1.0  # a chapter is not its own neighbour
+            nearest = similarity[i].argmax()
+            line += f"; nearest {Path(files[nearest]).name} ({similarity[i, nearest]:.3f})"
+        print(line)
 
 
 if __name__ == "__main__":

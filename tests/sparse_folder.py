@@ -49,7 +49,8 @@ def dense_folder(path: Path, family: str = "bert", class_name: str | None = None
     source_class, _, reserved = FAMILIES[family]
     model_class = getattr(transformers, class_name or source_class)
     sizes = DISTILBERT_SIZES if family == "distilbert" else SIZES
-    config = model_class.config_class(**sizes, **COMMON, max_position_embeddings=SHORT + reserved, **changes)
+    settings = sizes | COMMON | {"max_position_embeddings": SHORT + reserved} | changes
+    config = model_class.config_class(**settings)
     torch.manual_seed(0)
     model = model_class(config)
     for parameter in model.parameters():  # the usual initialisation is so flat that a wrong mask would hardly show

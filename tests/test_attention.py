@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from bsa_export import BertSparseSelfAttention, SparseSelfAttention
+from bsa_export.deepspeed_compat import sparsity_config as configs
 from bsa_export.errors import AttentionError, SparsityError
 from bsa_export.ops import block_sparse_attention, deepspeed_kernels
 from bsa_export.sparsity import (
@@ -182,14 +184,31 @@ def test_masks_mean_what_they_mean_in_deepspeed(deepspeed, monkeypatch, padding,
         assert (found - ours(q, k, v, rpe=rpe)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("mode", ["add", "mul"])
-def test_a_bool_mask_says_who_takes_part_in_either_mode(mode):
-    attention = make(key_padding_mask_mode=mode, attn_mask_mode=mode)
+def test_a_bool_mask_says_who_takes_part_in_mode_mul():
+    attention = make(key_padding_mask_mode="mul", attn_mask_mode="mul")
     q, k, v = normal(3, 2, HEADS, 40, 16)
     keys, pairs = normal(2, 40) < 1, normal(40, 40, seed=1) < 1
     output = attention(q, k, v, key_padding_mask=keys[:, None, None], attn_mask=pairs)
     layout = attention.get_layout(40)
     torch.testing.assert_close(output, expected(layout, q, k, v, key_padding_mask=keys, attn_mask=pairs))
+
+
+@pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])
+def test_a_bool_mask_is_refused_in_mode_add_where_deepspeed_would_add_1(name):
+    attention = make(key_padding_mask_mode="add", attn_mask_mode="add")
+    said = (
+        f'{name}: expected numbers .*in mode add, found bool; pass 0 for .* or make the module with {name}_mode="mul"'
+    )
+    with pytest.raises(AttentionError, match=said):
+        attention(*normal(3, 2, HEADS, 32, 16), **{name: torch.ones(2 if "key" in name else 32, 32).bool()})
+
+
+def test_bert_takes_a_bool_mask_as_transformers_means_it():
+    bert, x = make_bert(), normal(2, 40, 32)
+    keys = torch.arange(40) < torch.tensor([[40], [25]])
+    added = torch.where(keys, 0.0, float("-inf"))
+    assert torch.equal(bert(x, keys[:, None, None]), bert(x, added[:, None, None]))
+    assert not torch.equal(bert(x, keys[:, None, None]), bert(x))
 
 
 def test_masks_of_integers_are_numbers():
@@ -209,6 +228,32 @@ def test_a_sequence_without_keys_gives_zeros():
 def test_one_token_is_a_sequence():
     q, k, v = normal(3, 2, HEADS, 1, 16)
     torch.testing.assert_close(make()(q, k, v, key_padding_mask=torch.zeros(2, 1, 1, 1)), v)
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    """A process of its own, with random blocks of its own: each writes its layouts before and after they are used."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    random.seed(rank)
+    attention = make(configs.BigBirdSparsityConfig(HEADS, BLOCK, different_layout_per_head=True))
+    drawn = attention.master_layout
+    q, k, v = normal(3, 1, HEADS, LONGEST, 16)
+    output = attention(q, k, v)
+    layout = attention.master_layout.clone()
+    attention.load_state_dict({"master_layout": torch.full_like(layout, rank)})
+    assert (attention.get_layout(LONGEST) == rank).all()  # once: what is loaded later counts
+    torch.save((drawn, layout, output), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="a torch without torch.distributed")
+def test_random_layouts_are_those_of_rank_0_everywhere(tmp_path):
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    (drawn, layout, output), (other_drawn, other_layout, other_output) = (
+        torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)
+    )
+    assert not torch.equal(drawn, other_drawn)
+    assert torch.equal(layout, drawn) and torch.equal(other_layout, drawn)
+    assert torch.equal(output, other_output)
 
 
 @pytest.mark.parametrize("seq", [1, 16, 77, 128])

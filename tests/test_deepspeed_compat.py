@@ -13,6 +13,7 @@ import torch
 from bsa_export.deepspeed_compat import sparsity_config as configs
 from bsa_export.deepspeed_compat.matmul import MatMul
 from bsa_export.deepspeed_compat.softmax import Softmax
+from bsa_export.errors import AttentionError
 
 BLOCK, HEADS, ROWS, COLUMNS = 16, 3, 4, 5
 
@@ -179,6 +180,58 @@ def test_softmax_wants_masks_of_its_dtype():
     x = torch.zeros(1, int(layout.sum()), BLOCK, BLOCK)
     with pytest.raises(ValueError, match="key_padding_mask: expected torch.float32, as x, found torch.float16"):
         Softmax(layout, BLOCK)(x, key_padding_mask=torch.zeros(1, 32).half())
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batch", "no batch"])
+def test_softmax_takes_a_layout_without_heads_as_matmul_does(batched):
+    layout = layout_of(1, ROWS, ROWS)[0]
+    a, b = (random_tensor(2, HEADS, ROWS * BLOCK, 32, seed=seed) for seed in (1, 2))
+    a, b = (a, b) if batched else (a[0], b[0])
+    of_all, of_each = layout, layout.expand(HEADS, -1, -1)
+    found, expected = (
+        Softmax(each, BLOCK)(MatMul(each, BLOCK, "sdd", trans_b=True)(a, b), scale=0.1) for each in (of_all, of_each)
+    )
+    assert torch.equal(found, expected)
+
+
+def test_softmax_takes_masks_with_dimensions_of_1():
+    layout, length = layout_of(HEADS, ROWS, ROWS), ROWS * BLOCK
+    x = random_tensor(2, int(layout.sum()), BLOCK, BLOCK)
+    keys, pairs = random_tensor(2, length, seed=2), random_tensor(length, length, seed=3)
+    flat = Softmax(layout, BLOCK)(x, key_padding_mask=keys, attn_mask=pairs)
+    assert torch.equal(
+        Softmax(layout, BLOCK)(x, key_padding_mask=keys[:, None, None], attn_mask=pairs[None, None]), flat
+    )
+    one = Softmax(layout, BLOCK)(x[0], rpe=pairs, key_padding_mask=keys[:1], attn_mask=pairs)
+    both = Softmax(layout, BLOCK)(x, rpe=pairs, key_padding_mask=keys[:1], attn_mask=pairs)
+    assert torch.equal(one, both[0])
+
+
+@pytest.mark.parametrize(
+    "masks, said",
+    [
+        ({"key_padding_mask": torch.zeros(2, 80)}, r"key_padding_mask: expected \[2, 64\] or .*, found \[2, 80\]"),
+        ({"key_padding_mask": torch.zeros(2, 60)}, r"key_padding_mask: expected \[2, 64\]"),
+        ({"key_padding_mask": torch.zeros(3, 64)}, r"key_padding_mask: expected \[2, 64\]"),
+        ({"key_padding_mask": torch.zeros(2, 1, 64, 64)}, "a mask of pairs is an attn_mask"),
+        ({"attn_mask": torch.zeros(160, 160)}, r"attn_mask: expected \[2, 3, 64, 64\] or .*, found \[160, 160\]"),
+        ({"attn_mask": torch.zeros(60, 60)}, "attn_mask: expected"),
+        ({"attn_mask": torch.zeros(1, 1, 1, 64, 64)}, "attn_mask: expected"),
+        ({"rpe": torch.zeros(3, 80, 80)}, r"rpe: expected \[2, 3, 64, 64\]"),
+    ],
+    ids=lambda value: "-".join(f"{k}{list(v.shape)}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_softmax_refuses_masks_of_another_length(masks, said):
+    layout = layout_of(HEADS, ROWS, ROWS)
+    x = torch.zeros(2, int(layout.sum()), BLOCK, BLOCK)
+    with pytest.raises(AttentionError, match=said):
+        Softmax(layout, BLOCK)(x, **masks)
+
+
+def test_softmax_refuses_another_number_of_blocks():
+    layout = layout_of(1, ROWS, ROWS)[0]
+    with pytest.raises(AttentionError, match="expected x of"):
+        Softmax(layout, BLOCK)(torch.zeros(1, 2 * int(layout.sum()) + 1, BLOCK, BLOCK))
 
 
 def deepspeeds_own():
@@ -351,3 +404,55 @@ def test_an_installed_module_stays_unless_force_is_asked(tmp_path):
         print(FixedSparsityConfig.__module__)
     """
     assert run_python(code, fake_deepspeed(tmp_path, own)) == "False bsa_export.deepspeed_compat.sparsity_config"
+
+
+def test_force_replaces_what_is_imported_already_and_uninstall_brings_it_back(tmp_path):
+    own = {
+        "deepspeed/ops/sparse_attention/__init__.py": "from .matmul import MatMul\nSparseSelfAttention = 'theirs'",
+        "deepspeed/ops/sparse_attention/matmul.py": "MatMul = 'theirs'",
+    }
+    code = """
+        import deepspeed.ops.sparse_attention
+        from bsa_export import deepspeed_compat
+
+        def homes():
+            from deepspeed.ops import sparse_attention
+            from deepspeed.ops.sparse_attention import SparseSelfAttention
+            from deepspeed.ops.sparse_attention.matmul import MatMul
+            found = (deepspeed.ops.sparse_attention.SparseSelfAttention, sparse_attention.SparseSelfAttention,
+                SparseSelfAttention, MatMul, deepspeed.ops.sparse_attention.matmul.MatMul)
+            return {getattr(each, "__module__", each).partition(".")[0] for each in found}
+
+        for _ in range(2):
+            print(*homes())
+            deepspeed_compat.install(force=True)
+            print(*homes())
+            deepspeed_compat.uninstall()
+        print(*homes())
+    """
+    shown = run_python(code, fake_deepspeed(tmp_path, own))
+    assert shown.split() == ["theirs", "bsa_export", "theirs", "bsa_export", "theirs"]
+
+
+def test_uninstall_leaves_nothing_in_a_deepspeed_that_has_none(tmp_path):
+    code = """
+        import deepspeed.ops
+        from bsa_export import deepspeed_compat
+        from deepspeed.ops import sparse_attention
+        deepspeed_compat.uninstall()
+        print(hasattr(deepspeed.ops, "sparse_attention"))
+    """
+    assert run_python(code, fake_deepspeed(tmp_path, {})) == "False"
+
+
+def test_without_deepspeed_the_stand_in_is_there_by_its_name_alone():
+    code = (
+        WITHOUT_DEEPSPEED
+        + """
+    import bsa_export.deepspeed_compat
+    import deepspeed
+    print(deepspeed.ops.sparse_attention.matmul.MatMul is deepspeed.ops.sparse_attention.sparsity_config)
+    print(deepspeed.ops.sparse_attention.FixedSparsityConfig.__module__)
+    """
+    )
+    assert run_python(code).split() == ["False", "bsa_export.deepspeed_compat.sparsity_config"]

@@ -178,6 +178,83 @@ def test_self_attention_is_replaced_in_hugging_face_models(family, attention):
     assert 0 < to_mask(layouts[0]).float().mean() < 1
 
 
+def sparse_model(family, attention="sdpa"):
+    model, _ = dense_model(family, attention)
+    config = BigBirdSparsityConfig(num_heads=4, block=16)
+    return SparseAttentionUtils.replace_model_self_attention_with_sparse_self_attention(model, 64, config)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "per head"])
+@torch.no_grad()
+def test_a_mask_of_pairs_is_one_of_pairs(kind):
+    model, inputs = sparse_model("bert"), batch(64)
+    layouts = [layer.attention.self.sparse_self_attention.master_layout for layer in model.bert.encoder.layer]
+    heads = 4 if kind == "per head" else 1
+    pairs = torch.rand(2, heads, 64, 64, generator=torch.Generator().manual_seed(2)) < 0.8
+    pairs = pairs | torch.eye(64, dtype=torch.bool)
+    own = torch.zeros(pairs.shape).masked_fill(~pairs, torch.finfo(torch.float32).min) if kind == "additive" else pairs
+    found = model(inputs["input_ids"], attention_mask=own).logits
+    fresh, _ = dense_model("bert", "sdpa")
+    masked_by_layouts(fresh, layouts, 16, pairs)
+    torch.testing.assert_close(found, fresh(inputs["input_ids"]).logits, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("family", MODELS)
+@torch.no_grad()
+def test_no_mask_of_pairs_is_made_of_padding(family, attention):
+    pytest.importorskip("transformers", minversion="5.0")
+    model, seen = sparse_model(family, attention), []
+    model.base_model.encoder.layer[0].attention.self.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    inputs = batch(64)
+    found = model(**inputs).logits
+    model(inputs["input_ids"])
+    assert torch.equal(seen[0], inputs["attention_mask"].bool()) and seen[1] is None
+    model.base_model.encoder = model.base_model.encoder
+    model.base_model.embeddings = model.base_model.embeddings
+    assert torch.equal(model(**inputs).logits, found)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_layers_that_are_not_replaced_stay_dense(attention):
+    model, _ = dense_model("bert", attention)
+    inputs = batch(64)
+    before = model(**inputs).logits
+    config = DenseSparsityConfig(num_heads=4, block=16)
+    SparseAttentionUtils.replace_self_attention_layer_with_sparse_self_attention_layer(
+        model.config, model.bert.encoder.layer[1:], config, max_seq_length=64
+    )
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(model(**inputs).logits[real], before[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@torch.no_grad()
+def test_what_is_saved_loads_as_a_dense_model_of_the_tables_length(family, tmp_path):
+    model, reserved = dense_model(family, "sdpa")
+    SparseAttentionUtils.extend_position_embedding(model, 128)
+    config = DenseSparsityConfig(num_heads=4, block=16)
+    SparseAttentionUtils.replace_model_self_attention_with_sparse_self_attention(model, 64, config)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert again.config.max_position_embeddings == 128 + reserved
+    inputs = batch(64)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(again(**inputs).logits[real], model(**inputs).logits[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_more_tokens_than_positions_are_refused_in_a_sentence(family):
+    model, reserved = dense_model(family, "sdpa")
+    said = "expected at most the model's 64 positions, found 80; extend_position_embedding gives it more"
+    with pytest.raises(ValueError, match=said):
+        SparseAttentionUtils.replace_model_self_attention_with_sparse_self_attention(model, 80)
+    assert model.config.max_position_embeddings == 64 + reserved
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_a_dense_layout_leaves_the_model_as_it_was(family):
     model, _ = dense_model(family, "sdpa")

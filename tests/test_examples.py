@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip("transformers", minversion="5.0")
 
-from sparse_folder import converted  # noqa: E402
+from sparse_folder import BLOCK, LONGEST, converted, dense_folder  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -44,6 +45,24 @@ def test_long_document_embedding_finds_a_neighbour_for_each_chapter(minilm, chap
     assert list(found) == list(chapters)
     assert all(512 < int(read) == min(int(tokens), 1024) for read, tokens, _ in found.values())
     assert found["attribute-access"][2] == "customization"
+
+
+def test_long_document_embedding_of_one_chapter_has_no_neighbour(minilm, chapters, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    out = converted(minilm, tmp_path / "out", max_length=1024)
+    shown = run_example("long_document_embedding.py", out, chapters["debugger"])
+    assert re.fullmatch(r"debugger\.txt: 1024 of \d+ tokens\n", shown)
+
+
+def test_fill_mask_long_counts_the_texts_own_tokens_before_the_gap(minilm, tmp_path):
+    """On a small random model with the vocabulary of MiniLM, where each of these words is one token."""
+    source = dense_folder(tmp_path / "source", vocab_size=30522, pad_token_id=0)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(minilm / name, source)
+    out = converted(source, tmp_path / "out", max_length=LONGEST, block=BLOCK)
+    (tmp_path / "text.txt").write_text("one two three four five six seven")
+    shown = run_example("fill_mask_long.py", out, tmp_path / "text.txt", "six")
+    assert shown.startswith("9 tokens read, 5 of them before the gap\n")
 
 
 def test_fill_mask_long_guesses_a_word_far_into_the_text(english_mlm, chapters, tmp_path):

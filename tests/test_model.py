@@ -156,6 +156,16 @@ def test_texts_packed_as_transformers_packs_them_do_not_meet(bert):
             torch.testing.assert_close(logits, model(text[None]).logits[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["max_length_q", "cu_seq_lens_q"])
+def test_a_packed_text_that_is_too_long_is_refused_in_a_sentence(bert, told):
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    packed = collate([{"input_ids": [5] * length} for length in (40, LONGEST + 1)])
+    if not told:
+        del packed["max_length_q"]
+    with pytest.raises(AttentionError, match="reads up to 128 tokens, found 129; truncate"):
+        bsa_export.load(bert)(**packed)
+
+
 @pytest.mark.parametrize("padding", ["none", "right"])
 def test_hidden_states_have_the_shape_of_the_batch(bert, padding):
     hidden = bsa_export.load(bert)(**batch(padding=padding), output_hidden_states=True).hidden_states

@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 from sparse_folder import BLOCK, batch, layouts_in, masked_by_layouts, outputs, sparse_folder  # noqa: E402
 
 import bsa_export  # noqa: E402
+from bsa_export.errors import AttentionError  # noqa: E402
 from bsa_export.model import StoredLayout  # noqa: E402
 
 AutoModelForMaskedLM = transformers.AutoModelForMaskedLM
@@ -24,6 +25,63 @@ def bert(tmp_path_factory):
 
 def layouts_of(model):
     return [module.master_layout.cpu() for module in model.modules() if isinstance(module, StoredLayout)]
+
+
+def reassign_self(model):
+    for layer in model.base_model.encoder.layer:
+        layer.attention.self = layer.attention.self
+    return model
+
+
+def compile_self(model):
+    torch.compiler.reset()
+    for layer in model.base_model.encoder.layer:
+        layer.attention.self = torch.compile(layer.attention.self, backend="eager")
+    return model
+
+
+def reassign_encoder(model):
+    model.base_model.encoder, model.base_model.embeddings = model.base_model.encoder, model.base_model.embeddings
+    return model
+
+
+def compile_encoder(model):
+    torch.compiler.reset()
+    model.base_model.encoder = torch.compile(model.base_model.encoder, backend="eager")
+    return model
+
+
+def take_into_another_module(model):
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.encoder, self.embeddings = model.config, model.bert.encoder, model.bert.embeddings
+
+    Own()
+    return model
+
+
+PUT_BACK = [reassign_self, compile_self, reassign_encoder, compile_encoder, take_into_another_module]
+
+
+@pytest.mark.parametrize("put_back", PUT_BACK, ids=lambda function: function.__name__)
+def test_a_module_that_is_wrapped_or_put_elsewhere_stays_what_it_is(bert, put_back):
+    inputs = batch(padding="right")
+    expected = outputs(bsa_export.load(bert), inputs)
+    model = put_back(bsa_export.load(bert))
+    torch.testing.assert_close(outputs(model, inputs), expected, atol=1e-4, rtol=1e-4)
+    assert all(map(torch.equal, layouts_of(model), layouts_in(bert)))
+
+
+def test_a_strangers_config_is_left_alone(bert):
+    class Stranger(torch.nn.Module):
+        @property
+        def config(self):
+            raise RuntimeError("not yet")
+
+    parent = torch.nn.Module()
+    for name in ("encoder", "self", "other"):
+        setattr(parent, name, Stranger())
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
@@ -48,6 +106,42 @@ def test_a_layout_moves_with_the_model_and_keeps_its_dtype(bert):
     model = bsa_export.load(bert).half().to("meta")
     stored = [module for module in model.modules() if isinstance(module, StoredLayout)]
     assert {(s.master_layout.dtype, s.master_layout.device.type) for s in stored} == {(torch.uint8, "meta")}
+    for module in stored:
+        module.check()  # there is nothing to look at yet
+
+
+@pytest.mark.parametrize("padding", ["none", "right"])
+def test_layouts_that_are_loaded_later_are_looked_at_too(bert, padding):
+    model, inputs = bsa_export.load(bert), batch(padding=padding)
+    before = outputs(model, inputs)
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith("master_layout")}
+    with pytest.raises(
+        RuntimeError, match="layer.1.attention.self.sparse_self_attention.master_layout: .*no stored layout"
+    ):
+        model.load_state_dict({name: torch.zeros_like(tensor) for name, tensor in stored.items()}, strict=False)
+    with pytest.raises(AttentionError, match="no stored layout"):
+        model(**inputs)
+    model.load_state_dict(stored, strict=False)
+    assert torch.equal(outputs(model, inputs), before)
+    layer = model.bert.encoder.layer[0].attention.self.sparse_self_attention
+    kept = layer.master_layout.clone()
+    layer.master_layout.zero_()
+    with pytest.raises(AttentionError, match="no stored layout"):
+        model(**inputs)
+    layer.master_layout = kept
+    assert torch.equal(outputs(model, inputs), before)
+    layer.master_layout = torch.zeros_like(kept)
+    with pytest.raises(AttentionError, match="no stored layout"):
+        model(**inputs)
+
+
+def test_a_state_dict_without_layouts_is_no_reason_to_look_at_them(bert):
+    model = bsa_export.load(bert)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("master_layout")}
+    fresh = AutoModelForMaskedLM.from_config(model.config, attn_implementation="block_sparse").eval()
+    fresh.load_state_dict(weights, strict=False)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(**batch()).logits, model(**batch()).logits)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -97,6 +191,41 @@ def test_torch_compile_takes_it_whole_and_gives_the_same(bert, padding):
     torch.compiler.reset()
     found = outputs(torch.compile(model, backend="aot_eager", fullgraph=True), inputs)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_refuses_layouts_that_are_none(bert, backend):
+    model, inputs = bsa_export.load(bert), batch()
+    fresh = AutoModelForMaskedLM.from_config(model.config, attn_implementation="block_sparse").eval()
+    torch.compiler.reset()
+    with pytest.raises(RuntimeError, match="no stored layout"), torch.no_grad():
+        torch.compile(fresh, backend=backend, fullgraph=True)(**inputs)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    assert outputs(compiled, inputs).isfinite().all()
+    with pytest.raises(RuntimeError, match="no stored layout"):
+        compiled.load_state_dict({name: torch.zeros_like(t) for name, t in compiled.state_dict().items()})
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning")
+def test_a_trace_takes_texts_of_other_lengths(bert):
+    model, inputs = bsa_export.load(bert).requires_grad_(False), batch(padding="right")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with torch.no_grad():
+        traced = torch.jit.trace(
+            lambda ids, mask: model(ids, attention_mask=mask).logits, (ids, mask), check_trace=False
+        )
+        other = mask.flip(0)
+        found, expected = traced(ids, other), model(ids, attention_mask=other).logits
+    torch.testing.assert_close(found[other.bool()], expected[other.bool()], atol=1e-4, rtol=1e-4)
+
+
+def test_feed_forward_in_chunks_takes_padding(bert):
+    inputs = batch(padding="right")
+    inputs["attention_mask"][1, 50:] = 0  # 183 tokens, which no chunk of 50 divides
+    model = AutoModelForMaskedLM.from_pretrained(
+        bert, attn_implementation="block_sparse", chunk_size_feed_forward=50
+    ).eval()
+    torch.testing.assert_close(outputs(model, inputs), outputs(bsa_export.load(bert), inputs), atol=1e-4, rtol=1e-4)
 
 
 def test_attention_dropout_has_no_effect_and_that_is_said_once(bert, caplog):

@@ -152,6 +152,19 @@ def test_importing_it_first_registers_once_and_imports_nothing_heavy(then):
     assert run_python(code) == "1 True True"
 
 
+def test_looking_for_transformers_does_not_use_the_registration_up():
+    code = """
+        import sys, importlib.util, bsa_export
+        from bsa_export.registration import _AfterTransformers
+        for _ in range(2):
+            assert importlib.util.find_spec("transformers.modeling_utils").origin.endswith("modeling_utils.py")
+        from transformers.modeling_utils import AttentionInterface
+        print("block_sparse" in AttentionInterface().valid_keys())
+        print(any(isinstance(finder, _AfterTransformers) for finder in sys.meta_path))
+    """
+    assert run_python(code).split() == ["True", "False"]
+
+
 def test_plain_transformers_loads_it_as_a_dense_model_of_the_new_length(tmp_path):
     """In a process that never sees bsa_export; the outputs up to the source's length are the source's."""
     sparse_folder(tmp_path)

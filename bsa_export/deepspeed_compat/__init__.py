@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 PACKAGE = "deepspeed.ops.sparse_attention"
 
@@ -38,9 +39,13 @@ class _StandIn(Loader):
             module.__doc__ = (
                 "No DeepSpeed: only deepspeed.ops.sparse_attention is here, from bsa_export.deepspeed_compat."
             )
-            return
-        source = import_module(STAND_INS[module.__name__])
-        vars(module).update({name: value for name, value in vars(source).items() if not name.startswith("_")})
+        else:
+            source = import_module(STAND_INS[module.__name__])
+            vars(module).update({name: value for name, value in vars(source).items() if not name.startswith("_")})
+        # A package imports what it holds, as DeepSpeed's do: `import deepspeed` is enough for all of it.
+        for name in (*PARENTS, *STAND_INS):
+            if name.rpartition(".")[0] == module.__name__:
+                import_module(name)
 
 
 class _Finder(MetaPathFinder):
@@ -57,6 +62,7 @@ class _Finder(MetaPathFinder):
 
 _last = _Finder({*STAND_INS, *PARENTS})
 _first = _Finder(STAND_INS)
+_replaced: dict[str, ModuleType] = {}  # DeepSpeed's own modules that `install(force=True)` found imported
 
 
 def install(force: bool = False) -> None:
@@ -69,19 +75,38 @@ def install(force: bool = False) -> None:
     if _last not in sys.meta_path:
         sys.meta_path.append(_last)
     if force and _first not in sys.meta_path:
-        for name in STAND_INS:
-            sys.modules.pop(name, None)
         sys.meta_path.insert(0, _first)
+        own = [name for name in STAND_INS if name in sys.modules and not _is_stand_in(sys.modules[name])]
+        _replaced.update({name: sys.modules.pop(name) for name in own})
+        for name in own:
+            import_module(name)  # this also puts it into its parent, where old code may look for it
 
 
 def uninstall() -> None:
-    """Takes the stand-ins away again; modules that were imported from them go too."""
+    """Takes the stand-ins away again, imported or not; what `install(force=True)` replaced comes back."""
     for finder in (_first, _last):
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)
     for name in (*STAND_INS, *PARENTS):
-        if isinstance(getattr(getattr(sys.modules.get(name), "__spec__", None), "loader", None), _StandIn):
-            del sys.modules[name]
+        if name in sys.modules and _is_stand_in(sys.modules[name]):
+            parent, child = _parent(name)
+            if getattr(parent, child, None) is sys.modules.pop(name):
+                delattr(parent, child)
+    for name, module in _replaced.items():
+        sys.modules[name] = module
+        parent, child = _parent(name)
+        setattr(parent, child, module)
+    _replaced.clear()
+
+
+def _is_stand_in(module: ModuleType) -> bool:
+    return isinstance(getattr(getattr(module, "__spec__", None), "loader", None), _StandIn)
+
+
+def _parent(name: str) -> tuple[ModuleType | None, str]:
+    """The imported module that this one is in, and its name there."""
+    parent, _, child = name.rpartition(".")
+    return sys.modules.get(parent), child
 
 
 install()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bsa_export.attention import without_ones
 from bsa_export.deepspeed_compat.blocks import BlockLayout, tiles
 from bsa_export.errors import AttentionError
 
@@ -13,7 +14,7 @@ class Softmax:
     """Softmax over the kept blocks of each row of a block-sparse tensor, with the signature of deepspeed 0.19.6.
 
     Args:
-        layout: `[heads, rows, columns]` of 0 and 1, or `[rows, columns]` for one head.
+        layout: `[heads, rows, columns]` of 0 and 1, or `[rows, columns]` for every head.
         block: the width of a block.
         bench: taken for old calls, without effect.
     """
@@ -21,8 +22,8 @@ class Softmax:
     def __init__(self, layout: Tensor, block: int, bench: bool = False):
         self.layout = layout
         self.block = block
-        self.num_blocks = int(torch.as_tensor(layout).ne(0).sum())
         self._blocks = BlockLayout(layout, block)
+        self.num_blocks = len(self._blocks)
 
     def __call__(
         self,
@@ -40,48 +41,68 @@ class Softmax:
             x: block-sparse, `[batch, kept blocks, block, block]` or `[kept blocks, block, block]`.
             scale: multiplies x first.
             rpe: relative position bias, broadcasts to `[batch, heads, seq, seq]`; added.
-            key_padding_mask: `[batch, seq]`.
-            attn_mask: `[seq, seq]`.
+            key_padding_mask: `[batch, seq]`, or with dimensions of 1 between.
+            attn_mask: `[seq, seq]`, or what broadcasts to `[batch, heads, seq, seq]`.
             key_padding_mask_mode, attn_mask_mode: `add`, or `mul`: 0 takes the key out.
 
         Returns:
             The probabilities, shape and dtype of x.
 
         Raises:
-            AttentionError: (a ValueError) for a mask of another dtype or mode, or another number of blocks.
+            AttentionError: (a ValueError) for a mask of another dtype, shape or mode, or another number of blocks.
         """
         for name, mask in (("rpe", rpe), ("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             if mask is not None and mask.dtype != x.dtype:
                 raise AttentionError(f"{name}: expected {x.dtype}, as x", found=mask.dtype)
-        heads = self.layout.shape[0] if self.layout.ndim == 3 else 1
+        layout = self._blocks.layout
+        # A layout of 2 dimensions is that of each head, and x tells how many there are.
+        heads = len(layout) if layout.ndim == 3 else max(1, x.shape[-3] // max(1, self.num_blocks))
         head, row, column = self._blocks.kept(heads, x.device)
-        if x.shape[-3:] != (len(head), self.block, self.block):
+        if x.ndim not in (3, 4) or x.shape[-3:] != (len(head), self.block, self.block):
             raise AttentionError(f"expected x of [..., {len(head)}, {self.block}, {self.block}]", found=tuple(x.shape))
 
         dtype = torch.promote_types(x.dtype, torch.float32)
-        scores = x.to(dtype) * scale
+        scores = (x if x.ndim == 4 else x[None]).to(dtype) * scale  # [batch, kept, block, block]
+        batch, rows, columns = len(scores), *(size * self.block for size in layout.shape[-2:])
         if rpe is not None:
-            bias = tiles(rpe[(None,) * (4 - rpe.ndim)].expand(-1, heads, -1, -1), self.block)[:, head, row, column]
-            scores = scores + (bias if x.ndim == 4 else bias[0]).to(dtype)
+            pairs = _expanded("rpe", rpe, batch, heads, rows, columns)
+            scores = scores + tiles(pairs, self.block)[:, head, row, column].to(dtype)
         if key_padding_mask is not None:
-            added = _additive(key_padding_mask, key_padding_mask_mode, dtype).unflatten(-1, (-1, self.block))
-            added = added[:, column, None]  # [batch, kept, 1, block]
-            scores = scores + (added if x.ndim == 4 else added[0])
+            keys = _expanded("key_padding_mask", without_ones(key_padding_mask), batch, columns)
+            keys = _additive(keys, key_padding_mask_mode, dtype)
+            scores = scores + keys.unflatten(-1, (-1, self.block))[:, column, None]  # [batch, kept, 1, block]
         if attn_mask is not None:
-            scores = scores + tiles(_additive(attn_mask, attn_mask_mode, dtype), self.block)[row, column]
+            pairs = _expanded("attn_mask", attn_mask, batch, heads, rows, columns)
+            pairs = tiles(pairs, self.block)[:, head, row, column]
+            scores = scores + _additive(pairs, attn_mask_mode, dtype)
 
-        rows = self.layout.shape[-2]
-        places = head * rows + row  # [kept]
-        peak = scores.detach().amax(-1)  # [..., kept, block]
+        places = head * layout.shape[-2] + row  # [kept]
+        peak = scores.detach().amax(-1)  # [batch, kept, block]
         at = places[:, None].expand_as(peak)
-        top = peak.new_full((*peak.shape[:-2], heads * rows, self.block), float("-inf")).scatter_reduce(
+        top = peak.new_full((batch, heads * layout.shape[-2], self.block), float("-inf")).scatter_reduce(
             -2, at, peak, "amax"
         )
         top = top.masked_fill(top == float("-inf"), 0.0)
         exps = torch.exp(scores - top.index_select(-2, places)[..., None])
         total = torch.zeros_like(top).index_add(-2, places, exps.sum(-1))
         total = torch.where(total == 0, 1.0, total)
-        return (exps / total.index_select(-2, places)[..., None]).to(x.dtype)
+        return (exps / total.index_select(-2, places)[..., None]).to(x.dtype).view_as(x)
+
+
+def _expanded(name: str, mask: Tensor, batch: int, *sizes: int) -> Tensor:
+    """A mask as `[batch or 1, *sizes]`.
+
+    Raises:
+        AttentionError: its shape does not broadcast to that.
+    """
+    shape = (1,) * (1 + len(sizes) - mask.ndim) + tuple(mask.shape)
+    if len(shape) != 1 + len(sizes) or any(
+        size not in (1, full) for size, full in zip(shape, (batch, *sizes), strict=True)
+    ):
+        raise AttentionError(
+            f"expected {[batch, *sizes]} or a shape that broadcasts to it", found=list(mask.shape), where=name
+        )
+    return mask.expand(shape[0], *sizes)
 
 
 def _additive(mask: Tensor, mode: str, dtype: torch.dtype) -> Tensor:

@@ -6,32 +6,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bsa_export.attention import BertSparseSelfAttention
+from bsa_export.attention import BertSparseSelfAttention, added
 from bsa_export.errors import AttentionError
 
 
 class _SelfAttention(BertSparseSelfAttention):
     """`BertSparseSelfAttention` with the call that Hugging Face's attention layers make of their `self`."""
 
+    def __init__(self, config, sparsity_config, max_seq_length: int):
+        super().__init__(config, sparsity_config, max_seq_length)
+        self.sparse_self_attention.attn_mask_mode = "add"  # as Hugging Face means its masks
+
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs
     ) -> tuple[Tensor, None]:
-        """Takes a mask as any transformers makes it; returns the context layer and None for the probabilities."""
+        """Returns the context layer and None for the probabilities.
+
+        Args:
+            attention_mask: the tokenizer's `[batch, seq]`; or 4-D, what broadcasts to `[batch, heads, seq, seq]`, bool or
+                added to the scores.
+        """
         if kwargs.get("output_attentions"):
             raise AttentionError("output_attentions=True: block-sparse attention never holds the probabilities")
-        return super().forward(hidden_states, _extended(attention_mask, hidden_states.dtype)), None
-
-
-def _extended(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """BERT's extended additive mask `[batch, 1, 1, seq]` from a padding mask in 2 or 4 dimensions, bool or additive."""
-    if mask is None:
-        return None
-    if mask.ndim == 2:
-        mask = mask[:, None, None].bool()
-    mask = mask[:, :1, :1]  # a padding mask is the same for every query
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        if attention_mask is not None:
+            if attention_mask.ndim == 2:
+                attention_mask = attention_mask.bool()
+            elif attention_mask.shape[1:3] != (1, 1):
+                return self.context_layer(hidden_states, attn_mask=added(attention_mask)), None
+        return super().forward(hidden_states, attention_mask), None
 
 
 class SparseAttentionUtils:
@@ -78,13 +80,28 @@ class SparseAttentionUtils:
             model: a Hugging Face BERT or RoBERTa, with or without a head.
             max_position: tokens of the longest text; the length of the master layout.
             sparsity_config: `FixedSparsityConfig(num_heads=config.num_attention_heads)` if left out.
+
+        Raises:
+            AttentionError: (a ValueError) the model is neither BERT nor RoBERTa, is a decoder, or has fewer positions.
         """
         encoder = _encoder(model)
-        reserved = _reserved_rows(encoder.embeddings.position_embeddings)
-        model.config.max_position_embeddings = max_position + reserved
+        table = encoder.embeddings.position_embeddings
+        positions = len(table.weight) - _reserved_rows(table)
+        if max_position > positions:
+            raise AttentionError(
+                f"max_position: expected at most the model's {positions} positions",
+                found=max_position,
+                hint="extend_position_embedding gives it more",
+            )
         SparseAttentionUtils.replace_self_attention_layer_with_sparse_self_attention_layer(
             model.config, encoder.encoder.layer, sparsity_config, max_seq_length=max_position
         )
+        from bsa_export.model import IN_MEMORY, register  # with torch._dynamo, which takes a second
+
+        # No layer is dense now: the tokenizer's mask reaches them as it is, not as [batch, 1, seq, seq].
+        config = getattr(encoder, "config", None)
+        if hasattr(config, "_attn_implementation") and register():
+            config._attn_implementation = IN_MEMORY
         return model
 
     @staticmethod

@@ -169,7 +169,6 @@ def attend_by(model, engine: str, layout: torch.Tensor | None) -> None:
         for module in model.modules():
             if isinstance(module, StoredLayout):
                 module.master_layout = layout.to(model.device)
-                module.checked = False
 
 
 def block_mask(layout: torch.Tensor) -> BlockMask:
