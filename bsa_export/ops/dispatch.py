@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -62,25 +63,32 @@ def block_sparse_attention(
     attn_mask: Tensor | None = None,
     rpe: Tensor | None = None,
     scale: float | None = None,
+    dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Self-attention whose softmax runs over the kept blocks of a layout only. Differentiable in query, key and value.
+    """Self-attention whose softmax runs over the kept blocks of a layout only. Differentiable once in query, key and value.
 
     A mask is bool (True takes part) or added to the scores. What -inf or False removes is gone: a row without any key gives
-    zeros and zero gradients. Finite values keep the meaning that softmax gives them, also where a row has no others. There is
-    no dropout on the probabilities, as in DeepSpeed. Under autocast float32 inputs are cast, as `scaled_dot_product_attention`
-    does.
+    zeros and zero gradients. Finite values keep the meaning that softmax gives them, also where a row has no others. Under
+    autocast inputs are cast, as `scaled_dot_product_attention` does.
+
+    The fused kernel reads a layout back to the CPU at its first call and knows it again for as long as it is the same memory
+    that PyTorch has not written to. It cannot see writes that PyTorch does not count: through `.data`, by kernels of your own,
+    or by replays of a CUDA graph; write a new tensor instead. A layout that is new at each call is read at each call, which
+    waits for the GPU and cannot happen while a CUDA graph is captured: one that a compiled function computes, or a tensor made
+    in inference mode. Parameters and buffers, and their slices, are read once for each length in blocks, in a compiled function
+    once for each place in it.
 
     Args:
         query, key, value: `[batch, heads, seq, head_dim]` of one floating dtype and device, in any strides.
         layout: `[heads, n, n]`, or `[1, n, n]` for every head, integer or bool, on any device; nonzero keeps a block. Its
-            top-left `ceil(seq / block)` blocks count. Kernels remember what they derive from it: write a new tensor rather
-            than into an old one.
+            top-left `ceil(seq / block)` blocks count.
         block: side of a square block, in tokens.
         key_padding_mask: `[batch, seq]`, or a shape that broadcasts to it.
         attn_mask: `[seq, seq]`, or any shape that broadcasts to `[batch, heads, seq, seq]`.
         rpe: relative position embedding, added to the scores, shaped as `attn_mask`.
         scale: what the scores are multiplied by before anything is added; `head_dim ** -0.5` unless given.
+        dropout_p: 0, since there is no dropout on the probabilities, as in DeepSpeed.
         backend: `auto` (the fastest that can), `triton`, `torch`, `reference` or `deepspeed`.
 
     Returns:
@@ -89,15 +97,18 @@ def block_sparse_attention(
     Raises:
         AttentionError: an argument does not fit, or the named backend cannot compute this call; the sentence says why.
     """
-    _check(query, key, value, layout, block)
+    if dropout_p:
+        message = "expected 0: block-sparse attention has no dropout on the probabilities"
+        raise AttentionError(message, found=dropout_p, where="dropout_p")
+    _check_tensors(query=query, key=key, value=value, layout=layout)
     device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(device):
+        query, key, value = _autocast(query, key, value)
         with torch.autocast(device, enabled=False):
             return block_sparse_attention(
-                query.to(dtype),
-                key.to(dtype),
-                value.to(dtype),
+                query,
+                key,
+                value,
                 layout,
                 block,
                 key_padding_mask=key_padding_mask,
@@ -106,6 +117,8 @@ def block_sparse_attention(
                 scale=scale,
                 backend=backend,
             )
+    _check(query, key, value, layout, block)
+    _check_length(layout, block, query.shape[2], "query: seq")
     batch, heads, seq, head_dim = query.shape
     masks = {
         "key_padding_mask": _additive("key_padding_mask", key_padding_mask, query, (batch, seq)),
@@ -114,9 +127,9 @@ def block_sparse_attention(
     }
     if key_padding_mask is not None:
         masks["key_padding_mask"] = masks["key_padding_mask"].expand(batch, seq)
-    scale = head_dim**-0.5 if scale is None else scale
     if query.numel() == 0:
-        return query.clone()
+        return query + key + value  # nothing, whose gradients are nothing too
+    scale = head_dim**-0.5 if scale is None else scale
     n = -(-seq // block)
     layout = layout[:, :n, :n]
     module = _choose(backend, query, key, value, layout, block, masks, scale)
@@ -137,42 +150,63 @@ def block_sparse_attention_varlen(
 ) -> Tensor:
     """`block_sparse_attention` of texts of any lengths, one after another, without padding between them.
 
-    The fused kernel computes them in one call; other backends text by text.
+    The fused kernel computes them in one call; other backends text by text. Nothing of a text reaches another. Its launches
+    grow with texts times `max_seqlen`: many short texts are better not put beside a very long one.
 
     Args:
         query, key, value: `[1, heads, tokens, head_dim]`, tokens of all texts.
         layout, block, scale, backend: as in `block_sparse_attention`; each text starts at the layout's top left.
         cu_seqlens: int32 `[texts + 1]` on the query's device, where each text begins, and the end of the last, as in
-            flash-attn's varlen functions.
-        max_seqlen: tokens of the longest text.
+            flash-attn's varlen functions: they ascend and lie within the tokens. The fused kernel does not wait for the GPU to
+            check that.
+        max_seqlen: tokens of the longest text, or more. Fused, what a text has beyond them has no meaning.
 
     Returns:
-        `[1, heads, tokens, head_dim]` in the query's dtype.
+        `[1, heads, tokens, head_dim]` in the query's dtype; zeros for tokens before the first text and behind the last.
 
     Raises:
         AttentionError: an argument does not fit, or the named backend cannot compute this call.
     """
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.device != query.device:
+    _check_tensors(query=query, key=key, value=value, layout=layout, cu_seqlens=cu_seqlens)
+    if (
+        cu_seqlens.ndim != 1
+        or cu_seqlens.dtype != torch.int32
+        or cu_seqlens.device != query.device
+        or not len(cu_seqlens)
+    ):
         found = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
         raise AttentionError(f"expected int32 [texts + 1] on {query.device}", found=found, where="cu_seqlens")
-    _check(query[:, :, :max_seqlen], key[:, :, :max_seqlen], value[:, :, :max_seqlen], layout, block)
-    if query.shape[0] != 1 or not query.shape == key.shape == value.shape:
-        raise AttentionError("expected [1, heads, tokens, head_dim], all alike", found=list(query.shape), where="query")
-    device = query.device.type
-    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
-        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = _autocast(query, key, value)
+    _check(query, key, value, layout, block)
+    _check_length(layout, block, max_seqlen, "max_seqlen")
+    tokens = query.shape[2]
+    if query.shape[0] != 1:
+        raise AttentionError("expected [1, heads, tokens, head_dim]", found=list(query.shape), where="query")
+    if not 0 <= max_seqlen <= tokens:
+        message = f"expected at most the {tokens:,} tokens of query"
+        raise AttentionError(message, found=max_seqlen, where="max_seqlen")
+    if query.numel() == 0 or len(cu_seqlens) == 1 or max_seqlen == 0:
+        return torch.cat([(query + key + value)[:, :, :0], query.new_zeros(query.shape)], dim=2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     n = -(-max_seqlen // block)
     masks = dict.fromkeys(("key_padding_mask", "attn_mask", "rpe"))
     module = _choose(backend, query, key, value, layout[:, :n, :n], block, masks, scale)
-    if module is _loaded["triton"] and query.numel():
+    if module is _loaded["triton"]:
         return module.attend_texts(query, key, value, layout[:, :n, :n], block, cu_seqlens, max_seqlen, scale)
-    lengths = cu_seqlens.diff().tolist()
-    texts = zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True)
-    outputs = [
-        block_sparse_attention(*text, layout, block, scale=scale, backend=backend) for text in texts if text[0].shape[2]
+    bounds = cu_seqlens.tolist()
+    lengths = [end - begin for begin, end in pairwise(bounds)]
+    if min(bounds[0], *lengths, tokens - bounds[-1]) < 0 or max(lengths) > max_seqlen:
+        message = f"expected ascending bounds within {tokens:,} tokens, of texts of at most {max_seqlen:,}"
+        raise AttentionError(message, found=bounds if len(bounds) < 10 else "others", where="cu_seqlens")
+    outputs = [query.new_zeros(1, query.shape[1], rest, query.shape[3]) for rest in (bounds[0], tokens - bounds[-1])]
+    outputs[1:1] = [
+        block_sparse_attention(
+            *(x[:, :, begin:end] for x in (query, key, value)), layout, block, scale=scale, backend=backend
+        )
+        for begin, end in pairwise(bounds)
     ]
-    return torch.cat(outputs, dim=2) if outputs else query.clone()
+    return torch.cat(outputs, dim=2)
 
 
 def _choose(backend, query, key, value, layout, block, masks, scale) -> ModuleType:
@@ -199,10 +233,19 @@ def _choose(backend, query, key, value, layout, block, masks, scale) -> ModuleTy
     raise AttentionError(reason, where=f"backend {name}")
 
 
-def _check(query, key, value, layout, block) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value), ("layout", layout)):
+def _check_tensors(**arguments) -> None:
+    for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise AttentionError("expected a tensor", found=type(x).__name__, where=name)
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype of the autocast region, as PyTorch casts those of an operator that it lists: not float64."""
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
+
+
+def _check(query, key, value, layout, block) -> None:
     if query.ndim != 4:
         raise AttentionError("expected [batch, heads, seq, head_dim]", found=list(query.shape), where="query")
     if not query.is_floating_point():
@@ -221,9 +264,12 @@ def _check(query, key, value, layout, block) -> None:
         raise AttentionError(message, found=list(layout.shape), where="layout")
     if layout.is_floating_point() or layout.is_complex():
         raise AttentionError("expected an integer or bool dtype", found=layout.dtype, where="layout")
-    if layout.shape[1] * block < query.shape[2]:
+
+
+def _check_length(layout, block, seq, where) -> None:
+    if layout.shape[1] * block < seq:
         message = f"expected at most the {layout.shape[1] * block} tokens of {layout.shape[1]} blocks of {block}"
-        raise AttentionError(message, found=query.shape[2], where="query: seq", hint="the layout must be made longer")
+        raise AttentionError(message, found=seq, where=where, hint="the layout must be made longer")
 
 
 def _additive(name: str, mask: Tensor | None, query: Tensor, shape: tuple[int, ...]) -> Tensor | None:

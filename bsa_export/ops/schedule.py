@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from hashlib import sha256
+from threading import Lock
 
 import numpy as np
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 # Columns of `Schedule.items`; the kernels read them by position.
-ITEM_FIELDS = ("head", "tile", "begin", "solid", "whole", "end", "slot")
+ITEM_FIELDS = ("head", "tile", "begin", "solid", "whole", "end", "slot", "least")
 # Columns of `Schedule.splits`.
 SPLIT_FIELDS = ("head", "tile", "slot", "slots")
 
@@ -22,6 +25,10 @@ MIN_STEPS_TO_SPLIT = 32
 SPLIT_ABOVE_MEAN = 4
 LONG_ABOVE_MEAN = 2
 HEAVY_ABOVE_MEAN = 2
+
+# What the schedules of a cache may take, and the layouts that it remembers before it looks which of them still live.
+MOST_BYTES = 512 << 20
+MOST_LAYOUTS = 4096
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,9 @@ class Schedule:
     """The work of one layout, its few long items first.
 
     Attributes:
-        items: int32 `[n_items, 7]`, `ITEM_FIELDS`. Steps `[begin, solid)` read consecutive columns, `[begin, whole)` keep all
-            that they read, `[whole, end)` need a mask; `slot` is -1, or where the partial result of a shared row goes.
+        items: int32 `[n_items, 8]`, `ITEM_FIELDS`. Steps `[begin, solid)` read consecutive columns, `[begin, whole)` keep all
+            that they read, `[whole, end)` need a mask; those that read consecutive columns ascend, and all do where a tile is one
+            unit. `slot` is -1, or where the partial result of a shared row goes; `least` is the lowest unit that the item reads.
         columns: int32 `[n_steps, tile.units]`, the units of a step (repeated where a step is not full).
         words: int32 `[n_steps]`, bit `row * tile.units + column` is 1 where that unit is kept.
         splits: int32 `[n_splits, 4]`, `SPLIT_FIELDS`: the rows shared between several items.
@@ -56,6 +64,10 @@ class Schedule:
     words: torch.Tensor
     splits: torch.Tensor
     slots: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (self.items, self.rows, self.columns, self.words, self.splits))
 
 
 def build_schedule(layout: np.ndarray, block: int, seq: int, tile: Tile, device: torch.device) -> Schedule:
@@ -116,7 +128,7 @@ def build_schedule(layout: np.ndarray, block: int, seq: int, tile: Tile, device:
     for column in range(across):
         words[step[lane == column]] |= spread[lane == column]
 
-    items, splits, slots = _items(first_step, n_solid, n_whole, steps, n_tiles, across, head_of)
+    items, splits, slots = _items(first_step, n_solid, n_whole, steps, columns.min(1), n_tiles, across, head_of)
     parts = (items, rows.reshape(-1, across), columns, words, splits)
     return Schedule(*(torch.from_numpy(part.astype(np.int32)).to(device) for part in parts), slots)
 
@@ -150,7 +162,7 @@ def _rows_of_tiles(kept: np.ndarray, across: int) -> np.ndarray:
     return rows.reshape(distinct, n_tiles, across)
 
 
-def _items(first_step, n_solid, n_whole, steps, n_tiles, across, head_of):
+def _items(first_step, n_solid, n_whole, steps, lowest, n_tiles, across, head_of):
     """Shares rows much longer than the mean out over several items, and puts long ones first."""
     cap = max(MIN_STEPS_TO_SPLIT, int(SPLIT_ABOVE_MEAN * steps.mean()))
     parts = np.maximum(-(-steps // cap), 1)
@@ -160,6 +172,9 @@ def _items(first_step, n_solid, n_whole, steps, n_tiles, across, head_of):
     begin = np.minimum(part * length[row], steps[row])
     end = np.minimum(begin + length[row], steps[row])
     bounds = [begin, n_solid[row].clip(begin, end), n_whole[row].clip(begin, end), end]
+    least = np.zeros(len(row), np.int64)
+    # one part begins where the one before it ends
+    least[begin < end] = np.minimum.reduceat(lowest, (first_step[row] + begin)[begin < end]) if len(lowest) else 0
 
     of_distinct = [np.flatnonzero(row // n_tiles == distinct) for distinct in range(head_of.max() + 1)]
     pick = np.concatenate([of_distinct[distinct] for distinct in head_of])
@@ -167,7 +182,7 @@ def _items(first_step, n_solid, n_whole, steps, n_tiles, across, head_of):
     shared = parts[row[pick]] > 1
     slot = np.where(shared, shared.cumsum() - 1, -1)
     tile = row[pick] if across > 1 else row[pick] % n_tiles
-    items = np.stack([head, tile, *((first_step[row] + bound)[pick] for bound in bounds), slot], 1)
+    items = np.stack([head, tile, *((first_step[row] + bound)[pick] for bound in bounds), slot, least[pick]], 1)
     starts = shared & (part[pick] == 0)
     splits = np.stack([head[starts], tile[starts], slot[starts], parts[row[pick]][starts]], 1)
     # Only rows far above the mean go first, so that they do not end last. The others stay in their order: neighbours read
@@ -178,39 +193,76 @@ def _items(first_step, n_solid, n_whole, steps, n_tiles, across, head_of):
 
 
 class ScheduleCache:
-    """Schedules by (layout's storage, block, length, tile, device), for the `capacity` used last.
+    """Schedules by (layout, block, units, tile, device): those used last, up to `most_bytes`. Threads may share it.
 
-    An entry keeps its layout alive, so that the address in its key cannot come to mean other data, and is dropped when the
-    layout was written to since (its version changed). Looking one up synchronises nothing.
+    A layout is known again by its storage, as long as that lives and was not written to since (its version changed); looking it up
+    synchronises nothing. Any other is read. Layouts are not kept alive, and equal ones share a schedule.
     """
 
-    def __init__(self, capacity: int = 512):
-        self.capacity = capacity
-        self._entries: OrderedDict[tuple, tuple[torch.Tensor, int | None, Schedule]] = OrderedDict()
-        self._by_content: OrderedDict[tuple, Schedule] = OrderedDict()
+    def __init__(self, most_bytes: int = MOST_BYTES):
+        self.most_bytes = most_bytes
+        self._bytes = 0
+        self._layouts: dict[tuple, tuple[StorageWeakRef, int, tuple]] = {}
+        self._most_layouts = MOST_LAYOUTS
+        self._schedules: OrderedDict[tuple, Schedule] = OrderedDict()
+        self._captured: dict[tuple, Schedule] = {}
+        self._lock = Lock()
 
     def get(
-        self, layout: torch.Tensor, block: int, seq: int, tile: Tile, device: torch.device, transposed: bool
+        self,
+        layout: torch.Tensor,
+        block: int,
+        seq: int,
+        tile: Tile,
+        device: torch.device,
+        transposed: bool,
+        site: str = "",
     ) -> Schedule:
-        """The schedule of `layout[:, :n, :n]`, of its transpose if `transposed`; built at the first call."""
+        """The schedule of `layout[:, :n, :n]`, of its transpose if `transposed`; built at the first call.
+
+        Args:
+            site: where in a compiled graph the call stands. Such a graph writes another layout into the memory of one that it
+                needs no more, and no version tells of it; but one place in it reads a layout once in a run.
+        """
+        # All lengths that end in the same unit, with it or within it, have one schedule.
+        options = (block, -(-seq // tile.unit), seq % tile.unit != 0, tile, device, transposed)
+        # A reference to a storage, weak too, keeps its address from becoming another's.
+        storage = layout.untyped_storage()
+        where = (storage._cdata, layout.data_ptr(), layout.shape, layout.stride(), layout.dtype, layout.device)
+        key = (site, *where, *options)
+        # Inference tensors have no version.
         version = None if layout.is_inference() else layout._version
-        key = (
-            layout.data_ptr(), layout.shape, layout.stride(), layout.dtype, layout.device,
-            block, seq, tile, device, transposed,
-        )  # fmt: skip
-        entry = self._entries.get(key)
-        if entry is not None and entry[1] == version:
-            self._entries.move_to_end(key)
-            return entry[2]
-        oriented = layout.transpose(1, 2) if transposed else layout
-        host = np.ascontiguousarray((oriented != 0).cpu().numpy())
-        # layers with equal layouts share one schedule
-        content = (np.packbits(host).tobytes(), host.shape, *key[5:])
-        schedule = self._by_content.get(content)
-        if schedule is None:
-            schedule = self._by_content[content] = build_schedule(host, block, seq, tile, device)
-        self._entries[key] = (layout, version, schedule)
-        for entries in (self._entries, self._by_content):
-            while len(entries) > self.capacity:
-                entries.popitem(last=False)
-        return schedule
+        with self._lock:
+            _, known_version, content = self._layouts.get(key, (None, None, None))
+            schedule = self._schedules.get(content) if known_version == version is not None else None
+            if schedule is None:
+                oriented = layout.transpose(1, 2) if transposed else layout
+                host = np.ascontiguousarray((oriented != 0).cpu().numpy())
+                content = (sha256(np.packbits(host)).digest(), host.shape, *options)
+                schedule = self._schedules.get(content)
+                if schedule is None:
+                    schedule = build_schedule(host, block, seq, tile, device)
+                    self._add(content, schedule)
+                if version is not None:
+                    self._remember(key, (StorageWeakRef(storage), version, content))
+            self._schedules.move_to_end(content)
+            # A CUDA graph reads it whenever it is replayed.
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                self._captured[content] = schedule
+            return schedule
+
+    def _add(self, content: tuple, schedule: Schedule) -> None:
+        self._schedules[content] = schedule
+        self._bytes += schedule.nbytes
+        while self._bytes > self.most_bytes and len(self._schedules) > 1:
+            self._bytes -= self._schedules.popitem(last=False)[1].nbytes
+
+    def _remember(self, key: tuple, entry: tuple[StorageWeakRef, int, tuple]) -> None:
+        if len(self._layouts) >= self._most_layouts:
+            self._layouts = {
+                key: known
+                for key, known in self._layouts.items()
+                if not known[0].expired() and known[2] in self._schedules
+            }
+            self._most_layouts = max(MOST_LAYOUTS, 2 * len(self._layouts))
+        self._layouts[key] = entry

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from bsa_export.ops.once import second_derivative
+
 # Block rows computed together are cut at this many tokens: the backward pass holds their scores.
 MAX_ROW_TOKENS = 512
 
@@ -343,19 +345,21 @@ def torch_attention_backward(
     q, k, v, do = (_Operand(x, block) for x in (query, key, value, grad_output))
     shape = (batch, heads, layout.shape[1] * block, head_dim)
     dq, dk, dv = (_Operand(query.new_zeros(shape, dtype=dtype), block) for _ in range(3))
-    for part in _parts(query, layout, block, "backward"):
-        b_q, b_do = (part.take_rows(x).to(dtype) for x in (q, do))  # [batch, G, rows, head_dim]
-        b_k, b_v = (part.take_columns(x).to(dtype) for x in (k, v))  # [batch, G, columns, head_dim]
-        bias, empty = _without_empty(part.bias(masks))
-        b_p = (b_q @ b_k.mT).mul_(scale)  # [batch, G, rows, columns]
-        b_p = (b_p if bias is None else b_p.add_(bias)).softmax(-1)
-        if empty is not None:
-            b_p.masked_fill_(empty, 0)
-        b_dp = b_do @ b_v.mT
-        b_ds = b_dp.sub_((b_p * b_dp).sum(-1, keepdim=True)).mul_(b_p).mul_(scale)
-        part.put_rows(dq, b_ds @ b_k)
-        part.add_columns(dk, b_ds.mT @ b_q)
-        part.add_columns(dv, b_p.mT @ b_do)
+    # backward() may be called where autocast would cast the products
+    with torch.autocast(query.device.type, enabled=False):
+        for part in _parts(query, layout, block, "backward"):
+            b_q, b_do = (part.take_rows(x).to(dtype) for x in (q, do))  # [batch, G, rows, head_dim]
+            b_k, b_v = (part.take_columns(x).to(dtype) for x in (k, v))  # [batch, G, columns, head_dim]
+            bias, empty = _without_empty(part.bias(masks))
+            b_p = (b_q @ b_k.mT).mul_(scale)  # [batch, G, rows, columns]
+            b_p = (b_p if bias is None else b_p.add_(bias)).softmax(-1)
+            if empty is not None:
+                b_p.masked_fill_(empty, 0)
+            b_dp = b_do @ b_v.mT
+            b_ds = b_dp.sub_((b_p * b_dp).sum(-1, keepdim=True)).mul_(b_p).mul_(scale)
+            part.put_rows(dq, b_ds @ b_k)
+            part.add_columns(dk, b_ds.mT @ b_q)
+            part.add_columns(dv, b_p.mT @ b_do)
     return tuple(x.tokens[:, :, :seq].to(query.dtype).contiguous() for x in (dq, dk, dv))
 
 
@@ -376,3 +380,4 @@ def _backward(ctx, grad_output):
 
 
 torch_attention.register_autograd(_backward, setup_context=_save)
+torch_attention_backward.register_autograd(second_derivative)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, wraps
+from itertools import count
 
 import torch
 
+from bsa_export.ops.once import second_derivative
 from bsa_export.ops.schedule import ScheduleCache, Tile
 
 try:
@@ -22,9 +26,20 @@ except ImportError as error:
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCKS = (16, 32, 64, 128)
 MAX_HEAD_DIM = 128
+OLDEST = (8, 0)
 LOG2_E = math.log2(math.e)
 
+# Texts share the memory for partial results in groups that fit into this.
+PARTIAL_BYTES = 256 << 20
+
 _schedules = ScheduleCache()
+_sites = count(1)
+
+
+def _constant(function):
+    """Has torch.compile call `function` while it traces, as `torch.compiler.assume_constant_result`, which takes a second to import."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 @dataclass(frozen=True)
@@ -51,14 +66,22 @@ _HALF = {
     ("key", 64): Launch(64, 4, 2, 168),
     ("key", 128): Launch(64, 4, 2),
 }
-_FULL = Launch(32, 4, 2)
+# Not measured: chosen so that few registers are spilled, which tests/ops/compile_kernels.py tells of any GPU.
+_HALF_FROM_REGISTERS = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2)}
+_FULL = Launch(32, 8, 2)
 
 
-def launch(kernel: str, dtype: torch.dtype, head_dim: int) -> Launch:
+def launch(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Launch:
     """The launch of `kernel` (`forward`, `query`, `key`)."""
     if dtype == torch.float32:
         return _FULL
-    return _HALF[kernel, max(64, triton.next_power_of_2(head_dim))]
+    padded = max(64, triton.next_power_of_2(head_dim))
+    return _HALF[kernel, padded] if _multiplies_from_shared(device) else _HALF_FROM_REGISTERS[padded]
+
+
+def _multiplies_from_shared(device: torch.device) -> bool:
+    """Whether matrices are multiplied from shared memory (compute capability 9 and 10); elsewhere they pass through registers."""
+    return device.type != "cuda" or _capability(device.index)[0] in (9, 10)
 
 
 def unavailable() -> str | None:
@@ -66,9 +89,22 @@ def unavailable() -> str | None:
     if triton is None:
         return _NO_TRITON
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return None if major >= 8 else f"the fused kernel needs compute capability 8.0, this GPU has {major}.{minor}"
+        return _too_old(torch.cuda.current_device())
     return None if _interpreted() else "no CUDA GPU (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
+
+
+@_constant
+def _too_old(index: int) -> str | None:
+    """Why the kernels do not run on that GPU, or None."""
+    major, minor = _capability(index)
+    if (major, minor) >= OLDEST:
+        return None
+    return f"the fused kernel needs compute capability {OLDEST[0]}.{OLDEST[1]}, this GPU has {major}.{minor}"
+
+
+@cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _interpreted() -> bool:
@@ -91,7 +127,7 @@ def refuses(query, key, value, layout, block, *, key_padding_mask=None, attn_mas
         return f"the fused kernel runs on CUDA GPUs, not on {query.device.type}"
     if query.device.type != "cuda" and query.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly"
-    return None
+    return _too_old(query.device.index) if query.device.type == "cuda" else None
 
 
 def attend(query, key, value, layout, block, *, key_padding_mask=None, attn_mask=None, rpe=None, scale=None):
@@ -111,11 +147,19 @@ def attend_texts(query, key, value, layout, block, offsets, longest, scale):
     return _attend(query, key, value, layout, None, offsets, longest, block, scale)
 
 
+@_constant
+def _site() -> str:
+    """A name for the place in a graph that torch.compile is at; text, which it never takes for a size that may vary."""
+    return str(next(_sites))
+
+
 def _attend(query, key, value, layout, bias, offsets, longest, block, scale):
+    if scale < 0:  # the kernels scale a row's largest score after they found it
+        query, scale = -query, -scale
     inputs = (query, key, value, layout, bias, offsets, longest, block, scale)
     # The operator is for torch.compile: calling it costs more time on the CPU than a short input on the GPU.
     if torch.compiler.is_compiling():
-        return _operator(*inputs)[0]
+        return _operator(*inputs, _site())[0]
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         return _Attention.apply(*inputs)
     return _forward(*inputs)[0]
@@ -127,12 +171,24 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
+        _setup_context(ctx, (*inputs, ""), output)
         return output[0]
 
     @staticmethod
     def backward(ctx, d_out):
-        return _gradients(ctx, d_out, _backward)
+        # With gradients enabled, whoever asked for these wants to differentiate them.
+        backward = _Gradients.apply if torch.is_grad_enabled() else _backward
+        return _gradients(ctx, d_out, backward)[:-1]
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients, which know their inputs."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        return _backward(*inputs)
+
+    backward = staticmethod(second_derivative)
 
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
@@ -168,17 +224,16 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 class _Call:
     """What the launches of one call have in common."""
 
-    def __init__(self, kernel, query, layout, bias, offsets, longest, block):
-        shape = launch(kernel, query.dtype, query.shape[-1])
+    def __init__(self, kernel, query, layout, bias, offsets, longest, block, site):
+        shape = launch(kernel, query.dtype, query.shape[-1], query.device)
         tile = shape.tile(block)
         if layout.shape[0] != query.shape[1]:
             layout = layout.expand(query.shape[1], -1, -1)
-        self.schedule = _schedules.get(layout, block, longest, tile, query.device, kernel == "key")
+        self.schedule = _schedules.get(layout, block, longest, tile, query.device, kernel == "key", site)
         self.batch, self.heads, self.seq, self.head_dim = query.shape
-        self.texts = self.batch if offsets is None else offsets.shape[0] - 1
-        self.size = shape.size
+        self.size, self.unit, self.longest = shape.size, tile.unit, longest
         self.padded = max(16, triton.next_power_of_2(self.head_dim))
-        self.offsets = self.schedule.items if offsets is None else offsets
+        self.offsets = offsets
         self.whole = {
             "SIZE": shape.size,
             "UNIT": tile.unit,
@@ -199,40 +254,77 @@ class _Call:
         """The tensors as the hardware copies them, a tile of one head at a time."""
         return [TensorDescriptor(x, x.shape, x.stride(), [1, 1, self.size, self.padded]) for x in tensors]
 
-    def partial(self, like: torch.Tensor, *last: int) -> torch.Tensor:
-        return like.new_empty((self.texts, self.schedule.slots, self.size, *last), dtype=torch.float32)
+    def groups(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """The sequences that run together, (offsets, how many): all of a batch, or as many texts as may have partial results."""
+        if self.offsets is None:
+            yield self.schedule.items, self.batch
+            return
+        texts = len(self.offsets) - 1
+        bytes_each = max(1, self.schedule.slots * self.size * self.padded * 8)
+        at_once = max(1, PARTIAL_BYTES // bytes_each)
+        for first in range(0, texts, at_once):
+            n = min(at_once, texts - first)
+            yield self.offsets[first : first + n + 1], n
 
-    def sum(self, target: torch.Tensor, partial: torch.Tensor) -> None:
-        """Adds the partial results of shared rows into `target`."""
+    def partial(self, like: torch.Tensor, texts: int, *last: int) -> torch.Tensor:
+        """Room for the partial results of shared rows, float32 `[texts, slots, size, *last]`; `like` where there are none."""
+        slots = self.schedule.slots
+        return like.new_empty((texts, slots, self.size, *last), dtype=torch.float32) if slots else like
+
+    def sum(
+        self,
+        target: torch.Tensor,
+        partial: torch.Tensor,
+        offsets: torch.Tensor,
+        texts: int,
+        factor: float,
+        met=None,
+        rest=None,
+    ):
+        """Adds the partial results of shared rows into `target`, and takes out the rest where they have one."""
         schedule = self.schedule
         if schedule.slots:
-            kernels.sum_kernel[(len(schedule.splits) * self.texts,)](
-                target, partial, schedule.splits, schedule.rows, self.offsets, *target.stride()[:3], self.heads, self.seq, self.texts, schedule.slots,
-                **self.whole,
+            kernels.sum_kernel[(len(schedule.splits) * texts,)](
+                target, partial, partial if met is None else met, partial if rest is None else rest, schedule.splits, schedule.rows, offsets,
+                *target.stride()[:3], self.heads, self.seq, texts, schedule.slots, factor, CENTERED=rest is not None, **self.whole,
             )  # fmt: skip
 
 
-def _forward(query, key, value, layout, bias, offsets, longest, block, scale):
+def _on_its_device(function):
+    """Calls `function` with the device of its first argument as the current one, on which Triton launches."""
+
+    @wraps(function)
+    def guarded(tensor, *inputs):
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *inputs)
+
+    return guarded
+
+
+@_on_its_device
+def _forward(query, key, value, layout, bias, offsets, longest, block, scale, site=""):
     """(out, statistics); see the operator."""
     out, lse = _empty_outputs(query, bias)
     if query.numel() == 0:
         return out, lse
+    if offsets is not None:
+        out.zero_()  # tokens of no text
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    call = _Call("forward", query, layout, bias, offsets, longest, block)
+    call = _Call("forward", query, layout, bias, offsets, longest, block, site)
     schedule = call.schedule
-    partial = partial_lse = lse
-    if schedule.slots:
-        partial, partial_lse = call.partial(lse, call.padded), lse.new_empty(2, call.texts, schedule.slots, call.size)
-    kernels.forward_kernel[(len(schedule.items) * call.texts,)](
-        query, key, value, *call.tiles(query, key, value, out), lse if bias is None else bias, out, lse, partial, partial_lse,
-        schedule.items, schedule.rows, schedule.columns, schedule.words, call.offsets, *_strides(query, key, value, out),
-        call.batch, call.heads, call.seq, call.texts, schedule.slots, scale * LOG2_E, **call.constants,
-    )  # fmt: skip
-    if schedule.slots:
-        kernels.combine_kernel[(len(schedule.splits) * call.texts,)](
-            out, lse, partial, partial_lse, schedule.splits, schedule.rows, call.offsets, *out.stride()[:3],
-            call.batch, call.heads, call.seq, call.texts, schedule.slots, BIASED=bias is not None, **call.whole,
+    for offsets, texts in call.groups():
+        partial = call.partial(lse, texts, call.padded)
+        partial_lse = lse.new_empty(2, texts, schedule.slots, call.size) if schedule.slots else lse
+        kernels.forward_kernel[(len(schedule.items) * texts,)](
+            query, key, value, *call.tiles(query, key, value, out), lse if bias is None else bias, out, lse, partial, partial_lse,
+            schedule.items, schedule.rows, schedule.columns, schedule.words, offsets, *_strides(query, key, value, out),
+            call.batch, call.heads, call.seq, texts, schedule.slots, scale * LOG2_E, **call.constants,
         )  # fmt: skip
+        if schedule.slots:
+            kernels.combine_kernel[(len(schedule.splits) * texts,)](
+                out, lse, partial, partial_lse, schedule.splits, schedule.rows, offsets, *out.stride()[:3],
+                call.batch, call.heads, call.seq, texts, schedule.slots, BIASED=bias is not None, **call.whole,
+            )  # fmt: skip
     return out, lse
 
 
@@ -242,67 +334,83 @@ def _empty_outputs(query, bias):
     return _empty_like(query), lse
 
 
-def _backward(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale):
+@_on_its_device
+def _backward(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale, site=""):
     """The gradients of query, key and value."""
     gradients = _empty_like(query), _empty_like(key), _empty_like(value)
     if query.numel() == 0:
         return gradients
+    if offsets is not None:
+        for gradient in gradients:
+            gradient.zero_()  # tokens of no text
     query, key, value, d_out = _aligned(query), _aligned(key), _aligned(value), _aligned(d_out)
     delta = torch.empty_like(lse[0])
-    inputs = (query, key, value, layout, bias, offsets, longest, block, scale, d_out, lse, delta)
+    inputs = (query, key, value, layout, bias, offsets, longest, block, scale, site, d_out, lse, delta)
     _query_gradient(*inputs, out, gradients[0])
     _key_gradient(*inputs, *gradients[1:])
     return gradients
 
 
 def _query_gradient(
-    query, key, value, layout, bias, offsets, longest, block, scale, d_out, lse, delta, out, d_query
+    query, key, value, layout, bias, offsets, longest, block, scale, site, d_out, lse, delta, out, d_query
 ) -> None:
     """Writes `d_query`, and `delta` for `_key_gradient`."""
-    call = _Call("query", query, layout, bias, offsets, longest, block)
+    call = _Call("query", query, layout, bias, offsets, longest, block, site)
     schedule = call.schedule
-    partial = call.partial(lse, call.padded) if schedule.slots else lse
-    center = key.mean(2, dtype=torch.float32)
-    kernels.query_gradient_kernel[(len(schedule.items) * call.texts,)](
-        query, key, value, out, d_out, *call.tiles(query, key, value, out, d_out, d_query), lse if bias is None else bias, center, lse, delta,
-        d_query, partial, schedule.items, schedule.rows, schedule.columns, schedule.words, call.offsets,
-        *_strides(query, key, value, out, d_out, d_query), call.batch, call.heads, call.seq, call.texts, schedule.slots, scale * LOG2_E, scale,
-        **call.constants,
+    for offsets, texts in call.groups():
+        sums, weights = _key_sums(call, key, lse, bias, offsets, texts)
+        partial, met = call.partial(lse, texts, call.padded), call.partial(lse, texts, call.padded)
+        rest = call.partial(lse, 2 * texts)
+        kernels.query_gradient_kernel[(len(schedule.items) * texts,)](
+            query, key, value, out, d_out, *call.tiles(query, key, value, out, d_out, d_query), lse if bias is None else bias, sums, weights,
+            lse, delta, d_query, partial, met, rest, schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
+            *_strides(query, key, value, out, d_out, d_query), call.batch, call.heads, call.seq, texts, weights.shape[1], schedule.slots,
+            scale * LOG2_E, scale, **call.constants,
+        )  # fmt: skip
+        call.sum(d_query, partial, offsets, texts, scale, met, rest)
+
+
+def _key_sums(call, key, lse, bias, offsets, texts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of the keys by unit `[heads, units, padded]`, and of their weights `[heads, units]`; see `key_sums_kernel`."""
+    units = texts * -(-call.seq // call.unit) if call.offsets is None else call.seq // call.unit + texts + 1
+    sums, weights = lse.new_empty(call.heads, units, call.padded), lse.new_empty(call.heads, units)
+    kernels.key_sums_kernel[(-(-call.longest // call.size) * call.heads * texts,)](
+        key, lse if bias is None else bias, sums, weights, offsets, *key.stride()[:3], call.heads, call.seq, texts, units,
+        BIASED=bias is not None, **call.whole,
     )  # fmt: skip
-    call.sum(d_query, partial)
+    return sums, weights
 
 
 def _key_gradient(
-    query, key, value, layout, bias, offsets, longest, block, scale, d_out, lse, delta, d_key, d_value
+    query, key, value, layout, bias, offsets, longest, block, scale, site, d_out, lse, delta, d_key, d_value
 ) -> None:
     """Writes `d_key` and `d_value`."""
-    call = _Call("key", query, layout, bias, offsets, longest, block)
+    call = _Call("key", query, layout, bias, offsets, longest, block, site)
     schedule = call.schedule
-    partial_key = partial_value = lse
-    if schedule.slots:
-        partial_key, partial_value = call.partial(lse, call.padded), call.partial(lse, call.padded)
-    kernels.key_gradient_kernel[(len(schedule.items) * call.texts,)](
-        query, key, value, d_out, *call.tiles(query, key, value, d_out, d_key, d_value), lse if bias is None else bias, lse, delta,
-        d_key, d_value, partial_key, partial_value,
-        schedule.items, schedule.rows, schedule.columns, schedule.words, call.offsets,
-        *_strides(query, key, value, d_out, d_key, d_value), call.batch, call.heads, call.seq, call.texts, schedule.slots,
-        scale * LOG2_E, scale, **call.constants,
-    )  # fmt: skip
-    call.sum(d_key, partial_key)
-    call.sum(d_value, partial_value)
+    for offsets, texts in call.groups():
+        partial_key, partial_value = call.partial(lse, texts, call.padded), call.partial(lse, texts, call.padded)
+        kernels.key_gradient_kernel[(len(schedule.items) * texts,)](
+            query, key, value, d_out, *call.tiles(query, key, value, d_out, d_key, d_value), lse if bias is None else bias, lse, delta,
+            d_key, d_value, partial_key, partial_value,
+            schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
+            *_strides(query, key, value, d_out, d_key, d_value), call.batch, call.heads, call.seq, texts, schedule.slots,
+            scale * LOG2_E, scale, **call.constants,
+        )  # fmt: skip
+        call.sum(d_key, partial_key, offsets, texts, scale)
+        call.sum(d_value, partial_value, offsets, texts, 1.0)
 
 
 @torch.library.custom_op("bsa_export::block_sparse_attention", mutates_args=())
 def _operator(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor, bias: torch.Tensor | None,
-    offsets: torch.Tensor | None, longest: int, block: int, scale: float,
+    offsets: torch.Tensor | None, longest: int, block: int, scale: float, site: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """(out, statistics of the rows, float32 `[1, batch, heads, seq]`, or `[2, ...]` with a bias; triton_kernels.py tells them)."""
-    return _forward(query, key, value, layout, bias, offsets, longest, block, scale)
+    return _forward(query, key, value, layout, bias, offsets, longest, block, scale, site)
 
 
 @_operator.register_fake
-def _(query, key, value, layout, bias, offsets, longest, block, scale):
+def _(query, key, value, layout, bias, offsets, longest, block, scale, site):
     return _empty_outputs(query, bias)
 
 
@@ -310,26 +418,27 @@ def _(query, key, value, layout, bias, offsets, longest, block, scale):
 def _backward_operator(
     d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor,
     bias: torch.Tensor | None, offsets: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, longest: int, block: int,
-    scale: float,
+    scale: float, site: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _backward(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale)
+    return _backward(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale, site)
 
 
 @_backward_operator.register_fake
-def _(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale):
+def _(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale, site):
     return _empty_like(query), _empty_like(key), _empty_like(value)
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, layout, bias, offsets, ctx.longest, ctx.block, ctx.scale = inputs
+    query, key, value, layout, bias, offsets, *ctx.options = inputs
     ctx.save_for_backward(query, key, value, layout, bias, offsets, *output)
 
 
 def _gradients(ctx, d_out, backward):
-    gradients = backward(d_out, *ctx.saved_tensors, ctx.longest, ctx.block, ctx.scale)
-    return *gradients, None, None, None, None, None, None
+    gradients = backward(d_out, *ctx.saved_tensors, *ctx.options)
+    return *gradients, *[None] * 7
 
 
+_backward_operator.register_autograd(second_derivative)
 _operator.register_autograd(
     lambda ctx, d_out, d_lse: _gradients(ctx, d_out, _backward_operator), setup_context=_setup_context
 )

@@ -1,4 +1,4 @@
-"""The fused kernels: forward, gradient of queries, gradients of keys and values, and the sums over shared rows.
+"""The fused kernels: forward, gradient of queries, gradients of keys and values, and the sums over keys and over shared rows.
 
 After FlashAttention-2 (Dao, 2023, arXiv:2307.08691): one pass with a running maximum and sum, no score matrix in memory, backward
 from saved statistics of the rows. Scores are in units of log2, so that exp2 serves. The work comes from `schedule.py`; a program is
@@ -15,7 +15,24 @@ import triton
 import triton.language as tl
 
 # Arguments whose value must not cause another compilation.
-ANY_VALUE = ["batch", "heads", "seq", "slots", "texts"]
+ANY_VALUE = ["batch", "heads", "seq", "slots", "texts", "units"]
+
+# Items of a list that are read at once where a program looks through its steps.
+CHUNK: tl.constexpr = tl.constexpr(32)
+
+# Biases beyond this, in units of log2, count like it where a mean of keys is weighted by them: sums of weights stay in range.
+FARTHEST_BIAS: tl.constexpr = tl.constexpr(30.0)
+
+
+@triton.jit
+def _steps_below(columns, begin, end, limit, SIZE: tl.constexpr, UNIT: tl.constexpr):
+    """How many of the steps `[begin, end)`, whose columns ascend, begin before token `limit`."""
+    count = begin * 0
+    for first in range(begin, end, CHUNK):
+        o_step = first + tl.arange(0, CHUNK)
+        o_column = tl.load(columns + o_step * (SIZE // UNIT), mask=o_step < end, other=0) * UNIT
+        count += tl.sum(((o_step < end) & (o_column < limit)).to(tl.int32), 0)
+    return count
 
 
 @triton.jit
@@ -24,7 +41,7 @@ def _item(items, rows, columns, offsets, texts, seq, SIZE: tl.constexpr, UNIT: t
     batch, first token, length). Sequences of one item run side by side, long items first."""
     pid = tl.program_id(0)
     i_text = pid % texts
-    p_item = items + (pid // texts) * 7
+    p_item = items + (pid // texts) * 8
     i_head, i_tile, begin = tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2)
     solid, whole, end, slot = tl.load(p_item + 3), tl.load(p_item + 4), tl.load(p_item + 5), tl.load(p_item + 6)
     i_b, o_text, length = i_text, i_text * 0, seq
@@ -32,13 +49,17 @@ def _item(items, rows, columns, offsets, texts, seq, SIZE: tl.constexpr, UNIT: t
         i_b = i_text * 0
         o_text = tl.load(offsets + i_text)
         length = tl.load(offsets + i_text + 1) - o_text
-        # nothing to do for rows beyond the text, and for a part of a row that begins beyond it
+        # Solid steps read tiles, also of the next text: those that do not end within this one become steps that need a mask.
+        # Nothing to do in rows and steps beyond the text; a tile of several units has its steps in another order than their
+        # columns, so that only all of them can be left out.
+        solid = begin + _steps_below(columns, begin, solid, length - SIZE + 1, SIZE, UNIT)
         if UNIT == SIZE:
             beyond = i_tile * SIZE >= length
+            whole = solid
+            end = begin + _steps_below(columns, begin, end, length, SIZE, UNIT)
         else:
             beyond = tl.load(rows + i_tile * (SIZE // UNIT)) * UNIT >= length
-        if begin < end:
-            beyond = beyond | (tl.load(columns + begin * (SIZE // UNIT)) * UNIT >= length)
+            beyond = beyond | (tl.load(p_item + 7) * UNIT >= length)
         solid = tl.where(beyond, begin, solid)
         whole = tl.where(beyond, begin, whole)
         end = tl.where(beyond, begin, end)
@@ -80,7 +101,7 @@ def _rows(pointer, i_b, i_head, o_row, stride_b, stride_h, stride_n, length, DIM
     p_rows = (
         pointer
         + i_b.to(tl.int64) * stride_b
-        + i_head * stride_h
+        + i_head.to(tl.int64) * stride_h
         + o_row[:, None].to(tl.int64) * stride_n
         + o_dim[None, :]
     )
@@ -115,7 +136,7 @@ def _store_rows(
 ):
     """Writes `[len(o_row), PADDED]`, but nothing outside of `length` and DIM."""
     o_dim = tl.arange(0, PADDED)
-    p_head = pointer + i_b.to(tl.int64) * stride_b + i_head * stride_h
+    p_head = pointer + i_b.to(tl.int64) * stride_b + i_head.to(tl.int64) * stride_h
     p_rows = p_head + o_row[:, None].to(tl.int64) * stride_n + o_dim[None, :]
     tl.store(p_rows, b_value.to(pointer.dtype.element_ty), mask=(o_row < length)[:, None] & (o_dim < DIM)[None, :])
 
@@ -239,7 +260,7 @@ def forward_kernel(
         b_acc, b_max, b_sum = _forward_step(
             b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, True, False, VARLEN, PRECISION,
+            SIZE, UNIT, DIM, PADDED, BIASED, True, False, False, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
         for i_step in range(solid, whole):
@@ -252,7 +273,7 @@ def forward_kernel(
         b_acc, b_max, b_sum = _forward_step(
             b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE, UNIT < SIZE, True, PRECISION,
+            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, UNIT < SIZE, True, PRECISION,
         )  # fmt: skip
 
     b_out = b_acc * (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
@@ -313,6 +334,79 @@ def combine_kernel(
 
 
 @triton.jit
+def _first_unit(i_text, o_text, seq, UNIT: tl.constexpr, VARLEN: tl.constexpr):
+    """Where the units of a sequence begin among those of all; between texts there may be gaps."""
+    if VARLEN:
+        return o_text // UNIT + i_text
+    else:
+        return i_text * ((seq + UNIT - 1) // UNIT)
+
+
+@triton.jit(do_not_specialize=ANY_VALUE)
+def key_sums_kernel(
+    k, bias, sums, weights, offsets, stride_kb, stride_kh, stride_kn, heads, seq, texts, units,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    BIASED: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Sums of the keys of each unit, float32 `[heads, units, PADDED]`, a key weighted by exp2 of its bias, and of these weights,
+    `[heads, units]`. What -inf removes is not read."""
+    pid = tl.program_id(0)
+    i_text = pid % texts
+    i_head = (pid // texts) % heads
+    i_tile = pid // texts // heads
+    i_b, o_text, length = i_text, i_text * 0, seq
+    if VARLEN:
+        i_b = i_text * 0
+        o_text = tl.load(offsets + i_text)
+        length = tl.load(offsets + i_text + 1) - o_text
+    o_m = i_tile * SIZE + tl.arange(0, SIZE)
+    b_weight = (o_m < length).to(tl.float32)
+    if BIASED:
+        b_bias = tl.load(bias + i_b.to(tl.int64) * seq + o_m, mask=o_m < length, other=float("-inf"))
+        b_near = tl.minimum(tl.maximum(b_bias, -FARTHEST_BIAS), FARTHEST_BIAS)
+        b_weight = tl.where(b_bias == float("-inf"), 0.0, tl.exp2(b_near))
+    o_row = o_text + tl.where(b_weight > 0.0, o_m, length)
+    b_k = _rows(k, i_b, i_head, o_row, stride_kb, stride_kh, stride_kn, o_text + length, DIM, PADDED)
+    b_k = b_k.to(tl.float32) * b_weight[:, None]
+
+    o_unit = i_tile * (SIZE // UNIT) + tl.arange(0, SIZE // UNIT)
+    m_unit = o_unit * UNIT < length
+    o_sum = i_head.to(tl.int64) * units + _first_unit(i_text, o_text, seq, UNIT, VARLEN) + o_unit
+    p_sums = sums + o_sum[:, None] * PADDED + tl.arange(0, PADDED)[None, :]
+    tl.store(p_sums, tl.sum(tl.reshape(b_k, [SIZE // UNIT, UNIT, PADDED]), 1), mask=m_unit[:, None])
+    tl.store(weights + o_sum, tl.sum(tl.reshape(b_weight, [SIZE // UNIT, UNIT]), 1), mask=m_unit)
+
+
+@triton.jit
+def _keys_met(
+    sums, weights, o_first, columns, words, begin, end, length,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """What a tile's rows meet in steps `[begin, end)`: the sums of their keys, `[SIZE, PADDED]`, and of the weights, `[SIZE]`."""
+    o_bit = tl.arange(0, SIZE) // UNIT * (SIZE // UNIT)
+    o_dim = tl.arange(0, PADDED)
+    b_met = tl.zeros([SIZE, PADDED], tl.float32)
+    b_weight = tl.zeros([SIZE], tl.float32)
+    last = end * (SIZE // UNIT)
+    for first in range(begin * (SIZE // UNIT), last, CHUNK):
+        o_lane = first + tl.arange(0, CHUNK)
+        o_unit = tl.load(columns + o_lane, mask=o_lane < last, other=0)
+        b_word = tl.load(words + o_lane // (SIZE // UNIT), mask=o_lane < last, other=0)
+        b_kept = ((b_word[None, :] >> (o_bit[:, None] + (o_lane % (SIZE // UNIT))[None, :])) & 1).to(tl.float32)
+        m_unit = (o_lane < last) & (o_unit * UNIT < length)
+        b_sums = tl.load(sums + (o_first + o_unit)[:, None] * PADDED + o_dim[None, :], mask=m_unit[:, None], other=0.0)
+        b_met = tl.dot(b_kept, b_sums, b_met, input_precision="tf32")
+        b_weight += tl.sum(b_kept * tl.load(weights + o_first + o_unit, mask=m_unit, other=0.0)[None, :], 1)
+    return b_met, b_weight
+
+
+@triton.jit
+def _centered(b_dq, b_rest, b_met, b_weight):
+    """`b_dq` without what `b_rest` of the mean of the keys adds to it, see `query_gradient_kernel`."""
+    return b_dq - (b_rest / tl.where(b_weight == 0.0, 1.0, b_weight))[:, None] * b_met
+
+
+@triton.jit
 def _query_gradient_step(
     b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
@@ -335,19 +429,21 @@ def _query_gradient_step(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def query_gradient_kernel(
-    q, k, v, out, d_out, q_tiles, k_tiles, v_tiles, out_tiles, d_out_tiles, d_q_tiles, bias, center, lse, delta, d_q, partial,
+    q, k, v, out, d_out, q_tiles, k_tiles, v_tiles, out_tiles, d_out_tiles, d_q_tiles, bias, sums, weights, lse, delta, d_q, partial, partial_met, partial_rest,
     items, rows, columns, words, offsets,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, stride_db, stride_dh, stride_dn,
-    batch, heads, seq, texts, slots, scale, grad_scale,
+    batch, heads, seq, texts, units, slots, scale, grad_scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_q, and delta = sum(out * d_out) per row, float32 `[batch, heads, seq]`, for the kernel of keys and values.
 
-    The gradients of a row's scores sum to 0. Those computed here do not quite, because `out`, from which delta comes, is rounded;
-    what is left over would add the keys' mean, as large as it may be. It is taken out again, with `center`, float32
-    `[batch, heads, DIM]`, for that mean.
+    The gradients of a row's scores sum to 0. Those computed here leave a rest, because `out`, from which delta comes, is rounded,
+    and the rest adds a part of the mean of the row's keys under its probabilities, as large as that may be. It is taken out again
+    with the mean of the same keys under their biases: what remains is the rest of their spread. Only keys that the row meets may
+    count, since others may be of any size. Their sums by unit come from `key_sums_kernel`, so that the loop over steps pays
+    nothing. The parts of a shared row leave rests that are no rounding errors: `sum_kernel` adds them up first.
     """
     i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
     o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
@@ -367,7 +463,7 @@ def query_gradient_kernel(
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, True, False, VARLEN, PRECISION,
+            SIZE, UNIT, DIM, PADDED, BIASED, True, False, False, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
         for i_step in range(solid, whole):
@@ -380,16 +476,20 @@ def query_gradient_kernel(
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE, UNIT < SIZE, True, PRECISION,
+            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, UNIT < SIZE, True, PRECISION,
         )  # fmt: skip
-    o_dim = tl.arange(0, PADDED)
-    b_center = tl.load(center + (i_b.to(tl.int64) * heads + i_head) * DIM + o_dim, mask=o_dim < DIM, other=0.0)
-    b_dq = (b_dq - b_rest[:, None] * b_center[None, :]) * grad_scale
+    o_first = i_head.to(tl.int64) * units + _first_unit(i_text, o_text, seq, UNIT, VARLEN)
+    b_met, b_weight = _keys_met(sums, weights, o_first, columns, words, begin, end, length, SIZE, UNIT, PADDED)
     if slot < 0:
+        b_dq = _centered(b_dq, b_rest, b_met, b_weight) * grad_scale
         _store_tile(d_q_tiles, d_q, b_dq, rows, i_b, i_head, o_text, i_tile, o_m, stride_db, stride_dh, stride_dn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
     else:
         o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
-        tl.store(partial + o_slot[:, None] * PADDED + tl.arange(0, PADDED)[None, :], b_dq)
+        o_dim = tl.arange(0, PADDED)
+        tl.store(partial + o_slot[:, None] * PADDED + o_dim[None, :], b_dq)
+        tl.store(partial_met + o_slot[:, None] * PADDED + o_dim[None, :], b_met)
+        tl.store(partial_rest + o_slot, b_rest)
+        tl.store(partial_rest + texts.to(tl.int64) * slots * SIZE + o_slot, b_weight)
 
 
 @triton.jit
@@ -449,7 +549,7 @@ def key_gradient_kernel(
         b_dk, b_dv = _key_gradient_step(
             b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
             stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, True, False, VARLEN, PRECISION,
+            SIZE, UNIT, DIM, PADDED, BIASED, True, False, False, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
         for i_step in range(solid, whole):
@@ -462,10 +562,10 @@ def key_gradient_kernel(
         b_dk, b_dv = _key_gradient_step(
             b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
             stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE, UNIT < SIZE, True, PRECISION,
+            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, UNIT < SIZE, True, PRECISION,
         )  # fmt: skip
-    b_dk = b_dk * grad_scale
     if slot < 0:
+        b_dk = b_dk * grad_scale
         _store_tile(d_k_tiles, d_k, b_dk, rows, i_b, i_head, o_text, i_tile, o_m, stride_dkb, stride_dkh, stride_dkn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
         _store_tile(d_v_tiles, d_v, b_dv, rows, i_b, i_head, o_text, i_tile, o_m, stride_dvb, stride_dvh, stride_dvn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
     else:
@@ -477,16 +577,28 @@ def key_gradient_kernel(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def sum_kernel(
-    target, partial, splits, rows, offsets, stride_b, stride_h, stride_n, heads, seq, texts, slots,
+    target, partial, partial_met, partial_rest, splits, rows, offsets, stride_b, stride_h, stride_n,
+    heads, seq, texts, slots, factor,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, VARLEN: tl.constexpr,
+    CENTERED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial gradients of one shared row of tiles, in the order of their slots."""
+    """Adds the partial gradients of one shared row of tiles, in the order of their slots, and multiplies them by `factor`; with
+    CENTERED, those of queries, whose rest is taken out of the sum."""
     i_head, i_tile, slot, n, i_text, i_b, o_text, length = _split(splits, offsets, texts, seq, VARLEN)
     o_m = tl.arange(0, SIZE)
     o_dim = tl.arange(0, PADDED)
     b_acc = tl.zeros([SIZE, PADDED], tl.float32)
+    b_met = tl.zeros([SIZE, PADDED], tl.float32)
+    b_rest = tl.zeros([SIZE], tl.float32)
+    b_weight = tl.zeros([SIZE], tl.float32)
     for i_slot in range(slot, slot + n):
         o_slot = (i_text.to(tl.int64) * slots + i_slot) * SIZE + o_m
         b_acc += tl.load(partial + o_slot[:, None] * PADDED + o_dim[None, :])
+        if CENTERED:
+            b_met += tl.load(partial_met + o_slot[:, None] * PADDED + o_dim[None, :])
+            b_rest += tl.load(partial_rest + o_slot)
+            b_weight += tl.load(partial_rest + texts.to(tl.int64) * slots * SIZE + o_slot)
+    if CENTERED:
+        b_acc = _centered(b_acc, b_rest, b_met, b_weight)
     o_row = o_text + _row_offsets(rows, i_tile, SIZE, UNIT)
-    _store_rows(target, b_acc, i_b, i_head, o_row, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)
+    _store_rows(target, b_acc * factor, i_b, i_head, o_row, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)

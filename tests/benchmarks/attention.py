@@ -3,9 +3,9 @@
     python tests/benchmarks/attention.py [--lengths 4096 16384] [--patterns windowed fixed] [--blocks 64] [--peers-at 4096]
 
 Prints a table a length: pattern, block, density, milliseconds and TFLOP/s on kept blocks (`4 * batch * heads * seq^2 * head_dim *
-density` forward, 2.5 times that backward), and how far each goal is met. Times are the GPU's, medians of CUDA graph
-replays; what a call costs the CPU stands below. A row is checked against float64 on a part of its rows first, and not timed if it is
-wrong.
+density` forward, 2.5 times that backward), and how far each goal is met; then some rows in other dtypes and head dims. Times are
+the GPU's, medians of CUDA graph replays; what a call costs the CPU stands below. A row is checked against float64 on a part of its
+rows first, its gradients too, and not timed if it is wrong.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from bsa_export.ops import backends, block_sparse_attention
+from bsa_export.ops.tolerance import errors
 from bsa_export.sparsity import MODES
 
 # The windows of a model that read 512 tokens; elsewhere what shared measurements of DeepSpeed's patterns use.
@@ -34,6 +35,12 @@ OPTIONS = {
 }
 COPIED = 3.0e12  # bytes a second, an H100's memory
 CHECKED_ROWS = 256
+NAMES = ("output", "query", "key", "value")
+FEWEST_BLOCKS = 8  # in a row
+
+# Beside the tables: (dtype, head_dim) of rows at this length, in these patterns and blocks.
+FURTHER = [("bfloat16", 64), ("bfloat16", 128), ("float16", 32), ("float16", 128)]
+FURTHER_AT = {"lengths": [4096], "patterns": ["windowed", "bigbird"], "blocks": [16, 64, 128], "peers_at": []}
 
 
 def arguments() -> argparse.Namespace:
@@ -49,6 +56,7 @@ def arguments() -> argparse.Namespace:
         "--peers-at", type=int, nargs="*", default=[4096], help="lengths at which DeepSpeed and FlexAttention run too"
     )
     parser.add_argument("--peer-blocks", type=int, nargs="*", default=[16, 64, 128])
+    parser.add_argument("--no-further", action="store_true", help="no rows in other dtypes and head dims")
     return parser.parse_args()
 
 
@@ -73,11 +81,11 @@ def both_ways(attention, inputs, grad) -> tuple[float, float]:
 
 def host_microseconds(attention, inputs, grad) -> tuple[float, float]:
     """What a call costs the CPU, forward and a step forward and back."""
-    leaves = [x[:1, :, :1024].detach().requires_grad_() for x in inputs]
+    leaves = [x.detach().requires_grad_() for x in inputs]
     times = []
     for call in (
         lambda: attention(*inputs),
-        lambda: torch.autograd.grad(attention(*leaves), leaves, grad[:1, :, :1024]),
+        lambda: torch.autograd.grad(attention(*leaves), leaves, grad),
     ):
         for _ in range(5):
             call()
@@ -123,72 +131,104 @@ def _compiled_flex():
     return _flex
 
 
-def check(attention, inputs, grad, layout, block, seq) -> None:
-    """Raises AssertionError unless some rows of the result are right: those of the first, the middle and the last block."""
-    q, k, v = inputs
-    rows = torch.cat(
-        [torch.arange(start, min(start + CHECKED_ROWS // 4, seq)) for start in (0, seq // 2, seq - CHECKED_ROWS // 4)]
-    )
-    rows = rows.unique().to(q.device)
-    kept = layout.bool()[:, rows // block].repeat_interleave(block, 2)[:, :, :seq]
-    last = q.shape[0] - 1
-    with torch.no_grad():
-        actual = attention(*inputs)[last, :, rows].double()
+def dense(q, k, v, grad, kept, dtype, in_half=False) -> dict[str, torch.Tensor]:
+    """Plain attention of some rows and its gradients in `dtype`; the softmax in float32 at least, or, as DeepSpeed's, `in_half`.
 
-        def dense(dtype):
-            scores = (q[last, :, rows].to(dtype) @ k[last].to(dtype).mT) * q.shape[-1] ** -0.5
-            weights = scores.to(torch.promote_types(dtype, torch.float32)).masked_fill(~kept, float("-inf")).softmax(-1)
-            return (weights.to(dtype) @ v[last].to(dtype)).double()
+    Args:
+        q, grad: `[heads, rows, head_dim]`.
+        k, v: `[heads, seq, head_dim]`.
+        kept: bool `[heads, rows, seq]`.
+    """
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    scores = (leaves[0] @ leaves[1].mT) * q.shape[-1] ** -0.5
+    scores = scores.to(dtype if in_half else torch.promote_types(dtype, torch.float32))
+    out = scores.masked_fill(~kept, float("-inf")).softmax(-1).to(dtype) @ leaves[2]
+    return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))), strict=True))
 
-        exact, plain = dense(torch.float64), dense(q.dtype)
-    error, allowed = (actual - exact).abs().max().item(), 2 * (plain - exact).abs().max().item()
-    assert error <= allowed, f"wrong: error {error:.2g}, plain PyTorch {allowed / 2:.2g}"
+
+def check(attention, inputs, grad, layout, block, in_half=False) -> None:
+    """Raises AssertionError unless the result and its gradients are right, by the rule of `bsa_export.ops.tolerance`, where the
+    gradient of the result is that of some rows and 0 elsewhere: rows of the first, the middle and the last block, and others."""
+    batch, heads, seq, _ = inputs[0].shape
+    part = CHECKED_ROWS // 4
+    rows = [torch.arange(start, min(start + part, seq)) for start in (0, seq // 2, max(0, seq - part))]
+    rows = torch.cat([*rows, torch.randperm(seq, generator=torch.Generator().manual_seed(0))[:part]]).unique()
+    rows = rows.to(grad.device)
+    kept = layout.bool().expand(heads, -1, -1)[:, rows // block].repeat_interleave(block, 2)[:, :, :seq]
+
+    some = torch.zeros_like(grad)
+    some[-1:, :, rows] = grad[-1:, :, rows]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = attention(*leaves)
+    found = dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, some)), strict=True))
+    others = torch.ones(batch, seq, dtype=torch.bool, device=rows.device)
+    others[-1, rows] = False
+    assert not (found["query"].abs().amax((1, 3)) * others).any(), "wrong: a row without a gradient gets one"
+    actual = {name: x[-1][:, rows] if name in ("output", "query") else x[-1] for name, x in found.items()}
+
+    given = inputs[0][-1][:, rows], inputs[1][-1], inputs[2][-1], grad[-1][:, rows], kept
+    exact, plain = dense(*given, torch.float64), dense(*given, inputs[0].dtype, in_half)
+    for name in NAMES:
+        e = errors(actual[name], plain[name], exact[name])
+        assert e.passed, f"wrong: {name} off by {e.largest:.2g}, plain PyTorch {e.plain_largest:.2g}, x {e.ratio:.1f}"
+
+
+def tensors(seq: int, args) -> list[torch.Tensor]:
+    """Query, key, value and the gradient of the result, `[batch, heads, seq, head_dim]`, as views of BERT's order."""
+    shape = (max(1, args.tokens // seq), seq, args.heads, args.head_dim)
+    generator = torch.Generator("cuda").manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    return [torch.randn(shape, device="cuda", generator=generator).to(dtype).transpose(1, 2) for _ in range(4)]
 
 
 def main() -> None:
     args = arguments()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {args.dtype}, {args.heads} heads, head_dim {args.head_dim}"
-    )
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {args.heads} heads")
     print("backends:", ", ".join(f"{name} {reason or 'yes'}" for name, reason in backends().items()), flush=True)
-    dtype = getattr(torch, args.dtype)
     for seq in args.lengths:
-        batch = max(1, args.tokens // seq)
-        shape = (batch, seq, args.heads, args.head_dim)
-        generator = torch.Generator("cuda").manual_seed(0)
-        inputs = [torch.randn(shape, device="cuda", generator=generator).to(dtype).transpose(1, 2) for _ in range(3)]
-        grad = torch.randn(shape, device="cuda", generator=generator).to(dtype).transpose(1, 2)
-        work = 4 * batch * args.heads * seq**2 * args.head_dim / 1e9
-        print(f"\n{seq:,} tokens x {batch}; dense SDPA, ms and TFLOP/s, forward / backward:", end=" ")
-        best = None
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            try:
-                with sdpa_kernel(backend):
-                    times = both_ways(scaled_dot_product_attention, inputs, grad)
-            except RuntimeError as error:
-                print(f"{backend.name} cannot: {str(error).splitlines()[0]}", end="; ")
-                continue
-            rates = work / times[0], 2.5 * work / times[1]
-            print(f"{backend.name} {times[0]:.2f} / {times[1]:.2f} ({rates[0]:.0f} / {rates[1]:.0f})", end="; ")
-            if best is None or rates[0] > best[0]:
-                best = rates
-        print(
-            "\n| pattern | block | density | ms forward | backward | TFLOP/s forward | backward | of dense | floor | DeepSpeed | FlexAttention |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
-        for name in args.patterns:
-            for block in args.blocks:
-                if seq // block < 16:
-                    continue
-                row(name, block, seq, batch, args, inputs, grad, work, best)
+        table(seq, args)
+    if not args.no_further:
+        for dtype, head_dim in FURTHER:
+            others = argparse.Namespace(**vars(args) | FURTHER_AT | {"dtype": dtype, "head_dim": head_dim})
+            for seq in others.lengths:
+                table(seq, others)
     layout = torch.ones(args.heads, 1024 // 64, 1024 // 64, dtype=torch.uint8, device="cuda")
-    small = [x[:1, :, :1024] for x in inputs]
+    *inputs, grad = (x[:1] for x in tensors(1024, args))
     ours = partial(block_sparse_attention, layout=layout, block=64, backend="triton")
-    figures = host_microseconds(ours, small, grad)
+    figures = host_microseconds(ours, inputs, grad)
     print(f"\nCPU time of a call: forward {figures[0]:.0f} us, step forward and back {figures[1]:.0f} us")
 
 
-def row(name, block, seq, batch, args, inputs, grad, work, best) -> None:
+def table(seq: int, args) -> None:
+    """Measures dense attention at a length, then prints a row for each pattern and block."""
+    *inputs, grad = tensors(seq, args)
+    batch = len(grad)
+    work = 4 * batch * args.heads * seq**2 * args.head_dim / 1e9
+    print(f"\n{seq:,} tokens x {batch}, {args.dtype}, head_dim {args.head_dim}; dense SDPA, ms and TFLOP/s, ", end="")
+    print("forward / backward:", end=" ")
+    best = None
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        try:
+            with sdpa_kernel(backend):
+                times = both_ways(scaled_dot_product_attention, inputs, grad)
+        except RuntimeError as error:
+            print(f"{backend.name} cannot: {str(error).splitlines()[0]}", end="; ")
+            continue
+        rates = work / times[0], 2.5 * work / times[1]
+        print(f"{backend.name} {times[0]:.2f} / {times[1]:.2f} ({rates[0]:.0f} / {rates[1]:.0f})", end="; ")
+        if best is None or rates[0] > best[0]:
+            best = rates
+    print(
+        "\n| pattern | block | density | ms forward | backward | TFLOP/s forward | backward | of dense | floor | DeepSpeed | FlexAttention |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    for name in args.patterns:
+        for block in args.blocks:
+            if seq // block >= FEWEST_BLOCKS:
+                row(name, block, seq, args, inputs, grad, work, best)
+
+
+def row(name, block, seq, args, inputs, grad, work, best) -> None:
     """Checks, measures and prints one row."""
     config = MODES[name](args.heads, block=block, **OPTIONS[name](block))
     layout = torch.from_numpy(config.make_layout(seq)).cuda()
@@ -196,7 +236,7 @@ def row(name, block, seq, batch, args, inputs, grad, work, best) -> None:
     started = time.perf_counter()
     ours = partial(block_sparse_attention, layout=layout, block=block, backend="triton")
     try:
-        check(ours, inputs, grad, layout, block, seq)
+        check(ours, inputs, grad, layout, block)
         times = both_ways(ours, inputs, grad)
     except Exception as error:
         print(f"| {name} | {block} | {density:.3f} | {type(error).__name__}: {str(error)[:200]} |", flush=True)
@@ -217,9 +257,9 @@ def row(name, block, seq, batch, args, inputs, grad, work, best) -> None:
         print(f"(that row took {time.perf_counter() - started:.0f} s)", file=sys.stderr)
 
 
-def compared(attention, layout, block, inputs, grad, times) -> str:
+def compared(attention, layout, block, inputs, grad, times, in_half=False) -> str:
     """`1.23 / 4.56 (3.1 x / 5.2 x)`: the milliseconds of a peer, and how many times ours they are."""
-    check(attention, inputs, grad, layout, block, inputs[0].shape[2])
+    check(attention, inputs, grad, layout, block, in_half)
     theirs = both_ways(attention, inputs, grad)
     ratios = [peer / mine for peer, mine in zip(theirs, times, strict=True)]
     return f"{theirs[0]:.2f} / {theirs[1]:.2f} ({ratios[0]:.1f} x / {ratios[1]:.1f} x)"
@@ -229,7 +269,7 @@ def deepspeed(layout, block, inputs, grad, times) -> str:
     try:
         with _packed():
             attention = partial(block_sparse_attention, layout=layout, block=block, backend="deepspeed")
-            return compared(attention, layout, block, inputs, grad, times)
+            return compared(attention, layout, block, inputs, grad, times, in_half=True)
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:120]}"
 

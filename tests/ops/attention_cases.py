@@ -18,7 +18,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """A call of attention. `blocks` is the number of blocks in a row, of which the last lacks `short` tokens."""
+    """A call of attention. `blocks` is the number of blocks in a row, of which the last lacks `short` tokens; `apart` is how large
+    the keys of the masked tokens are, or, where none are masked, those of the second half."""
 
     pattern: str = "bigbird"
     block: int = 16
@@ -33,6 +34,7 @@ class Case:
     rpe: str = "none"
     strides: str = "contiguous"
     alike: bool = False
+    apart: int = 0
 
     @property
     def seq(self) -> int:
@@ -71,6 +73,9 @@ def cases() -> list[Case]:
         replace(plain, padding="finite", rpe="shared", pattern="dense"),
         *(replace(plain, alike=True, dtype=t, pattern="all", padding=p) for t in DTYPES for p in ("none", "bool")),
         replace(plain, alike=True, block=64, blocks=4, pattern="bigbird"),
+        *(replace(plain, apart=a, dtype=t, pattern="all", padding="bool") for t in DTYPES for a in (3, 1000)),
+        *(replace(plain, apart=3, block=b, blocks=n, pattern="halves") for b, n in ((16, 6), (64, 4), (128, 2))),
+        *(replace(plain, apart=3, padding="finite", pattern=p) for p in ("all", "windowed")),
         replace(plain, batch=1, heads=1),
         replace(plain, batch=3, heads=4, pattern="variable", block=32),
     ]
@@ -84,12 +89,12 @@ MODE_OPTIONS = {
     "local": {"attention": "unidirectional"},
 }
 MODE_PATTERNS = ("windowed", "dense", "fixed", "variable", "bigbird", "bslongformer", "local")
-PATTERNS = (*MODE_PATTERNS, "random", "one", "all", "shared")
+PATTERNS = (*MODE_PATTERNS, "random", "one", "all", "halves", "shared")
 
 
 def make_layout(case: Case, rng: random.Random) -> torch.Tensor:
     """uint8 `[heads or 1, blocks, blocks]`: a mode of sparsity.py, `random` (a third, and one a row at least), `one` random block a
-    row, `all`, or `shared` (random, one layout for all heads)."""
+    row, `all`, `halves` that do not see each other, or `shared` (random, one layout for all heads)."""
     if case.pattern in MODE_PATTERNS:
         options = MODE_OPTIONS.get(case.pattern, {})
         config = MODES[case.pattern](num_heads=case.heads, block=case.block, **options)
@@ -99,6 +104,9 @@ def make_layout(case: Case, rng: random.Random) -> torch.Tensor:
     shape = (heads, case.blocks, case.blocks)
     if case.pattern == "all":
         return torch.ones(shape, dtype=torch.uint8)
+    if case.pattern == "halves":
+        second = torch.arange(case.blocks) >= case.blocks // 2
+        return (second[:, None] == second[None, :]).to(torch.uint8).repeat(heads, 1, 1)
     layout = torch.zeros(shape, dtype=torch.uint8)
     layout.scatter_(2, torch.randint(case.blocks, (heads, case.blocks, 1), generator=generator), 1)
     if case.pattern != "one":
@@ -155,15 +163,23 @@ def make_inputs(case: Case, seed: int, device: str) -> dict:
     place = STRIDES[case.strides]
     names = ("query", "key", "value", "grad_output")
     made = {name: normal(*shape) for name in names}
-    if case.alike:
+    layout = make_layout(case, rng)
+    padding = None if case.padding == "none" else _padding(case, rng)
+    if case.alike or case.apart:
         # As in real models: small scores, and most of each key and value is what all tokens have in common.
         made["query"] *= 0.3
-        for name in ("key", "value"):
+        for name in ("value",) if case.apart else ("key", "value"):
             made[name] = 0.3 * made[name] + normal(case.heads, 1, case.head_dim)
+    if case.apart:
+        far = torch.arange(case.seq) >= case.blocks // 2 * case.block
+        if padding is not None:
+            far = ~padding if padding.dtype == torch.bool else padding < -1000
+        far = far.expand(case.batch, case.seq)[:, None, :, None]
+        made["key"] = torch.where(far, case.apart * normal(case.heads, 1, case.head_dim).sign(), made["key"])
     inputs = {name: place(x.to(device, DTYPES[case.dtype])) for name, x in made.items()}
-    inputs |= {"layout": make_layout(case, rng).to(device), "block": case.block}
-    if case.padding != "none":
-        inputs["key_padding_mask"] = _padding(case, rng).to(device)
+    inputs |= {"layout": layout.to(device), "block": case.block}
+    if padding is not None:
+        inputs["key_padding_mask"] = padding.to(device)
     seq = case.seq
     mask_shape = (case.batch, case.heads, seq, seq) if "heads" in (case.attn_mask, case.rpe) else (seq, seq)
     if case.attn_mask != "none":

@@ -1,32 +1,43 @@
 """Schedules: every kept block is visited once, nothing else is, and heavy rows are shared out."""
 
+import gc
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from bsa_export.ops import schedule
 from bsa_export.ops.schedule import ITEM_FIELDS, ScheduleCache, Tile, build_schedule
 from bsa_export.sparsity import MODES, windowed_for
 
 CPU = torch.device("cpu")
 
 
-def visited(schedule, heads: int, units: int, tile: Tile, seq: int) -> np.ndarray:
-    """How often each (head, unit row, unit column) is computed, int `[heads, units, units]`, as the kernels read a schedule."""
+def visited(made, heads: int, units: int, tile: Tile, seq: int) -> np.ndarray:
+    """How often each (head, unit row, unit column) is computed, int `[heads, units, units]`, as the kernels read a made."""
     counts = np.zeros((heads, units + tile.units, units + tile.units), int)
     across = tile.units
-    for item in schedule.items.tolist():
+    for item in made.items.tolist():
         fields = dict(zip(ITEM_FIELDS, item, strict=True))
-        rows = schedule.rows[fields["tile"]].tolist() if across > 1 else [fields["tile"]]
+        rows = made.rows[fields["tile"]].tolist() if across > 1 else [fields["tile"]]
+        columns = made.columns[fields["begin"] : fields["end"]]
+        assert fields["least"] == (columns.min().item() if columns.numel() else 0)
+        ascending = made.columns[fields["begin"] : fields["end" if across == 1 else "solid"], 0]
+        assert torch.equal(ascending, ascending.sort().values)
         for step in range(fields["begin"], fields["end"]):
-            columns = schedule.columns[step].tolist()
+            columns = made.columns[step].tolist()
             if step < fields["solid"]:
                 assert columns == list(range(columns[0], columns[0] + across)), "solid steps read consecutive columns"
                 assert (columns[-1] + 1) * tile.unit <= seq
-            word = schedule.words[step].item()
+            word = made.words[step].item()
             for i, row in enumerate(rows):
                 for j, column in enumerate(columns):
                     kept = word >> (i * across + j) & 1
@@ -56,28 +67,26 @@ def layouts(draw):
 def test_every_kept_block_is_visited_once(layout, block, size, data):
     tile = Tile(size, min(block, size))
     seq = layout.shape[1] * block - data.draw(st.integers(0, block - 1))
-    schedule = build_schedule(layout, block, seq, tile, CPU)
+    made = build_schedule(layout, block, seq, tile, CPU)
     units = -(-seq // tile.unit)
     times = block // tile.unit
     expected = layout.repeat(times, axis=1).repeat(times, axis=2)[:, :units, :units]
-    np.testing.assert_array_equal(visited(schedule, len(layout), units, tile, seq), expected)
+    np.testing.assert_array_equal(visited(made, len(layout), units, tile, seq), expected)
 
 
 def test_every_row_has_an_item_even_without_a_kept_block():
     layout = np.zeros((2, 4, 4), bool)
-    schedule = build_schedule(layout, 64, 256, Tile(64, 64), CPU)
-    assert sorted(map(tuple, schedule.items[:, :2].tolist())) == [
-        (head, tile) for head in range(2) for tile in range(4)
-    ]
+    made = build_schedule(layout, 64, 256, Tile(64, 64), CPU)
+    assert sorted(map(tuple, made.items[:, :2].tolist())) == [(head, tile) for head in range(2) for tile in range(4)]
 
 
 def test_a_global_row_is_shared_out_and_comes_first():
     layout = MODES["bslongformer"](1, block=64, num_sliding_window_blocks=3).make_layout(65536).astype(bool)
-    schedule = build_schedule(layout, 64, 65536, Tile(64, 64), CPU)
-    lengths = (schedule.items[:, 5] - schedule.items[:, 2]).tolist()
-    slots = schedule.items[:, 6].tolist()
+    made = build_schedule(layout, 64, 65536, Tile(64, 64), CPU)
+    lengths = (made.items[:, 5] - made.items[:, 2]).tolist()
+    slots = made.items[:, 6].tolist()
     assert max(lengths) <= 32
-    assert schedule.splits.tolist() == [[0, 0, 0, 32]]
+    assert made.splits.tolist() == [[0, 0, 0, 32]]
     assert slots[:32] == list(range(32))
     assert set(slots[32:]) == {-1}
 
@@ -85,8 +94,8 @@ def test_a_global_row_is_shared_out_and_comes_first():
 def test_global_rows_in_small_blocks_do_not_drag_their_neighbours_along():
     """The gradient of keys under `fixed` at block 16: every fourth key block is seen by all, the others by their window."""
     layout = MODES["fixed"](1, block=16).make_layout(4096).astype(bool).transpose(0, 2, 1)
-    schedule = build_schedule(np.ascontiguousarray(layout), 16, 4096, Tile(64, 16), CPU)
-    steps = int((schedule.items[:, 5] - schedule.items[:, 2]).sum())
+    made = build_schedule(np.ascontiguousarray(layout), 16, 4096, Tile(64, 16), CPU)
+    steps = int((made.items[:, 5] - made.items[:, 2]).sum())
     assert steps <= 1.15 * layout.sum() / 16
 
 
@@ -124,9 +133,95 @@ class TestCache:
         ones = self.get(cache, torch.ones(1, 2, 2, dtype=torch.uint8))
         assert (self.get(cache, other) is ones) == bool(other.ne(0).all())
 
-    def test_it_does_not_grow_without_bound(self):
-        cache = ScheduleCache(capacity=3)
-        for seed in range(10):
-            layout = (torch.rand(1, 4, 4, generator=torch.Generator().manual_seed(seed)) < 0.5).to(torch.uint8)
-            self.get(cache, layout, 256)
-        assert len(cache._entries) == len(cache._by_content) == 3
+    def test_lengths_that_end_in_the_same_unit_share_a_schedule(self):
+        cache, layout = ScheduleCache(), torch.ones(1, 2, 2, dtype=torch.uint8)
+        part = self.get(cache, layout, 65)
+        assert all(self.get(cache, layout, seq) is part for seq in (66, 100, 127))
+        assert self.get(cache, layout, 128) is not part
+
+    def test_more_lengths_than_anyone_has_are_read_once(self, reads):
+        """25 lengths of 24 layers, forward and back."""
+        cache, layouts = ScheduleCache(), [torch.ones(1, 26, 26, dtype=torch.uint8) for _ in range(24)]
+        for _ in range(2):
+            for layout, blocks, transposed in product(layouts, range(1, 26), (False, True)):
+                cache.get(layout[:, :blocks, :blocks], 64, blocks * 64, Tile(64, 64), CPU, transposed)
+        assert len(reads) == 24 * 25 * 2
+
+    def test_it_keeps_what_was_used_last_within_its_bytes(self):
+        layouts = [torch.eye(4, dtype=torch.uint8)[None].roll(i, 2) for i in range(3)]
+        a, b, c = (self.get(ScheduleCache(), layout, 256) for layout in layouts)
+        cache = ScheduleCache(most_bytes=a.nbytes + b.nbytes)
+        a = self.get(cache, layouts[0].clone(), 256)
+        b = self.get(cache, layouts[1].clone(), 256)
+        assert self.get(cache, layouts[0].clone(), 256) is a
+        c = self.get(cache, layouts[2], 256)
+        assert self.get(cache, layouts[2], 256) is c
+        assert self.get(cache, layouts[0], 256) is a
+        assert self.get(cache, layouts[1], 256) is not b, "used longest ago"
+
+    def test_layouts_are_not_kept_alive(self, monkeypatch):
+        monkeypatch.setattr(schedule, "MOST_LAYOUTS", 8)
+        cache = ScheduleCache()
+        storages = []
+        for _ in range(50):
+            master = torch.ones(2, 3, 3, dtype=torch.uint8)
+            storages.append(StorageWeakRef(master.untyped_storage()))
+            self.get(cache, master[:1, :2, :2])
+        del master
+        assert all(storage.expired() for storage in storages)
+        assert len(cache._layouts) <= 8
+
+    def test_an_address_never_comes_to_mean_other_data(self):
+        cache = ScheduleCache()
+        for i in range(50):
+            layout = torch.full((1, 2, 2), i % 2, dtype=torch.uint8)
+            assert len(self.get(cache, layout).columns) == 4 * (i % 2)
+            del layout
+
+    def test_a_layout_without_a_version_is_read_again(self):
+        cache = ScheduleCache()
+        with torch.inference_mode():
+            layout = torch.ones(1, 2, 2, dtype=torch.uint8)
+            before = self.get(cache, layout)
+            layout[0, 0, 1] = 0
+            assert len(self.get(cache, layout).columns) == len(before.columns) - 1
+
+    def test_memory_that_a_compiled_graph_uses_again_is_read_again(self):
+        """It writes without a new version: by numpy here."""
+        cache, layout = ScheduleCache(), torch.ones(1, 2, 2, dtype=torch.uint8)
+        options = (64, 128, Tile(64, 64), CPU, False)
+        before = cache.get(layout, *options, "first place")
+        layout.numpy()[0, 0, 1] = 0
+        assert cache.get(layout, *options, "first place") is before
+        assert len(cache.get(layout, *options, "second place").columns) == len(before.columns) - 1
+
+    def test_what_a_cuda_graph_reads_stays(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        cache, layout = ScheduleCache(most_bytes=0), torch.ones(1, 2, 2, dtype=torch.uint8)
+        monkeypatch.setattr(schedule, "build_schedule", lambda *inputs: build_schedule(*inputs[:-1], CPU))
+        captured = weakref.ref(cache.get(layout, 64, 128, Tile(64, 64), torch.device("cuda"), False))
+        self.get(cache, torch.eye(2, dtype=torch.uint8)[None])
+        gc.collect()
+        assert captured() is not None
+
+    def test_threads_share_it(self):
+        """As the main thread and autograd's do."""
+        cache = ScheduleCache(most_bytes=300)
+        layouts = [torch.eye(4, dtype=torch.uint8)[None].roll(i, 2) for i in range(4)]
+
+        def work(first):
+            for i in range(300):
+                layout = layouts[(first + i) % 4]
+                found = self.get(cache, layout, 256).columns[:, 0].tolist()
+                assert found == layout[0].argmax(1).tolist()
+
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(work, range(8)))
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list:
+    """Grows when a layout is read."""
+    done = []
+    monkeypatch.setattr(schedule, "sha256", lambda data: done.append(1) or sha256(data))
+    return done

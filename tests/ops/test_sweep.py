@@ -31,6 +31,11 @@ INTERPRETED = {
         Case(pattern="random", alike=True, dtype="fp32", block=64, blocks=3, heads=1, batch=1),
         Case(pattern="random", block=64, blocks=3, short=37, head_dim=96, heads=1, batch=1),
         Case(pattern="all", block=128, blocks=2, short=65, head_dim=128, heads=1, batch=1),
+        Case(pattern="all", apart=3, padding="bool", head_dim=32, heads=1),
+        Case(pattern="all", apart=1000, padding="bool", dtype="fp32", heads=1, short=3),
+        Case(pattern="windowed", apart=30, padding="finite", head_dim=32),
+        Case(pattern="halves", apart=3, blocks=6, heads=1, batch=1),
+        Case(pattern="halves", apart=30, block=64, blocks=4, heads=1, batch=1),
         *(Case(strides=s, blocks=3, head_dim=16, padding="bool", short=3) for s in ("bert", "packed", "columns", "surrounded")),
     ],
     "deepspeed": [

@@ -1,0 +1,97 @@
+"""Compiles the fused kernels for a GPU that is not here: `python compile_kernels.py 90` (its compute capability, without the dot).
+
+Prints a JSON object a kernel: what was compiled, its registers a thread, its bytes of spilled registers a thread, and its shared
+memory. Nothing is launched: the backend's own functions run on CPU tensors, and each launch becomes a compilation.
+"""
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from bsa_export.ops import triton_backend, triton_kernels
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+KERNELS = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
+TELLING = ("SIZE", "UNIT", "DIM", "BIASED", "VARLEN", "CENTERED")
+# dtype, block, head_dim, whether keys are masked, whether texts lie one after another; every launch of the table.
+CALLS = [
+    (torch.float16, 64, 64, False, False),
+    (torch.bfloat16, 64, 128, True, False),
+    (torch.float16, 16, 64, False, True),
+    (torch.float32, 64, 64, False, False),
+]
+SEQ = 2048  # long enough for rows that are shared out
+
+
+class Compiler:
+    """The part of a Triton driver that compiling asks for."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device=None) -> int:
+        return 0
+
+
+class Launches:
+    """Stands for a kernel: what is launched is compiled and told."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def compile_it(*arguments, **constants):
+            compiled = self.kernel.warmup(*arguments, grid=grid, **constants)
+            told = {name: constants[name] for name in TELLING if name in constants}
+            print(json.dumps({"kernel": self.kernel.fn.__name__} | told | usage(compiled)), flush=True)
+
+        return compile_it
+
+
+def usage(compiled) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        shown = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", shown).groups())
+    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
+
+
+def main(capability: int) -> None:
+    driver.set_active(Compiler(capability))
+    torch.cuda.device_of = lambda _: contextlib.nullcontext()
+    triton_backend._multiplies_from_shared = lambda _: capability // 10 in (9, 10)
+    for name in KERNELS:
+        setattr(triton_kernels, name, Launches(getattr(triton_kernels, name)))
+    for dtype, block, head_dim, masked, texts in CALLS:
+        n = SEQ // block
+        layout = torch.eye(n, dtype=torch.uint8)[None].repeat(2, 1, 1)
+        layout[:, 0], layout[:, :, 0] = 1, 1  # a global block, whose row is shared out
+        query, key, value, d_out = torch.zeros(4, 1, 2, SEQ, head_dim, dtype=dtype)
+        bias = torch.zeros(1, SEQ) if masked else None
+        offsets = torch.tensor([0, 100, SEQ], dtype=torch.int32) if texts else None
+        inputs = (query, key, value, layout, bias, offsets)
+        out, lse = triton_backend._forward(*inputs, SEQ, block, 0.125)
+        triton_backend._backward(d_out, *inputs, out, lse, SEQ, block, 0.125)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
