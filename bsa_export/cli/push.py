@@ -34,6 +34,8 @@ def main(folder, repo, private, revision, create_pr, message, unverified, dry_ru
     repo_id, at = repo
     if at is not None:
         raise click.BadParameter(f"name the branch with --revision {at}", param_hint="ORG/NAME")
+    if revision is not None and not hub.is_branch(revision):
+        raise click.BadParameter(f"expected the name of a branch, found {revision!r}", param_hint="--revision")
     plan = hub.plan(folder, repo_id, private=private, revision=revision, create_pr=create_pr, unverified=unverified)
     click.echo(_shown(plan))
     if dry_run:
@@ -46,6 +48,9 @@ def main(folder, repo, private, revision, create_pr, message, unverified, dry_ru
     click.echo(f"{'Pushed to' if result.changed else 'Nothing had changed:'} {result.url}")
     click.echo(f"commit  {result.commit}")
     click.echo(f'load    bsa_export.load("{result.name}")')
+    if result.card_kept:
+        told = f"Warning: {folder}: its model card could not be completed there ({result.card_kept}); that of the repository is"
+        click.echo(told, err=True)
 
 
 def _shown(plan) -> str:
@@ -53,6 +58,8 @@ def _shown(plan) -> str:
     visibility = "private" if plan.private else "public"
     state = "as it is" if plan.exists else "new"
     place = "pull request against main" if plan.create_pr else f"branch {plan.branch}"
+    if plan.pull_request:
+        place = f"pull request {plan.pull_request[0]}, which is open"
     lines = [
         f"{plan.repo_id} ({visibility}, {state}), {place}{' (new)' if plan.new_branch else ''}, as {plan.user}",
         "",

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from bsa_export.cli import command
+from bsa_export.errors import BsaError, HubError
 
 BACKENDS = click.Choice(["torch", "triton", "deepspeed"])
 
@@ -63,29 +64,72 @@ def main(
     if report is not None:
         from bsa_export.verify.report_html import check_matplotlib
 
+        _refuse_report(report, folder)
         check_matplotlib()
     backends = (
         tuple(dict.fromkeys([*choices["backends"], *choices["require"]])) if choices["backends"] else BACKENDS.choices
     )
+    from bsa_export.hub.names import VERIFICATION_RECORD
     from bsa_export.verify.run import Wanted, verify
     from bsa_export.verify.words import line
 
-    found = None
-    if source is not None:
-        from bsa_export.convert import find_source
-
-        found = find_source(source, progress=_is_watched()).path
+    if (text := choices["text"]) is not None:
+        _checked_text(text)
+    found = None if source is None else _found_source(source, choices["config"])
     wanted = Wanted(
-        folder, found, choices["config"], _device(device), tuple(backends), choices["require"], choices["text"]
+        folder,
+        found,
+        choices["config"],
+        _device(device),
+        tuple(backends),
+        choices["require"],
+        text,
+        None if source is None or os.path.lexists(source) else source,
     )
     with _Progress() as progress:
         run = verify(wanted, None if as_json else lambda check: progress.write(line(check)), progress.begin)
+    click.echo(json.dumps(run.to_dict(), indent=2) if as_json else f"{run.sentence} ({run.seconds:.1f} s)")
+    if run.unrecorded:
+        record = folder / VERIFICATION_RECORD
+        then = "still reads that of an earlier run" if record.exists() else "will want one"
+        click.echo(f"Warning: {record}: it cannot be written ({run.unrecorded}); bsa-push {then}", err=True)
     if report is not None:
         from bsa_export.verify.report_html import write_report
 
         write_report(report, wanted, run)
-    click.echo(json.dumps(run.to_dict(), indent=2) if as_json else f"{run.sentence} ({run.seconds:.1f} s)")
     context.exit(run.exit_code)
+
+
+def _refuse_report(report: Path, folder: Path) -> None:
+    """A report in the converted folder would replace its card's picture, and be pushed with it."""
+    if folder.resolve() in (report.resolve(), *report.resolve().parents):
+        raise click.BadParameter(
+            f"{report} is in the folder that is verified; choose another place", param_hint="--report"
+        )
+
+
+def _checked_text(path: Path) -> None:
+    from bsa_export.verify.text import documents
+
+    try:
+        documents(path)
+    except BsaError as error:
+        raise click.BadParameter(str(error), param_hint="--text") from None
+
+
+def _found_source(source: str, config: Path | None) -> Path:
+    """Where the source lies. One that is no checkpoint is no reason to call the folder wrong."""
+    from bsa_export.convert import find_source
+    from bsa_export.verify.run import open_source
+
+    try:
+        found = find_source(source, progress=_is_watched()).path
+        open_source(found, config)
+    except HubError:
+        raise
+    except BsaError as error:
+        raise click.BadParameter(str(error), param_hint="--source") from None
+    return found
 
 
 def _device(choice: str) -> str:

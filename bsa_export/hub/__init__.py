@@ -4,9 +4,10 @@
 that huggingface_hub finds, in the environment or in the stored login; it is shown to nobody.
 """
 
-from bsa_export.hub.names import parse_repo
+from bsa_export.hub.folder import PlannedFile
+from bsa_export.hub.names import is_branch, parse_repo
 from bsa_export.hub.pull import Fetched, PullResult, fetch, pull
-from bsa_export.hub.push import Plan, PlannedFile, PushResult, plan, push, upload
+from bsa_export.hub.push import Plan, PushResult, plan, push, upload
 
 __all__ = [
     "Fetched",
@@ -15,6 +16,7 @@ __all__ = [
     "PullResult",
     "PushResult",
     "fetch",
+    "is_branch",
     "parse_repo",
     "plan",
     "pull",

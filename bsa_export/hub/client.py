@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from bsa_export import __version__
 from bsa_export.errors import BsaError, HubError
-from bsa_export.hub.errors import is_transient, sentence, status_of
+from bsa_export.hub.errors import endpoint, is_transient, sentence, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -43,13 +43,6 @@ def api(*, writing: bool) -> HfApi:
             hint="look at HF_TOKEN, or run hf auth login again",
         )
     return HfApi(token=True if writing else None, library_name="bsa_export", library_version=__version__)
-
-
-def endpoint() -> str:
-    """Where the Hub is: $HF_ENDPOINT, or huggingface.co."""
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
 
 
 def is_offline() -> bool:
@@ -90,10 +83,27 @@ def ask_for_room(repo_id: str, branch: str) -> None:
     """
     from urllib.parse import quote
 
+    from huggingface_hub import constants
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    url = f"{endpoint()}/api/models/{repo_id}/xet-write-token/{quote(branch, safe='')}"
+    url = f"{constants.ENDPOINT}/api/models/{repo_id}/xet-write-token/{quote(branch, safe='')}"
     hf_raise_for_status(get_session().get(url, headers=build_hf_headers(token=True)))
+
+
+def refused_metadata(card: str) -> str | None:
+    """What the Hub has against the metadata of a card; None if nothing, or if it cannot be asked."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url, asked = f"{constants.ENDPOINT}/api/validate-yaml", {"content": card, "repoType": "model"}
+    response = get_session().post(url, json=asked, headers=build_hf_headers(token=True))
+    if response.status_code == 400:
+        answer = response.json()
+        found = [str(error.get("message")) for error in answer.get("errors") or []]
+        return "; ".join(found) or str(answer.get("error"))
+    if response.status_code not in (404, 405):  # a Hub of one's own may have no such check
+        hf_raise_for_status(response)
+    return None
 
 
 def patiently(

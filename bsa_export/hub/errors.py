@@ -17,6 +17,17 @@ ERRNO = re.compile(r"\[Errno -?\d+\] ([\w ]+)")
 FULL = re.compile(r"storage|quota|exceed|payment|upgrade", re.IGNORECASE)
 
 
+def endpoint() -> str:
+    """Where the Hub is, for people: $HF_ENDPOINT, less a password in it, or huggingface.co."""
+    from huggingface_hub import constants
+
+    return _without_userinfo(constants.ENDPOINT)
+
+
+def _without_userinfo(text: str) -> str:
+    return re.sub(r"://[^/@\s]*@", "://", text)
+
+
 def status_of(error: BaseException) -> int | None:
     """The HTTP status behind an exception of huggingface_hub or hf_xet, if an answer came at all."""
     for cause in _causes(error):
@@ -48,7 +59,7 @@ def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushin
     """
     from huggingface_hub import constants, errors, get_token
 
-    endpoint, url = constants.ENDPOINT, f"{constants.ENDPOINT}/{repo_id}"
+    url = f"{endpoint()}/{repo_id}"
     again = "run the same command again, it goes on where it stopped"
     causes = list(_causes(error))
 
@@ -83,19 +94,19 @@ def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushin
     if status == 401:
         return HubError(
             "the Hub does not accept this token; it may have expired or been revoked",
-            hint=f"make one at {endpoint}/settings/tokens, then set HF_TOKEN or run hf auth login",
+            hint=f"make one at {endpoint()}/settings/tokens, then set HF_TOKEN or run hf auth login",
         )
     if status in (402, 413, 507) or (status in (400, 403) and FULL.search(said)) or _batch_refusal(causes):
         return HubError(
             f"the Hub has no room for it{_quoted(said)}",
             where=repo_id,
-            hint=f"see what fills {repo_id.split('/')[0]}'s storage at {endpoint}/settings/billing",
+            hint=f"see what fills {repo_id.split('/')[0]}'s storage at {endpoint()}/settings/billing",
         )
     if status == 403 and pushing:
         return HubError(
             f"this token may not write there{_quoted(said)}",
             where=repo_id,
-            hint=f"give it write access to the repository at {endpoint}/settings/tokens, or use another",
+            hint=f"give it write access to the repository at {endpoint()}/settings/tokens, or use another",
         )
     if status == 403:
         return HubError(f"this token may not read it{_quoted(said)}", where=repo_id, hint=f"see {url}")
@@ -113,7 +124,7 @@ def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushin
         return HubError(f"the Hub refuses this (HTTP {status}){_quoted(said)}", where=repo_id, hint=f"see {url}")
     if any(_is_network(cause) for cause in causes):
         return HubError(
-            f"{endpoint} cannot be reached, or the connection broke ({_reason(causes)})",
+            f"{endpoint()} cannot be reached, or the connection broke ({_reason(causes)})",
             where=repo_id,
             hint=f"look at the network, HF_ENDPOINT and the proxy, then {again}",
         )
@@ -156,11 +167,12 @@ def _quoted(said: str) -> str:
     """The server's words in brackets, in one line, without what could be a token."""
     from huggingface_hub import get_token
 
-    words = re.sub(r"\s+", " ", said)[:300]
-    words = re.sub(r"\bhf_\w+", "...", words)
     if token := get_token():
-        words = words.replace(token, "...")
-    return f" ({words.rstrip('.')})" if words else ""
+        said = said.replace(token, "...")
+    # The whole text first: half a token at the end of an excerpt would be no token to these.
+    said = _without_userinfo(re.sub(r"hf_[\w.-]+", "...", said))
+    words = re.sub(r"\s+", " ", said)[:300]
+    return f" ({re.sub(r'(?<![.])[.]$', '', words)})" if words else ""
 
 
 def _reason(causes: list[BaseException]) -> str:

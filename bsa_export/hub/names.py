@@ -24,6 +24,9 @@ MODEL_FILES = (
 OTHER_FILES = (model_card.FILE_NAME, "LICENSE*", "NOTICE*", "*.png", "*.svg", "*.jpg")
 # No hidden file, no way out of the folder, nothing that reads as a pattern; at most one folder deep.
 SAFE_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+# What git forbids in the name of a branch, besides what no name of a revision holds here (see REPO).
+NO_BRANCH = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@|^[-/.]|/\.|[/.]$|\.lock(/|$)")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 MODULE_FILE = re.compile(r"\d+_\w+/([^/]+)", re.ASCII)
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
@@ -34,6 +37,12 @@ def parse_repo(text: str) -> tuple[str, str | None] | None:
     if match is None or ".." in match["repo"] or match["repo"].endswith((*WEIGHT_ENDINGS, ".json", ".git")):
         return None
     return match["repo"], match["revision"]
+
+
+def is_branch(text: str) -> bool:
+    """Whether `text` can be the name of a branch, which `org/name@text` names again: no commit, no reference such as refs/pr/1."""
+    named = parse_repo(f"org/name@{text}") == ("org/name", text)
+    return named and not (NO_BRANCH.search(text) or COMMIT.fullmatch(text) or text.startswith("refs/"))
 
 
 def of_model(name: str) -> bool:

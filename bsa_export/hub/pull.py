@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from fnmatch import fnmatch
@@ -111,7 +112,8 @@ def fetch(
     allow: Iterable[str] | None = None,
     progress: bool = False,
 ) -> Fetched:
-    """Downloads what a checkpoint needs, dense or converted, into the Hub's cache. Sizes are checked, and hashes of what is new.
+    """Downloads what a checkpoint needs, dense or converted, into the Hub's cache. Sizes are checked, and hashes of what is new; a
+    conversion must pass the checks of file and layouts, as `pull` has it.
 
     That is: weights (safetensors if there are any), config.json, tokenizer and sentence-transformers files, the records of a
     conversion, and README.md for the license. With HF_HUB_OFFLINE the cache answers.
@@ -124,7 +126,8 @@ def fetch(
         progress: whether to show bars on stderr.
 
     Raises:
-        HubError: the Hub or the network refused, there is no checkpoint, or what arrived is not what the Hub lists.
+        HubError: the Hub or the network refused, there is no checkpoint, what arrived is not what the Hub lists, or it is a
+            conversion that fails a check.
     """
     there = _listing(repo_id, revision, cache_dir)
     if allow is None:
@@ -140,7 +143,19 @@ def fetch(
     snapshot = _download(wanted, progress)
     for name in new:
         _checked(wanted, name, snapshot)
+    if allow is None and CONVERSION_RECORD in chosen:
+        _check_snapshot(wanted, snapshot)
     return Fetched(snapshot, there.commit)
+
+
+def _check_snapshot(wanted: Snapshot, snapshot: Path) -> None:
+    """`_check_conversion` of these files alone: other programs put others of the repository into the same snapshot."""
+    with tempfile.TemporaryDirectory() as view:
+        for name in wanted.files:
+            link = Path(view) / name
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to((snapshot / name).absolute())
+        _check_conversion(wanted.repo_id, Path(view))
 
 
 def _check_conversion(repo_id: str, folder: Path) -> None:

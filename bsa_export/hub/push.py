@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bsa_export import model_card
-from bsa_export.checkpoint.folder import CONVERSION_RECORD, plain_error
-from bsa_export.checkpoint.source import open_checkpoint
 from bsa_export.checkpoint.table import file_stamp
-from bsa_export.checkpoint.writer import INDEX_NAME
 from bsa_export.errors import CheckpointError, HubError
 from bsa_export.hub import client, names
-from bsa_export.hub.errors import status_of
-from bsa_export.hub.names import MAIN, VERIFICATION_RECORD
-from bsa_export.hub.pull import recorded_files
+from bsa_export.hub.errors import is_transient, status_of
+from bsa_export.hub.folder import PlannedFile, folder_files, hashes_of, planned_files, refuse_claim, unverified_because
+from bsa_export.hub.names import MAIN
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
-
-PIECE = 1 << 20
-# Metadata of a card that the Hub reads as text, as a list of texts, or as either.
-CARD_TEXTS = {"license", "library_name", "pipeline_tag", "base_model", "base_model_relation", "language"}
-CARD_LISTS = {"tags", "license", "base_model", "datasets", "metrics", "language"}
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """A file of the model. `content` is None where it is the folder's own file, else what is pushed in its place."""
-
-    name: str
-    bytes: int
-    sha256: str
-    content: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +33,7 @@ class Plan:
         base: the commit that the push builds on, None if it is yet to be made.
         new_branch: whether the branch will be made, from main.
         create_pr: whether a pull request is opened instead.
+        pull_request: number and head of an open one of this user that holds all of it already.
         files: all that belongs to the model.
         uploads: names of those that the branch does not hold yet.
         deletes: files of an earlier model in the repository that this model does not have.
@@ -71,6 +52,7 @@ class Plan:
     base: str | None
     new_branch: bool
     create_pr: bool
+    pull_request: tuple[str, str] | None
     files: tuple[PlannedFile, ...]
     uploads: tuple[str, ...]
     deletes: tuple[str, ...]
@@ -92,12 +74,14 @@ class PushResult(NamedTuple):
         commit: 40 hex digits.
         changed: False if everything was there already.
         name: what `bsa_export.load` and `bsa-pull` take.
+        card_kept: why the completed card could not be written into the folder too; None if it was.
     """
 
     url: str
     commit: str
     changed: bool
     name: str
+    card_kept: str | None = None
 
 
 def push(
@@ -142,19 +126,21 @@ def plan(
     folder, branch = Path(folder), revision or MAIN
     if names.parse_repo(repo_id) != (repo_id, None):
         raise HubError("expected a repository org/name", found=repr(repo_id))
+    if not names.is_branch(branch):
+        raise HubError("expected the name of a branch", found=repr(branch), where="--revision")
     if create_pr and branch != MAIN:
         raise HubError(
             "a pull request is opened against main", found=f"the branch {branch}", hint="drop one of the two"
         )
     hub = client.api(writing=True)
-    there, left_out = _folder_files(folder)
+    there, left_out = folder_files(folder)
     stamps = {name: file_stamp(folder / name) for name in there}
-    digests = {name: _sha256(folder / name) for name in there}
-    reason = _unverified_because(folder, digests)
+    hashes = {name: hashes_of(folder / name) for name in there}
+    reason = unverified_because(folder, hashes)
     if reason and not unverified:
         hint = f"run bsa-verify {folder}, or push it with --unverified, which its card will say"
         raise HubError(reason, where=folder, hint=hint)
-    files = _planned_files(folder, repo_id, digests, reason)
+    files = planned_files(folder, repo_id, hashes, reason)
 
     with client.sentences(repo_id, branch, pushing=True):
         user = _checked_user(hub, repo_id, create_pr)
@@ -162,9 +148,18 @@ def plan(
         _refuse_repository(info, repo_id, private, create_pr)
         head = info and client.find(hub, repo_id, branch)
         remote = client.tree(hub, repo_id, (head or info).sha) if info else {}
-        kept_there = _kept_card(hub, repo_id, (head or info).sha, files) if model_card.FILE_NAME in remote else False
-    if kept_there:
-        files = [file for file in files if file.name != model_card.FILE_NAME]
+        kept_there = _kept_card(hub, repo_id, (head or info).sha, files) if model_card.FILE_NAME in remote else None
+        if kept_there is not None:
+            files = [file for file in files if file.name != model_card.FILE_NAME]
+            if reason:
+                refuse_claim(kept_there, f"{repo_id}: {model_card.FILE_NAME}")
+        uploads = [file.name for file in files if not _is_same(file, remote.get(file.name))]
+        deletes = _earlier(files, remote)
+        open_one = _proposed(hub, repo_id, user, files) if create_pr else None
+        if open_one:
+            uploads, deletes = [], []
+        if model_card.FILE_NAME in uploads:
+            _check_metadata(folder, files)
     return Plan(
         folder=folder,
         repo_id=repo_id,
@@ -175,11 +170,12 @@ def plan(
         base=head.sha if head else None,
         new_branch=head is None and branch != MAIN,
         create_pr=create_pr,
+        pull_request=open_one,
         files=tuple(files),
-        uploads=tuple(file.name for file in files if not _is_same(folder, file, remote.get(file.name))),
-        deletes=tuple(_earlier(files, remote)),
+        uploads=tuple(uploads),
+        deletes=tuple(deletes),
         left_out=tuple(left_out),
-        own_card=kept_there or all(file.content is None for file in files),
+        own_card=kept_there is not None or all(file.content is None for file in files),
         unverified=reason,
         stamps=stamps,
     )
@@ -197,23 +193,16 @@ def upload(what: Plan, *, message: str | None = None, progress: bool = False) ->
 
     Raises:
         HubError: the Hub or the network refused, somebody else committed meanwhile, or what arrived is not the folder.
-        CheckpointError: the folder changed since `plan`.
+        CheckpointError: the folder changed since `plan`; nothing is published then.
     """
-    number = None
+    _refuse_changed(what)
     with client.sentences(what.repo_id, what.branch, pushing=True), client.bars(progress):
         hub = client.api(writing=True)
-        commit = base = _base(hub, what)
+        number, base = what.pull_request or (None, _base(hub, what))
+        commit = base
         if what.uploads or what.deletes:
             commit, number = _commit(hub, what, base, message or f"Upload {what.folder.resolve().name} with bsa_export")
-        for name, stamp in what.stamps.items():
-            if file_stamp(what.folder / name) != stamp:
-                where = what.folder / name
-                raise CheckpointError("it changed while it was being pushed", where=where, hint="verify and push again")
         _compare(what, client.tree(hub, what.repo_id, commit))
-    for file in what.files:
-        if file.content is not None:
-            with suppress(PermissionError):  # the folder may be read-only; the repository has the card
-                (what.folder / file.name).write_bytes(file.content)
     at = f"refs/pr/{number}" if number else what.branch
     page = f"/discussions/{number}" if number else "" if at == MAIN else f"/tree/{at}"
     return PushResult(
@@ -221,78 +210,38 @@ def upload(what: Plan, *, message: str | None = None, progress: bool = False) ->
         commit=commit,
         changed=commit != base,
         name=what.repo_id if at == MAIN else f"{what.repo_id}@{at}",
+        card_kept=_complete_card(what),
     )
 
 
-def _folder_files(folder: Path) -> tuple[list[str], list[str]]:
-    """The names that belong to the model in a finished conversion, and the others. Raises CheckpointError if it is none."""
-    if not (folder / CONVERSION_RECORD).is_file():
-        found = f"no {CONVERSION_RECORD}" if folder.is_dir() else "no such folder"
-        raise CheckpointError("expected a finished conversion", found=found, where=folder, hint="bsa-convert makes one")
-    for name in recorded_files(folder):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"expected the files of its {CONVERSION_RECORD}", found=f"no {name}", where=folder, hint="convert again"
-            )
-    weights = {file.name for file in open_checkpoint(folder).files}
-    if len(weights) > 1:
-        weights.add(INDEX_NAME)
-    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    belong = [name for name in there if names.of_repository(name)]
-    # Shards beside a single file, or the other way round, would be read in its place.
-    belong = [name for name in belong if name in weights or not names.is_weights(name)]
-    return belong, [name for name in there if name not in belong]
+def _refuse_changed(what: Plan) -> None:
+    """Raises CheckpointError if a file of the folder is not the one that was hashed."""
+    for name, stamp in what.stamps.items():
+        try:
+            same = file_stamp(what.folder / name) == stamp
+        except OSError:
+            same = False
+        if not same:
+            raise _changed(what.folder / name)
 
 
-def _unverified_because(folder: Path, digests: Mapping[str, str]) -> str | None:
-    """Why a folder whose files have these sha256 does not count as verified, or None."""
-    path = folder / VERIFICATION_RECORD
-    if not path.is_file():
-        return "bsa-verify has not run on it"
+def _changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        "it changed while it was being pushed", where=path, hint="nothing was published; verify and push again"
+    )
+
+
+def _complete_card(what: Plan) -> str | None:
+    """Writes the card into the folder as it was pushed. Returns why that cannot be: the folder may be read-only."""
+    from bsa_export.verify.record import replace_file
+
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        verdict, verified = record["verdict"], dict(record["files"])
-        failed = [check["name"] for check in record["checks"] if check["status"] == "failed"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return f"its {VERIFICATION_RECORD} cannot be read ({error})"
-    if failed or verdict == "failed":
-        return f"it failed bsa-verify ({', '.join(failed) or 'no check is named'})"
-    if verdict != "passed":
-        return f"bsa-verify could not tell whether it is right (verdict {verdict})"
-    verified.pop(model_card.FILE_NAME, None)  # a push completes it
-    for name, digest in verified.items():
-        if digests.get(name) != digest:
-            return f"{name} {'changed' if name in digests else 'is gone'} since bsa-verify ran"
-    unseen = [name for name in digests if name not in verified and (name == "config.json" or names.is_weights(name))]
-    return f"bsa-verify did not see its {unseen[0]}" if unseen else None
-
-
-def _planned_files(folder: Path, repo_id: str, digests: Mapping[str, str], unverified: str | None) -> list[PlannedFile]:
-    """What goes up: the folder's files, with the card completed, or checked if it is the user's own."""
-    card = model_card.FILE_NAME
-    text = model_card.complete(folder, repo_id, unverified)
-    if text is None:
-        _check_card(folder / card)
-    files = [
-        PlannedFile(name, (folder / name).stat().st_size, digest)
-        for name, digest in digests.items()
-        if not (name == card and text is not None) and not (name == VERIFICATION_RECORD and unverified)
-    ]
-    if text is not None:
-        content = text.encode()
-        files.append(PlannedFile(card, len(content), hashlib.sha256(content).hexdigest(), content))
-    return sorted(files, key=lambda file: file.name)
-
-
-def _check_card(card: Path) -> None:
-    """Raises CheckpointError for metadata that the Hub would refuse, or could not find the model by."""
-    for key, value in model_card.metadata(card).items():
-        if key not in CARD_TEXTS | CARD_LISTS or (key in CARD_TEXTS and isinstance(value, str)):
-            continue
-        if key in CARD_LISTS and isinstance(value, list) and all(isinstance(item, str) for item in value):
-            continue
-        kind = "text" if key in CARD_TEXTS else "a list of texts"
-        raise CheckpointError(f"expected {kind} as {key} in its metadata", found=repr(value), where=card)
+        for file in what.files:
+            if file.content is not None:
+                replace_file(what.folder / file.name, file.content)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _checked_user(hub: HfApi, repo_id: str, create_pr: bool) -> str:
@@ -327,14 +276,37 @@ def _refuse_repository(info, repo_id: str, private: bool, create_pr: bool) -> No
         raise HubError("it is public, and a push does not change that", where=repo_id, hint=hint)
 
 
-def _kept_card(hub: HfApi, repo_id: str, commit: str, files: Iterable[PlannedFile]) -> bool:
-    """Whether the repository has a card that a person wrote and the folder has not: more than the metadata the Hub starts one with."""
+def _kept_card(hub: HfApi, repo_id: str, commit: str, files: Iterable[PlannedFile]) -> str | None:
+    """The repository's card, if a person wrote it, and none the folder's: more than the metadata that the Hub starts one with."""
     if all(file.content is None for file in files):
-        return False
+        return None
     with client.bars(False):
         card = client.patiently(lambda: hub.hf_hub_download(repo_id, model_card.FILE_NAME, revision=commit))
     text = Path(card).read_bytes().decode("utf-8", "replace")
-    return model_card.is_edited_text(text) and bool(model_card.FRONT_MATTER.sub("", text, count=1).strip())
+    written = model_card.FRONT_MATTER.sub("", text, count=1).strip()
+    return text if written and model_card.is_edited_text(text) else None
+
+
+def _check_metadata(folder: Path, files: Iterable[PlannedFile]) -> None:
+    """Raises CheckpointError for a card whose metadata the Hub refuses: it would do so after the repository is made."""
+    card = next(file for file in files if file.name == model_card.FILE_NAME)
+    content = (folder / card.name).read_bytes() if card.content is None else card.content
+    if refusal := client.patiently(lambda: client.refused_metadata(content.decode("utf-8", "replace"))):
+        hint = "edit what stands between its two --- lines"
+        raise CheckpointError(f"the Hub refuses its metadata ({refusal})", where=folder / card.name, hint=hint)
+
+
+def _proposed(hub: HfApi, repo_id: str, user: str, files: Iterable[PlannedFile]) -> tuple[str, str] | None:
+    """Number and head of an open pull request of the user whose repository is the folder already."""
+    listed = client.patiently(
+        lambda: list(hub.get_repo_discussions(repo_id, author=user, discussion_type="pull_request"))
+    )
+    numbers = [str(one.num) for one in listed if one.author == user and one.status in ("open", "draft")]
+    heads = _pull_requests(hub, repo_id) if numbers else {}
+    for number in numbers:
+        if number in heads and _holds(files, client.tree(hub, repo_id, heads[number])):
+            return number, heads[number]
+    return None
 
 
 def _base(hub: HfApi, what: Plan) -> str:
@@ -358,6 +330,8 @@ def _base(hub: HfApi, what: Plan) -> str:
 def _commit(hub: HfApi, what: Plan, base: str, message: str) -> tuple[str, str | None]:
     """Uploads what is missing and commits it on `base`. Returns the commit and, if one was opened, the pull request's number.
 
+    Bytes go up before the commit, which only names them: a folder that changed meanwhile is found between the two.
+
     huggingface_hub repeats the upload of bytes but not the commit, whose answer can be lost after it went through. So after
     trouble the repository is looked at first; the next attempt is for the same `base`, and cannot come twice.
     """
@@ -366,13 +340,17 @@ def _commit(hub: HfApi, what: Plan, base: str, message: str) -> tuple[str, str |
     operations: list = [CommitOperationDelete(name) for name in what.deletes]
     for file in what.files:
         if file.name in what.uploads:
-            addition = CommitOperationAdd(file.name, file.content or what.folder / file.name)
+            content = _content(what.folder, file)
+            addition = CommitOperationAdd(file.name, what.folder / file.name if content is None else content)
             addition.upload_info.sha256 = bytes.fromhex(file.sha256)  # saves computing it again
             operations.append(addition)
+    additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
     earlier = _pull_requests(hub, what.repo_id) if what.create_pr else {}
 
     def attempt() -> tuple[str, str | None]:
         try:
+            hub.preupload_lfs_files(what.repo_id, additions, revision=what.branch, create_pr=what.create_pr)
+            _refuse_changed(what)
             made = hub.create_commit(
                 what.repo_id,
                 operations,
@@ -394,12 +372,30 @@ def _commit(hub: HfApi, what: Plan, base: str, message: str) -> tuple[str, str |
             found = client.find(hub, what.repo_id, what.branch)
             heads = {None: found.sha} if found and found.sha != base else {}
         for number, head in heads.items():
-            with suppress(HubError):
-                _compare(what, client.tree(hub, what.repo_id, head))
+            if _holds(what.files, client.tree(hub, what.repo_id, head)):
                 return head, number
         return None
 
-    return client.patiently(attempt, went_through, waits=client.LONG_WAITS)
+    try:
+        return client.patiently(attempt, went_through, waits=client.LONG_WAITS)
+    except Exception as error:
+        if not is_transient(error):  # after which nobody knows whether the commit went through
+            _refuse_changed(what)  # the reason why the Hub finds another hash than it was told
+        raise
+
+
+def _content(folder: Path, file: PlannedFile) -> bytes | None:
+    """What goes up of a small file: the bytes that were hashed, whatever becomes of the file. None for weights, which are sent from disk.
+
+    Raises:
+        CheckpointError: the file is another one by now.
+    """
+    if file.content is not None or file.blob is None or file.name.endswith(".safetensors"):
+        return file.content
+    content = (folder / file.name).read_bytes()
+    if hashlib.sha256(content).hexdigest() != file.sha256:
+        raise _changed(folder / file.name)
+    return content
 
 
 def _pull_requests(hub: HfApi, repo_id: str) -> dict[str, str]:
@@ -412,7 +408,7 @@ def _compare(what: Plan, remote: Mapping[str, RepoFile]) -> None:
     """Raises HubError if the files of a commit are not those of the plan."""
     for file in what.files:
         there = remote.get(file.name)
-        if not _is_same(what.folder, file, there):
+        if not _is_same(file, there):
             hashed = there and (f"sha256 {there.lfs.sha256}" if there.lfs else f"git blob {there.blob_id}")
             raise HubError(
                 f"expected {file.name} of {file.bytes:,} bytes, sha256 {file.sha256}, in what was pushed",
@@ -424,28 +420,21 @@ def _compare(what: Plan, remote: Mapping[str, RepoFile]) -> None:
         raise HubError(f"it still holds {stale[0]} of an earlier model", where=what.repo_id, hint="push again")
 
 
+def _holds(files: Iterable[PlannedFile], remote: Mapping[str, RepoFile]) -> bool:
+    """Whether the files of a commit are those of the folder, and none of an earlier model."""
+    return all(_is_same(file, remote.get(file.name)) for file in files) and not _earlier(files, remote)
+
+
 def _earlier(files: Iterable[PlannedFile], remote: Iterable[str]) -> list[str]:
     """The files in a repository that belong to an earlier model: left there, they would be read with the new one."""
     new = {file.name for file in files}
     return [name for name in remote if name not in new and names.of_model(name)]
 
 
-def _is_same(folder: Path, file: PlannedFile, there: RepoFile | None) -> bool:
+def _is_same(file: PlannedFile, there: RepoFile | None) -> bool:
     """Whether the repository lists the file's content: by sha256 where it is large, by git's own hash where it is small."""
     if there is None or there.size != file.bytes:
         return False
     if there.lfs is not None:
         return there.lfs.sha256 == file.sha256
-    content = file.content or (folder / file.name).read_bytes()
-    return there.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while piece := file.read(PIECE):
-                digest.update(piece)
-    except OSError as error:
-        raise plain_error(error, path) from None
-    return digest.hexdigest()
+    return there.blob_id == file.blob

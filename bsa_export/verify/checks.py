@@ -1,11 +1,13 @@
-"""What a check says: passed, failed or skipped, why, and its figures."""
+"""What a check says: passed, failed, skipped or only told, why, and its figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+TOLD = "told"  # figures that no rule judges
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,7 @@ class Check:
 
     Attributes:
         name: what was checked, such as `file` or `outputs: triton`.
-        status: `passed`, `failed` or `skipped`.
+        status: `passed`, `failed`, `skipped`, or `told` where there is nothing to pass.
         reason: why it failed or was skipped, one sentence; empty where it passed.
         figures: what was measured, short enough for a line; values that JSON holds.
         details: row by row what the figures sum up, for the report and `--json`.
@@ -66,3 +68,9 @@ def result(
         return Check(name, PASSED, "", dict(figures), details, numerical)
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return Check(name, FAILED, faults[0] + more, dict(figures), details, numerical)
+
+
+def worst(ratios: Iterable[float]) -> float:
+    """The largest of some errors; NaN if one is NaN, 0 if there are none."""
+    ratios = [float(ratio) for ratio in ratios]
+    return math.nan if any(map(math.isnan, ratios)) else max(ratios, default=0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from bsa_export.errors import BsaError
-from bsa_export.verify.checks import PASSED, Check
+from bsa_export.verify.checks import TOLD, Check
+from bsa_export.verify.text import documents
 from bsa_export.verify.whole_model import EndToEnd, Inputs, attending, make_inputs
 
 NAME = "drift"
@@ -30,8 +30,7 @@ def measure_drift(runs: EndToEnd, text: Path | None = None, progress: Progress |
         text: plain text, or JSON lines with a `text` each: the documents whose masked tokens are predicted.
         progress: called with (windows done, windows in all).
 
-    Raises:
-        BsaError: the text cannot be read, or the model has no tokenizer or no masked-LM head for it.
+    Where the text is of no use to this model, which has no masked-LM head or no tokenizer, a figure tells why there is no loss.
     """
     folder = runs.folder
     inputs = make_inputs(folder, 1, folder.source_length, runs.device, seed=2)
@@ -47,11 +46,14 @@ def measure_drift(runs: EndToEnd, text: Path | None = None, progress: Progress |
         "input": "random tokens",
     }
     if text is not None:
-        losses = _losses(runs, text, progress)
+        try:
+            losses, read = _losses(runs, text, progress)
+        except BsaError as error:
+            return Check(NAME, TOLD, "", figures | {"no loss": str(error)}, details)
         details += losses
         figures |= {f"loss {row['attention']} at {row['window']:,}": row["loss"] for row in losses}
-        figures["masked tokens"] = losses[0]["masked tokens"]
-    return Check(NAME, PASSED, "", figures, details)
+        figures |= {"masked tokens": losses[0]["masked tokens"], "text": read}
+    return Check(NAME, TOLD, "", figures, details)
 
 
 @torch.no_grad()
@@ -61,23 +63,32 @@ def _hidden_states(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     return [state[inputs.attention_mask.bool()].float() for state in states]
 
 
-def _losses(runs: EndToEnd, text: Path, progress: Progress | None) -> list[dict]:
-    """The masked-LM loss of dense attention at the source's length and of sparse attention at that length and longer ones."""
+def _losses(runs: EndToEnd, text: Path, progress: Progress | None) -> tuple[list[dict], str]:
+    """The masked-LM loss of dense attention at the source's length and of sparse attention at that length and longer ones; and how much
+    of the text was read.
+
+    Raises:
+        BsaError: the text cannot be read, or the model has no tokenizer or no masked-LM head for it.
+    """
     folder, model = runs.folder, runs.model
     if model.get_output_embeddings() is None or not hasattr(model.config, "vocab_size"):
         raise BsaError("a loss needs a masked-LM head", found=type(model).__name__, where="--text")
     tokenizer = _tokenizer(folder.path)
-    documents = _masked(tokenizer, _documents(text), CPU_TOKENS if runs.device == "cpu" else None)
+    texts = documents(text)
+    masked = _masked(tokenizer, texts, CPU_TOKENS if runs.device == "cpu" else None)
+    tokens = sum(len(ids) for ids, _ in masked)
+    cut = runs.device == "cpu" and tokens == CPU_TOKENS
+    read = f"the first {tokens:,} tokens, as many as a CPU is given" if cut else f"all of its {tokens:,} tokens"
     ends = [_special(tokenizer, names) for names in (("[CLS]", "<s>"), ("[SEP]", "</s>"))]
     longer = {min(8 * folder.source_length, folder.longest), folder.longest} - {folder.source_length}
     plan = [("sdpa", folder.source_length), ("block_sparse", folder.source_length)]
     plan += [("block_sparse", length) for length in sorted(longer)]
-    total = sum(sum(1 for _ in _windows(documents, length, *ends)) for _, length in plan)
+    total = sum(sum(1 for _ in _windows(masked, length, *ends)) for _, length in plan)
     done, rows = 0, []
     for implementation, length in plan:
         nats, count = 0.0, 0
         with attending(model, implementation):
-            for inputs, targets in _windows(documents, length, *ends):
+            for inputs, targets in _windows(masked, length, *ends):
                 nats += _nats(model, inputs.to(runs.device), targets.to(runs.device))
                 count += int((targets != NO_TARGET).sum())
                 done += 1
@@ -91,7 +102,7 @@ def _losses(runs: EndToEnd, text: Path, progress: Progress | None) -> list[dict]
                 "masked tokens": count,
             }
         )
-    return rows
+    return rows, read
 
 
 @torch.no_grad()
@@ -124,17 +135,6 @@ def _special(tokenizer, names: tuple[str, ...]) -> int:
         if (token := tokenizer.token_to_id(name)) is not None:
             return token
     raise BsaError(f"expected a tokenizer with one of {', '.join(names)}", found="none of them", where="tokenizer.json")
-
-
-def _documents(path: Path) -> list[str]:
-    """The documents of a file: a `text` a line in `.jsonl`, else the file is one."""
-    try:
-        content = path.read_text(encoding="utf-8")
-        if path.suffix != ".jsonl":
-            return [content]
-        return [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BsaError(f'expected text, or JSON lines with a "text" each ({error!r})', where=path) from None
 
 
 def _masked(tokenizer, texts: list[str], most: int | None) -> list[tuple[Tensor, Tensor]]:

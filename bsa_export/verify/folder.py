@@ -71,6 +71,11 @@ class ConvertedFolder:
         """Tokens that the source read, as far as is known."""
         return min(self.record["source_length"], self.longest) if self.record else self.longest
 
+    @property
+    def not_finite(self) -> dict[str, str]:
+        """The tensors that the conversion found to hold no numbers: name -> `NaN` or `infinite`."""
+        return (self.record or {}).get("not_finite") or {}
+
     def layout_name(self, layer: int) -> str:
         """The name of a layer's stored layout."""
         return self.prefix + LAYOUT.format(layer)
@@ -143,6 +148,11 @@ def read_record(path: Path) -> dict | None:
         for name in ("renamed", "changed", "dropped", "tied"):
             if not all(isinstance(value, str) for value in record[name].values()):
                 raise ValueError(f"{name} is not what it should be")
+        for name in ("dtype", "positions"):
+            if not isinstance(record["options"].get(name), str | None):
+                raise ValueError(f"options: {name}")
+        if not isinstance(record.get("not_finite", {}), dict):
+            raise ValueError("not_finite is not what it should be")
         if record["positions"] is not None:
             for name in ("reserved", "source_rows", "rows"):
                 if not isinstance(record["positions"].get(name), int):

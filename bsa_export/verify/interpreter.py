@@ -73,7 +73,7 @@ def check_interpreted(path: Path, names: tuple[str, ...] = BACKENDS) -> list[Che
         if reasons[name] is not None:
             checks.append(skipped(f"outputs: {name}", reasons[name]))
             continue
-        ledger = Ledger(name, HOW)
+        ledger = Ledger(name, HOW, folder.not_finite)
         for dtype in DTYPES[name]:
             ledger.enter(Call(inputs, getattr(torch, dtype)), heads, whole, dtype)
         if name == "triton":

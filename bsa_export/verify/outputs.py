@@ -18,7 +18,7 @@ from torch import Tensor
 from bsa_export.errors import AttentionError
 from bsa_export.ops.dispatch import backends, block_sparse_attention
 from bsa_export.ops.tolerance import FACTOR, Errors, errors, results
-from bsa_export.verify.checks import Check, result, skipped
+from bsa_export.verify.checks import Check, result, skipped, worst
 from bsa_export.verify.folder import ConvertedFolder
 from bsa_export.verify.projections import Projections, tensor
 
@@ -75,7 +75,7 @@ def situations(folder: ConvertedFolder, device: str) -> list[Situation]:
     odd -= 1 - odd % 2
     found.append(Situation("odd", odd, layers, rows=_rows_for(folder, odd, folder.layers, device)))
     some = _affordable(folder, longest, device)
-    if longest > odd + 1:
+    if longest != odd:
         found.append(Situation("longest", longest, some, rows=_rows_for(folder, longest, len(some), device)))
     return found
 
@@ -148,6 +148,13 @@ class Call:
         attention = partial(block_sparse_attention, backend=backend)
         found = results(attention, self._cast(), None)
         return found if self.rows is None else {name: x[:, :, self.rows] for name, x in found.items()}
+
+    def not_finite(self, heads: slice = slice(None)) -> str | None:
+        """What query, key or value of some heads hold that is no number, `NaN` or `infinite values`: float64 could do no more with it."""
+        taken = [self.inputs[name][:, heads] for name in ("query", "key", "value")]
+        if any(x.isnan().any() for x in taken):
+            return "NaN"
+        return "infinite values" if any(x.isinf().any() for x in taken) else None
 
     def errors_of(self, actual: Mapping[str, Tensor], heads: slice = slice(None)) -> dict[str, Errors]:
         """How far results are off in some heads, by name, beside plain PyTorch.
@@ -286,7 +293,7 @@ def check_outputs(
     dtypes = DTYPES[device]
     reasons = backends()
     runnable = [name for name in names if name in dtypes and reasons[name] is None]
-    ledger = {name: Ledger(name, device) for name in runnable}
+    ledger = {name: Ledger(name, device, folder.not_finite) for name in runnable}
     plan = situations(folder, device)
     total, done = sum(len(situation.layers) for situation in plan), 0
     projections = Projections(folder, torch.device(device))
@@ -328,28 +335,43 @@ def compare(
 
 
 class Ledger:
-    """What was found about one backend."""
+    """What was found about one backend.
 
-    def __init__(self, backend: str, device: str):
-        self.backend, self.device = backend, device
+    Args:
+        backend: its name.
+        device: where it computes.
+        known: the tensors that conversion.json knows to hold no numbers: name -> `NaN` or `infinite`.
+    """
+
+    def __init__(self, backend: str, device: str, known: Mapping[str, str]):
+        self.backend, self.device, self.known = backend, device, known
         self.rows: list[dict] = []
         self.faults: list[str] = []
-        self.refused: dict[str, str] = {}
+        self.broken: dict[int, str] = {}  # layer -> what its weights give in the place of numbers
+        self.refused: dict[tuple[str, str], list[int]] = {}  # (situation, reason) -> layers
 
     def enter(self, call: Call, heads: list[tuple[int, int]], situation: Situation, dtype: str) -> None:
         """Compares one call layer by layer; its heads are these (layer, head) of the model, a layer's one after the other."""
-        if not call.plain["output"].isfinite().all():
-            self.refused[situation.name] = f"plain PyTorch overflows in {dtype}"
+        parts, start = {}, 0
+        for layer, members in groupby(heads, key=lambda pair: pair[0]):
+            part = slice(start, start := start + len(list(members)))
+            if what := call.not_finite(part):
+                self._blame(layer, what)
+            else:
+                parts[layer] = part
+        if not parts:
             return
         try:
             actual = call.computed(self.backend)
         except AttentionError as error:
-            self.refused[situation.name] = str(error)
+            for layer in parts:
+                self._refuse(layer, situation, str(error))
             return
-        start = 0
-        for layer, members in groupby(heads, key=lambda pair: pair[0]):
-            part = slice(start, start := start + len(list(members)))
+        for layer, part in parts.items():
             for what, error in call.errors_of(actual, part).items():
+                if not call.plain[what][:, part].isfinite().all():
+                    self._refuse(layer, situation, f"plain PyTorch overflows in {dtype}")
+                    continue
                 self._note(layer, situation, dtype, what, error)
                 if not error.passed:
                     head = f", head {heads[call.worst_head(actual, part)][1]}" if what == "output" else ""
@@ -359,6 +381,21 @@ class Ledger:
                         f" {error.largest:.3g} (rms {error.rms:.3g}), the bound is {FACTOR * error.plain_largest:.3g}"
                         f" (rms {FACTOR * error.plain_rms:.3g})"
                     )
+
+    def _blame(self, layer: int, what: str) -> None:
+        """A layer whose weights give no numbers: told once, however many inputs show it."""
+        places = (f".layer.{layer}.", "embeddings.") if layer == 0 else (f".layer.{layer}.",)
+        known = [f"{name} holds {kind}" for name, kind in self.known.items() if any(place in name for place in places)]
+        if layer not in self.broken:
+            self.broken[layer] = what
+            self.faults.append(
+                f"layer {layer}: its weights give {what}" + (f" ({known[0]}, by conversion.json)" if known else "")
+            )
+
+    def _refuse(self, layer: int, situation: Situation, reason: str) -> None:
+        layers = self.refused.setdefault((situation.name, reason), [])
+        if layer not in layers:
+            layers.append(layer)
 
     def _note(self, layer: int, situation: Situation, dtype: str, what: str, error: Errors) -> None:
         self.rows.append(
@@ -372,23 +409,36 @@ class Ledger:
     def check(self, plan: list[Situation], how: str | None = None) -> Check:
         """The check of this backend."""
         name = f"outputs: {self.backend}"
-        if not self.rows:
-            return skipped(name, next(iter(self.refused.values()), "nothing was compared"))
+        if not self.rows and not self.faults:
+            return skipped(name, next((reason for _, reason in self.refused), "nothing was compared"))
         ran = {row["situation"] for row in self.rows}
-        figures = {
-            "device": how or self.device,
-            "error": float(max(row["ratio"] for row in self.rows)),
-            "bound": FACTOR,
-            "comparisons": len(self.rows),
-            "lengths": [situation.length for situation in plan if situation.name in ran],
-            "dtypes": sorted({row["dtype"] for row in self.rows}),
-            "layers": len({row["layer"] for row in self.rows}),
-        }
+        figures = {"device": how or self.device}
+        if self.rows:
+            figures |= {
+                "error": worst(row["ratio"] for row in self.rows),
+                "bound": FACTOR,
+                "comparisons": len(self.rows),
+                "lengths": [situation.length for situation in plan if situation.name in ran],
+                "dtypes": sorted({row["dtype"] for row in self.rows}),
+                "layers": len({row["layer"] for row in self.rows}),
+            }
         longest = next((situation for situation in plan if situation.name == "longest" and situation.name in ran), None)
         if longest and len(longest.layers) < figures["layers"]:
             figures["layers at the longest"] = list(longest.layers)
-        if longest and longest.rows:
-            figures["queries at the longest"] = longest.rows
+        sampled = {
+            f"{situation.length:,}": situation.rows for situation in plan if situation.rows and situation.name in ran
+        }
+        if sampled:
+            figures["sampled queries"] = sampled
         if self.refused:
-            figures["not computed"] = self.refused
-        return result(name, self.faults, figures, self.rows, numerical=True)
+            figures["not computed"] = {
+                f"{situation}, {_layers(layers)}": reason for (situation, reason), layers in self.refused.items()
+            }
+        broken = [{"backend": self.backend, "layer": layer, "gives": what} for layer, what in self.broken.items()]
+        return result(name, self.faults, figures, [*self.rows, *broken], numerical=True)
+
+
+def _layers(layers: list[int]) -> str:
+    """Layers in words; a few of many."""
+    shown = ", ".join(map(str, layers[:4])) + (f" and {len(layers) - 4} more" if len(layers) > 4 else "")
+    return f"layer{'s' if len(layers) > 1 else ''} {shown}"

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bsa_export.errors import BsaError
-from bsa_export.verify.checks import Check
+from bsa_export.report import MAX_HEADS
+from bsa_export.verify.checks import SKIPPED, Check, worst
 from bsa_export.verify.folder import open_folder
 from bsa_export.verify.run import Verification, Wanted, finite, versions
 from bsa_export.verify.words import figures
@@ -35,7 +37,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top:
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
 th, td { text-align: left; vertical-align: top; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid var(--line); }
 .verdict { font-size: 1.15rem; font-weight: 600; } .soft { color: var(--soft); } code { font-size: 0.9em; }
-.passed { color: var(--passed); } .failed { color: var(--failed); } .skipped, .incomplete { color: var(--skipped); }
+.passed { color: var(--passed); } .failed { color: var(--failed); } .skipped, .incomplete, .told { color: var(--skipped); }
 .picture { display: block; max-width: 100%; height: auto; background: white; padding: 0.5rem; border: 1px solid var(--line); }
 pre { overflow-x: auto; font-size: 0.8rem; } details { margin-top: 1rem; } .scroll { overflow-x: auto; }
 """
@@ -115,19 +117,24 @@ def error_figure(checks: list[Check]) -> Figure:
     for panel, check in zip(panels, shown, strict=True):
         rows = [row for row in check.details if "ratio" in row]
         backend = rows[0]["backend"]
+        bound = rows[0]["bound"]
+        top = max(bound * 1.15, 1.1 * max((row["ratio"] for row in rows if math.isfinite(row["ratio"])), default=0.0))
         situations = list(dict.fromkeys((row["situation"], row["length"]) for row in rows))
         for number, (situation, length) in enumerate(situations):
-            worst: dict[int, float] = {}
+            ratios: dict[int, list[float]] = {}
             for row in rows:
                 if row["situation"] == situation:
-                    worst[row["layer"]] = max(worst.get(row["layer"], 0.0), row["ratio"])
+                    ratios.setdefault(row["layer"], []).append(row["ratio"])
+            largest = {layer: worst(of_layer) for layer, of_layer in ratios.items()}
+            heights = [ratio if math.isfinite(ratio) else math.nan for ratio in largest.values()]
             style = ("-", "--", ":", "-.")[number % 4]
             label = f"{situation}: {length:,} tokens"
-            line = panel.plot(list(worst), list(worst.values()), style, label=label, linewidth=1.3)[0]
+            line = panel.plot(list(largest), heights, style, label=label, linewidth=1.3)[0]
             line.set(color=COLORS.get(backend), marker="osD^v"[number % 5], markersize=4, alpha=1 - 0.15 * number)
-        bound = rows[0]["bound"]
+        broken = [row["layer"] for row in check.details if "gives" in row or not math.isfinite(row.get("ratio", 0.0))]
+        if broken:
+            panel.plot(broken, [0.95 * top] * len(broken), "X", color=BOUND, markersize=7, label="not finite")
         panel.axhline(bound, color=BOUND, linewidth=1.3, label=f"bound: {bound:g} x plain PyTorch's error")
-        top = max(bound * 1.15, max(row["ratio"] for row in rows if row["ratio"] == row["ratio"]) * 1.1)
         panel.set(ylim=(0, top), ylabel="error / plain PyTorch's")
         panel.set_title(
             f"{backend}, {check.figures['device']}, {', '.join(check.figures['dtypes'])}", fontsize=10, loc="left"
@@ -160,7 +167,7 @@ def drift_figure(drift: Check) -> Figure:
     panels[0].plot(
         numbers, [row["least"] for row in layers], "s--", color=COLORS["triton"], markersize=4, label="least of them"
     )
-    low = min(row["least"] for row in layers)
+    low = min((row["least"] for row in layers if math.isfinite(row["least"])), default=0.9)
     panels[0].set(xlabel="layer", ylabel="cosine of sparse and dense", ylim=(min(0.9, low - 0.05 * (1 - low)), 1.01))
     panels[0].set_title(f"hidden states, {drift.figures['length']:,} tokens", fontsize=10, loc="left")
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -172,9 +179,8 @@ def drift_figure(drift: Check) -> Figure:
         for bar, row in zip(bars, losses, strict=True):
             bar.set_color(COLORS["deepspeed"] if row["attention"] == "dense" else COLORS["torch"])
         panels[1].bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
-        panels[1].set(
-            ylabel="nats", xlabel="attention, tokens of a window", ylim=(0, 1.15 * max(row["loss"] for row in losses))
-        )
+        top = max((row["loss"] for row in losses if math.isfinite(row["loss"])), default=1.0)
+        panels[1].set(ylabel="nats", xlabel="attention, tokens of a window", ylim=(0, 1.15 * top))
         panels[1].set_title(f"masked-LM loss, {losses[0]['masked tokens']:,} masked tokens", fontsize=10, loc="left")
         panels[1].tick_params(axis="x", labelsize=8)
         _plain(panels[1])
@@ -191,7 +197,7 @@ def _plain(panel) -> None:
 CAPTIONS = {
     "layout.png": (
         "Layouts",
-        "Which blocks of the score matrix each distinct head keeps; queries down, keys to the right, in tokens.",
+        "Which blocks of the score matrix {} keeps; queries down, keys to the right, in tokens.",
     ),
     "errors.png": (
         "Errors against the bound",
@@ -208,10 +214,10 @@ CAPTIONS = {
 def render(wanted: Wanted, run: Verification, images: dict[str, bytes]) -> str:
     """The page, with the pictures (file name -> PNG) inside."""
     rows = "\n".join(_row(check) for check in run.checks)
-    pictures = "\n".join(_picture(name, data) for name, data in images.items())
+    pictures = "\n".join(_picture(name, data, run) for name, data in images.items())
     facts = {
         "folder": Path(wanted.folder).resolve().name,
-        "source": wanted.source.name if wanted.source else "not compared",
+        "source": wanted.source_name or (wanted.source.name if wanted.source else "not compared"),
         "computed on": run.device or "nothing",
         "time": f"{run.seconds:.1f} s",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -248,16 +254,26 @@ def _row(check: Check) -> str:
     ]
     if len(check.faults) > MOST_FAULTS:
         told.append(f"and {len(check.faults) - MOST_FAULTS} more")
-    if check.status == "skipped":
+    if check.status == SKIPPED:
         told = [_text(check.reason)]
     joined = "<br>".join(part for part in told if part)
     return f'<tr><td class="{check.status}">{check.status}</td><td>{_text(check.name)}</td><td>{joined}</td></tr>'
 
 
-def _picture(name: str, data: bytes) -> str:
+def _picture(name: str, data: bytes, run: Verification) -> str:
     title, caption = CAPTIONS[name]
+    if name == "layout.png":
+        caption = caption.format(_drawn(run))
     source = "data:image/png;base64," + base64.b64encode(data).decode()
-    return f'<h2>{title}</h2>\n<p class="soft">{caption}</p>\n<img class="picture" alt="{title}" src="{source}">'
+    return f'<h2>{title}</h2>\n<p class="soft">{caption}</p>\n<img class="picture" alt="{title}: {caption}" src="{source}">'
+
+
+def _drawn(run: Verification) -> str:
+    """Whose layouts the picture shows."""
+    distinct = next(check.figures["distinct"] for check in run.checks if "distinct" in check.figures)
+    return (
+        "each distinct head" if distinct <= MAX_HEADS else f"each of the first {MAX_HEADS} of {distinct} distinct heads"
+    )
 
 
 def _text(value: object) -> str:

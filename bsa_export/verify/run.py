@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import platform
 import time
 import traceback
@@ -14,19 +12,19 @@ from importlib import metadata
 from pathlib import Path
 
 from bsa_export import __version__
-from bsa_export.checkpoint.folder import CONVERSION_RECORD
 from bsa_export.checkpoint.source import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint
 from bsa_export.errors import BsaError
+from bsa_export.families import read_config
 from bsa_export.state_dict import compare, sparse_spec
 from bsa_export.verify import interpreter
 from bsa_export.verify.checks import FAILED, PASSED, SKIPPED, Check, result, skipped
-from bsa_export.verify.file import check_file, sha256
+from bsa_export.verify.file import check_file
 from bsa_export.verify.folder import ConvertedFolder, open_folder
 from bsa_export.verify.layout import check_layout
+from bsa_export.verify.record import digests, write_record
 from bsa_export.verify.weights import check_weights
 
-VERIFICATION_RECORD = "verification.json"
 BACKENDS = ("torch", "triton", "deepspeed")
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "numpy", "safetensors")
 INCOMPLETE = "incomplete"
@@ -42,6 +40,7 @@ class Wanted:
     Attributes:
         folder: the converted folder.
         source: what it was converted from, a path; None compares with recorded digests alone.
+        source_name: what a person calls it, such as `org/name`; the path's last part by default.
         config: the source's config.json, if it does not lie beside the weights.
         device: `cpu` or `cuda`.
         backends: those that are compared, of BACKENDS.
@@ -56,6 +55,7 @@ class Wanted:
     backends: Sequence[str] = BACKENDS
     require: Sequence[str] = ()
     text: Path | None = None
+    source_name: str | None = None
 
 
 @dataclass
@@ -67,6 +67,7 @@ class Verification:
     device: str = ""
     seconds: float = 0.0
     finished: bool = False
+    unrecorded: str | None = None  # why verification.json could not be written
 
     @property
     def verdict(self) -> str:
@@ -86,7 +87,7 @@ class Verification:
         counts = [
             f"{sum(check.status == status for check in self.checks)} {status}" for status in (PASSED, FAILED, SKIPPED)
         ]
-        told = ", ".join(count for count in counts if not count.startswith("0 "))
+        told = ", ".join(count for count in counts if not count.startswith("0 ")) or "nothing was checked"
         if any(check.failed and check.name.startswith("controls") for check in self.checks):
             told += "; the verifier is broken: do not trust what passed"
         if self.verdict == INCOMPLETE:
@@ -144,7 +145,10 @@ def verify(
     on_check: Callable[[Check], None] | None = None,
     progress: Callable[[str], Progress | None] | None = None,
 ) -> Verification:
-    """Runs all checks on a folder and leaves verification.json in it, also when it is interrupted.
+    """Runs all checks on a folder and leaves verification.json in it, also when it is interrupted or cannot go on.
+
+    Until it is done, the record says `incomplete`: what an earlier run found does not outlive the start of this one. Where it cannot be
+    written, the result says so in `unrecorded`.
 
     Args:
         wanted: what to verify, and how.
@@ -153,12 +157,18 @@ def verify(
 
     Returns:
         what was found; `verdict` and `exit_code` sum it up.
+
+    Raises:
+        BsaError: the source cannot be opened; nothing is recorded then.
     """
     started = time.perf_counter()
     run = Verification()
+    if wanted.source is not None:
+        open_source(wanted.source, wanted.config)
+    write_record(wanted.folder, run.record())
     show = progress or (lambda _: None)
     try:
-        run.files = _digests(wanted.folder)
+        run.files = digests(wanted.folder)
         for check in _checks(wanted, run, show):
             if check.name.removeprefix("outputs: ") in wanted.require and check.status == SKIPPED:
                 check = replace(check, status=FAILED, reason=f"it is required, and was skipped: {check.reason}")
@@ -169,8 +179,17 @@ def verify(
         run.finished = True
     finally:
         run.seconds = time.perf_counter() - started
-        write_record(wanted.folder, run)
+        run.unrecorded = write_record(wanted.folder, run.record())
     return run
+
+
+def open_source(source: Path, config: Path | None) -> Checkpoint:
+    """What a folder is compared with. Raises BsaError: it is no checkpoint, or its config.json cannot be read."""
+    checkpoint = open_checkpoint(source)
+    beside = config or checkpoint.folder / "config.json"
+    if beside.is_file():
+        read_config(beside)
+    return checkpoint
 
 
 def _checks(wanted: Wanted, run: Verification, show: Callable[[str], Progress | None]) -> Iterator[Check]:
@@ -185,7 +204,7 @@ def _checks(wanted: Wanted, run: Verification, show: Callable[[str], Progress | 
     if wanted.source is None:
         yield skipped("weights", "no --source to compare with: " + _covered(folder))
     else:
-        weights = check_weights(folder, wanted.source, wanted.config, show("weights"))
+        weights = check_weights(folder, wanted.source, wanted.config, show("weights"), wanted.source_name)
         yield weights
         checkpoint = open_checkpoint(wanted.source) if weights.passed else None
     if reason := _cannot_compute(folder, run.checks):
@@ -211,7 +230,7 @@ def _covered(folder: ConvertedFolder) -> str:
     recorded = folder.record["files"] if folder.record else {}
     weights = [recorded.get(file.name, {}) for file in folder.checkpoint.files]
     if all(file.get("sha256") or file.get("checksum") for file in weights):
-        return "the digests in conversion.json tell that nothing changed since the conversion"
+        return "the file check compares the digests of conversion.json in its place"
     return "and conversion.json has no digest of the weights"
 
 
@@ -296,10 +315,7 @@ def _drift(runs: list, text: Path | None, progress: Progress | None) -> Check:
         return skipped("drift", "the whole model did not run")
     from bsa_export.verify.drift import measure_drift
 
-    try:
-        return measure_drift(runs[0], text, progress)
-    except BsaError as error:  # the text is of no use to this model, which is no fault of the model
-        return skipped("drift", str(error))
+    return measure_drift(runs[0], text, progress)
 
 
 def _controls(folder: ConvertedFolder, device: str, names: tuple[str, ...]) -> Iterator[Check]:
@@ -321,37 +337,3 @@ def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """sha256 of the files that make the converted model, by name."""
-    try:
-        opened = open_folder(folder)
-    except BsaError:
-        names = [path.name for path in sorted(Path(folder).glob("*")) if path.suffix in (".safetensors", ".json")]
-        names = [name for name in names if name != VERIFICATION_RECORD]
-    else:
-        names = ["config.json", *(file.name for file in opened.checkpoint.files)]
-        if opened.record is not None:
-            names += [CONVERSION_RECORD, *opened.record["files"]]
-    return {name: sha256(Path(folder) / name) for name in sorted(set(names)) if (Path(folder) / name).is_file()}
-
-
-def write_record(folder: Path, run: Verification) -> None:
-    """Writes verification.json, whole or not at all; into a converted folder only.
-
-    Raises:
-        BsaError: it cannot be written there.
-    """
-    folder = Path(folder)
-    if not (folder / CONVERSION_RECORD).is_file() and not any(
-        check.passed and check.name == "file" for check in run.checks
-    ):
-        return
-    beside = folder / f".{VERIFICATION_RECORD}.{os.getpid()}"
-    try:
-        beside.write_text(json.dumps(run.record(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        beside.replace(folder / VERIFICATION_RECORD)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise BsaError(f"it cannot be written ({error.strerror})", where=folder / VERIFICATION_RECORD) from None

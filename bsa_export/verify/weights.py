@@ -37,12 +37,21 @@ from bsa_export.verify.formulas import bits_of, is_interpolated, is_rounded, is_
 NAME = "weights"
 FLOATS = ("F64", "F32", "F16", "BF16")
 ROWS = 1024  # position rows judged at once
+# What of a config.json makes another model, by the names of BERT and DistilBERT.
+SIZES = (
+    "model_type", "hidden_size", "dim", "num_hidden_layers", "n_layers", "num_attention_heads", "n_heads", "intermediate_size",
+    "hidden_dim", "vocab_size",
+)  # fmt: skip
 
 Progress = Callable[[int, int], None]
 
 
 def check_weights(
-    folder: ConvertedFolder, source: Path, config_path: Path | None = None, progress: Progress | None = None
+    folder: ConvertedFolder,
+    source: Path,
+    config_path: Path | None = None,
+    progress: Progress | None = None,
+    source_name: str | None = None,
 ) -> Check:
     """Compares every tensor of the folder with the source that it was converted from, and the files beside the weights.
 
@@ -53,15 +62,21 @@ def check_weights(
         source: the weight file, index or folder that it was converted from.
         config_path: the source's config.json, if it does not lie beside the weights.
         progress: called with (bytes compared, bytes in all).
+        source_name: what a person calls the source.
     """
     if folder.record is None:
         return result(NAME, ["there is no conversion.json: nothing tells what was done to the source's tensors"])
     try:
         checkpoint = open_checkpoint(source)
+        if other := _other_model(folder, checkpoint, config_path):
+            return result(NAME, [f"this is not the source: {other}{_revision_hint(folder, source_name)}"])
         comparison = _Comparison(folder, checkpoint, progress)
+        found = list(comparison.faults())
+        if found and (hint := _revision_hint(folder, source_name)):
+            found[0] += hint
         faults = [
             *_source_faults(folder, checkpoint, config_path),
-            *comparison.faults(),
+            *found,
             *sidecar_faults(folder, checkpoint),
         ]
         checkpoint.check_unchanged()
@@ -82,6 +97,28 @@ def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path:
                 f"{path}: {name} is {config.get(name)!r}, and in conversion.json {recorded.get(name)!r}:"
                 " is it the source that was converted?"
             )
+
+
+def _other_model(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: Path | None) -> str | None:
+    """Why the source is another model than the one that was converted, of which no tensor need be compared; None if it is not."""
+    path, recorded = config_path or checkpoint.folder / "config.json", folder.record["source"]["config"]
+    config = read_config(path) if path.is_file() else recorded
+    for name in SIZES:
+        if recorded.get(name) != config.get(name):
+            return f"{name} is {config.get(name)!r} in {path}, and {recorded.get(name)!r} in conversion.json"
+    comparison = _Comparison(folder, checkpoint)
+    known = sum(comparison.is_known(name, row) for name, row in checkpoint.tensors.items())
+    if 2 * known < len(checkpoint.tensors):
+        return f"{known} of its {len(checkpoint.tensors)} tensors have the names and shapes of the folder's"
+    return None
+
+
+def _revision_hint(folder: ConvertedFolder, source_name: str | None) -> str:
+    """The recorded revision, for who names a repository without one."""
+    origin = folder.record["source"]
+    if source_name is None or source_name != origin.get("repo") or not origin.get("revision"):
+        return ""
+    return f"; the conversion was made of --source {source_name}@{origin['revision']}"
 
 
 @dataclass
@@ -133,6 +170,14 @@ class _Comparison:
                 if fault:
                     yield fault
 
+    def is_known(self, old: str, row: Tensor) -> bool:
+        """Whether the folder has room for a source's tensor: its name, and its shape but for the length."""
+        new, kind = self.destination(old)
+        found = self.folder.tensors.get(new)
+        if old in self.folder.record["dropped"] or kind == "layout":
+            return True
+        return found is not None and found.shape[new == self.positions :] == row.shape[new == self.positions :]
+
     def destination(self, old: str) -> tuple[str, str]:
         """Where a source's tensor is to be found, and how it comes there: `own` name, `tied` to another, a stored `layout`."""
         if match := STORED_LAYOUT.fullmatch(old):
@@ -155,17 +200,17 @@ class _Comparison:
         if positions:
             return self.extended(row, new, found)
         expected = cast(old, row, self.dtype) if casts else row
-        if fault := self.differs(new, expected, found):
+        if fault := self.differs(new, expected, found, again=kind == "tied"):
             return fault
         if casts and not all(is_rounded(mine, other, row.dtype, found.dtype).all() for mine, other in both(row, found)):
             return f"{new}: its values are not those of the source rounded to {found.dtype}"
         return None
 
-    def differs(self, name: str, expected: Tensor, found: Tensor) -> str | None:
-        """How a tensor is not what is expected, bit for bit."""
+    def differs(self, name: str, expected: Tensor, found: Tensor, again: bool = False) -> str | None:
+        """How a tensor is not what is expected, bit for bit. One that is compared `again`, with another that it holds, is counted once."""
         if (found.dtype, found.shape) != (expected.dtype, expected.shape):
             return f"{name}: expected {expected.dtype} {list(expected.shape)} from the source, found {found.dtype} {list(found.shape)}"
-        at = first_difference(expected, found, self.advance)
+        at = first_difference(expected, found, None if again else self.advance)
         if at is None:
             return None
         index = np.unravel_index(at // ITEM_SIZE[found.dtype], found.shape)

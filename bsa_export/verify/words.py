@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bsa_export.report import size
-from bsa_export.verify.checks import Check
+from bsa_export.verify.checks import SKIPPED, Check
 
 WIDTH = 30
 MOST_FAULTS = 5
@@ -12,7 +12,7 @@ MOST_FAULTS = 5
 def line(check: Check) -> str:
     """Status, name and figures; the reason of what failed or was skipped below."""
     text = f"{check.status:<8} {check.name:<{WIDTH}} "
-    if check.status == "skipped":
+    if check.status == SKIPPED:
         return text + check.reason
     lines = [(text + figures(check)).rstrip()]
     lines += [f"{'':<9}{fault}" for fault in check.faults[:MOST_FAULTS]]
@@ -52,6 +52,8 @@ def _figure(name: str, value: object) -> str:
             return ("against " if name == "against" else "") + (
                 ", ".join(value) if isinstance(value, list) else str(value)
             )
+        case "sampled queries", dict():
+            return "plain PyTorch on " + ", ".join(f"{count:,} of {length} queries" for length, count in value.items())
         case "not computed", dict():
             return "not computed: " + "; ".join(f"{what} ({why})" for what, why in value.items())
         case _, dict():

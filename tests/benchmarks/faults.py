@@ -141,7 +141,7 @@ def run_clean(options: argparse.Namespace, work: Path) -> int:
         verdicts[run.verdict] += 1
         worst = max(worst, *(check.figures.get("error", 0.0) for check in run.checks))
         for check in run.checks:
-            if not check.passed:
+            if check.status in ("failed", "skipped"):
                 print(f"{case}: {check.name} {check.status}: {check.reason}", flush=True)
         shutil.rmtree(work / str(number))
     seconds = time.perf_counter() - started

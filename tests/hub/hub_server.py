@@ -75,6 +75,7 @@ class Repo:
     gated: bool = False
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
+    proposals: dict[int, dict] = field(default_factory=dict)  # pull requests by number, as they are listed
 
     def commit(self, ref: str, files: dict[str, File], title: str) -> Commit:
         parent = self.refs.get(ref) or self.refs.get("refs/heads/main")
@@ -635,6 +636,12 @@ class HubHandler(Handler):
             200, {"branches": listed["heads"], "tags": listed["tags"], "converts": [], "pullRequests": listed["pr"]}
         )
 
+    @route("GET", "/api/models/{repo}/discussions")
+    def discussions(self, repo_id: str) -> None:
+        listed = self.repo(repo_id).proposals.values()
+        listed = [one for one in listed if self.query.get("author") in (None, one["author"]["name"])]
+        self.send(200, {"discussions": listed, "count": len(listed), "start": 0})
+
     @route("POST", "/api/models/{repo}/branch/{one}")
     def branch(self, repo_id: str, name: str) -> None:
         repo = self.repo(repo_id, writing=True)
@@ -732,6 +739,11 @@ class HubHandler(Handler):
             number = 1 + sum(ref.startswith("refs/pr/") for ref in repo.refs)
             ref = f"refs/pr/{number}" if as_pr else revision if revision in repo.refs else f"refs/heads/{revision}"
             made = repo.commit(ref, files, title)
+            if as_pr:
+                repo.proposals[number] = {
+                    "num": number, "title": title, "status": "open", "isPullRequest": True, "createdAt": made.date,
+                    "author": {"name": self.user.name}, "repo": {"name": repo_id, "type": "model"},
+                }  # fmt: skip
         answer = {"success": True, "commitOid": made.id, "commitUrl": f"{self.hub.url}/{repo_id}/commit/{made.id}"}
         if as_pr:
             answer["pullRequestUrl"] = f"{self.hub.url}/{repo_id}/discussions/{number}"

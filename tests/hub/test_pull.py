@@ -276,6 +276,14 @@ def _python(hub, home, program: str) -> str:
     return ended.stdout.strip()
 
 
+def test_what_others_put_into_the_cache_is_no_fault_of_the_model(hub, uploaded, tmp_path):
+    program = (
+        "from bsa_export import hub; folder = hub.fetch('alice/model').folder;"
+        "(folder / 'pytorch_model.bin').write_bytes(b'x'); print(hub.fetch('alice/model').folder == folder)"
+    )
+    assert _python(hub, tmp_path / "home", program) == "True"
+
+
 def test_convert_takes_the_name(hub, tmp_path):
     dense = dense_bert(tmp_path / "dense")
     others = {"onnx/model.onnx": b"o" * 200_000, "tf_model.h5": b"t" * 200_000, "pytorch_model.bin": b"p" * 200_000}

@@ -10,10 +10,11 @@ import struct
 import subprocess
 import sys
 import termios
+import textwrap
 
 import pytest
 from conftest import converted, digests, mark_verified
-from hub_server import READER, WRITER, First, Status
+from hub_server import READER, WRITER, Status
 
 from bsa_export import model_card
 
@@ -87,7 +88,8 @@ def test_the_plan_is_shown_first(bsa_lfs, hub, model):
     assert "7 files, " in shown.out
     assert "Left out: training_args.bin." in shown.out
     assert not hub.repos
-    assert not [request for _, request, *_ in hub.log if not request.startswith(("GET", "HEAD"))]
+    others = [request for _, request, *_ in hub.log if not request.startswith(("GET", "HEAD"))]
+    assert others == ["POST /api/validate-yaml"]
 
 
 def test_nobody_to_ask(bsa_lfs, hub, model):
@@ -209,14 +211,40 @@ def test_a_card_that_the_hub_would_refuse_stops_a_push_before_it_begins(bsa_lfs,
     assert not hub.log
 
 
-def test_a_card_that_only_the_hub_refuses_stops_a_push_before_any_byte(bsa, hub, model):
-    hub.make_repo("alice/model")
+def test_a_card_that_only_the_hub_refuses_stops_a_push_before_a_repository_is_made(bsa, hub, model):
     hub.fault("POST /api/validate-yaml", Status(400, '"license" must be one of [...]'))
     ended = push(bsa, model)
     assert ended.code == 1
-    assert 'the Hub refuses this (HTTP 400) ("license" must be one of [...])' in ended.err or "license" in ended.err
+    message = 'README.md: the Hub refuses its metadata ("license" must be one of [...]); edit what stands between'
+    assert message in ended.err
     assert not [request for origin, request, *_ in hub.log if origin == "storage"]
-    assert on_hub(hub) == {}
+    assert not hub.repos
+
+
+def test_a_hub_that_checks_no_cards(bsa_lfs, hub, model):
+    hub.fault("POST /api/validate-yaml", Status(404))
+    assert push(bsa_lfs, model).code == 0
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "1_Pooling/config.json"])
+def test_a_part_of_the_model_that_came_after_the_verification(bsa_lfs, hub, model, name):
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_text("{}")
+    (model / "LICENSE").write_text("mine")
+    ended = push(bsa_lfs, model)
+    assert ended.code == 1 and f"bsa-verify did not see its {name}; run bsa-verify" in ended.err
+    (model / name).unlink()
+    assert push(bsa_lfs, model).code == 0
+
+
+def test_a_verification_that_was_pulled_is_none_of_ones_own(bsa_lfs, hub, model, tmp_path):
+    assert push(bsa_lfs, model).code == 0
+    assert bsa_lfs.run("pull", "alice/model", tmp_path / "pulled").code == 0
+    ended = push(bsa_lfs, tmp_path / "pulled", repo="alice/again")
+    reason = "bsa-verify has not run on it here: its verification.json was pulled from alice/model; run bsa-verify"
+    assert ended.code == 1 and reason in ended.err
+    mark_verified(tmp_path / "pulled", seconds=1.0)
+    assert push(bsa_lfs, tmp_path / "pulled", repo="alice/again").code == 0
 
 
 # --- the card, and files of others
@@ -257,6 +285,37 @@ def test_files_of_an_earlier_model_go_and_those_of_people_stay(bsa, hub, model, 
     assert "model-00001-of-" in ended.out and "removed: of an earlier model" in ended.out
     assert on_hub(hub) == in_folder(model) | mine
     assert repo is hub.repos["alice/model"]
+
+
+PASSED = "# Mine\n\n## Verification\n\n`bsa-verify` on cpu: **passed**.\n"
+HONEST = "# Mine\n\n**Not verified.**\n"
+
+
+@pytest.mark.parametrize(
+    ("card", "message"),
+    [
+        (PASSED, "it says that bsa-verify passed, which is not so; write Not verified into it"),
+        (f"{HONEST}{PASSED}", "it says that bsa-verify passed, which is not so"),
+        ("# Mine\n", "it does not say that the model is not verified; write Not verified into it"),
+        (HONEST, None),
+    ],
+    ids=["passed", "both", "nothing", "honest"],
+)
+@pytest.mark.parametrize("place", ["folder", "Hub"])
+def test_a_card_of_ones_own_does_not_praise_what_is_not_verified(bsa_lfs, hub, model, card, message, place):
+    mark_verified(model, "failed")
+    if place == "folder":
+        (model / "README.md").write_text(card)
+    else:
+        hub.make_repo("alice/model", {"README.md": card.encode()})
+    ended = push(bsa_lfs, model, "--unverified")
+    if message is None:
+        assert ended.code == 0 and on_hub(hub)["README.md"].decode() == card
+        return
+    assert ended.code == 1
+    assert f"README.md: {message}" in ended.err
+    assert "delete what says otherwise, or delete the card and a new one is made" in ended.err
+    assert "model.safetensors" not in (on_hub(hub) if hub.repos else {})
 
 
 # --- where it goes
@@ -314,6 +373,22 @@ def test_what_is_no_repository_is_wrong_usage(bsa_lfs, hub, model, repo):
     assert ended.err.startswith("Usage: bsa-push")
 
 
+@pytest.mark.parametrize(
+    "branch",
+    ["two words", "", "-x", "refs/pr/1", "refs/heads/dev", "a" * 40, "a..b", "a~1", "a:b", "x.lock", "a//b", "a/", "@"],
+)
+def test_what_is_no_branch_is_wrong_usage(bsa_lfs, hub, model, branch):
+    ended = push(bsa_lfs, model, f"--revision={branch}")
+    assert ended.code == 2
+    assert f"Invalid value for --revision: expected the name of a branch, found {branch!r}" in ended.err
+    assert not hub.log
+
+
+@pytest.mark.parametrize("branch", ["v1.0", "feature/long-4096", "abc1234"])
+def test_names_of_branches(bsa_lfs, hub, model, branch):
+    assert push(bsa_lfs, model, "--revision", branch, "--dry-run").code == 0
+
+
 def test_a_read_only_folder(bsa_lfs, hub, model):
     for path in model.iterdir():
         path.chmod(0o444)
@@ -321,12 +396,24 @@ def test_a_read_only_folder(bsa_lfs, hub, model):
     assert set(on_hub(hub)) == set(in_folder(model))
 
 
-def test_a_folder_that_changes_meanwhile(bsa_lfs, hub, model):
-    hub.make_repo("alice/model")
-    hub.fault("POST .*/commit/", First(lambda: (model / "vocab.txt").write_text("later\n")))
-    ended = push(bsa_lfs, model)
-    assert ended.code == 1
-    assert "vocab.txt: it changed while it was being pushed; verify and push again" in ended.err
+def test_a_file_system_that_is_read_only(hub, model, tmp_path):
+    program = """
+        import errno, os, pathlib
+        def refuse(self, data):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+        pathlib.Path.write_bytes = refuse
+        from bsa_export.cli.push import main
+        main()
+    """
+    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", textwrap.dedent(program), str(model), "alice/model", "--yes"]
+    before = (model / "README.md").read_bytes()
+    ended = subprocess.run(command, env=env | {"HF_HUB_DISABLE_XET": "1"}, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith('load    bsa_export.load("alice/model")\n')
+    warning = f"Warning: {model}: its model card could not be completed there (Read-only file system)"
+    assert ended.stderr == f"{warning}; that of the repository is\n"
+    assert (model / "README.md").read_bytes() == before != on_hub(hub)["README.md"]
 
 
 def test_the_records_are_those_of_the_conversion(bsa_lfs, hub, model, finished):

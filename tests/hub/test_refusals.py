@@ -96,6 +96,35 @@ def test_a_server_that_repeats_the_token(bsa_lfs, hub, model):
     refused(push(bsa_lfs, model), "(token ... lacks the scope)")
 
 
+@pytest.mark.parametrize("padding", [0, 270, 285])
+def test_tokens_of_other_kinds_in_long_answers(bsa_lfs, hub, model, padding):
+    """The whole of a token, of this user or another, also where the words are cut."""
+    hub.users["hf_oauth_alice.writes-it"] = hub.users[WRITER]
+    said = "x" * padding + " hf_oauth_bob.reads-more and hf_oauth_alice.writes-it"
+    hub.fault("POST .*/commit/", Status(403, said))
+    ended = push(bsa_lfs, model, env={"HF_TOKEN": "hf_oauth_alice.writes-it"})
+    assert ended.code == 1 and "this token may not write there (" in ended.err
+    assert not re.search(r"hf_|reads-more|writes-it", ended.err)
+
+
+def test_a_token_that_begins_otherwise(bsa_lfs, hub, model):
+    hub.users["api_org_hf_x.y"] = hub.users[WRITER]
+    hub.fault("POST .*/commit/", Status(403, "no: api_org_hf_x.y"))
+    assert "there (no: ...);" in push(bsa_lfs, model, env={"HF_TOKEN": "api_org_hf_x.y"}).err
+
+
+def test_a_password_in_the_address_of_the_hub(model, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "https://bob:secret@hub.example")
+    told = str(sentence(ConnectionError("refused"), "alice/model", "main", pushing=True))
+    assert "https://hub.example cannot be reached" in told and "secret" not in told
+    env = {"HF_ENDPOINT": "http://bob:secret@hub.invalid", "HF_TOKEN": WRITER, "HF_HOME": str(tmp_path / "home")}
+    with Commands(**env) as bsa:
+        ended = push(bsa, model)
+    assert ended.code == 1 and "secret" not in ended.err
+
+
 def test_no_room_left(bsa, hub, model):
     message = (
         "Private repository storage limit reached, please upgrade your plan to increase your private storage limit."

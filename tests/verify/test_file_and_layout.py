@@ -169,6 +169,21 @@ def test_no_converted_folder_fails(tmp_path, converted):
     assert "nothing of that name" in check_layout(tmp_path / "absent").reason
 
 
+@pytest.mark.parametrize("options", [{"dtype": []}, {"dtype": {}}, {"positions": [1]}])
+def test_options_that_are_none_fail(options, damaged):
+    _, folder = damaged()
+    record = json.loads((folder / "conversion.json").read_text())
+    edit_json(folder / "conversion.json", options=record["options"] | options)
+    assert f"options: {next(iter(options))}" in check_file(folder).reason
+    assert check_layout(folder).failed
+
+
+def test_a_density_that_is_no_number_fails(damaged):
+    _, folder = damaged()
+    edit_json(folder / "conversion.json", density=float("nan"))
+    assert "expected a density of nan from conversion.json" in check_layout(folder).reason
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"family": 3}'])
 def test_a_damaged_record_fails(content, damaged):
     _, folder = damaged()

@@ -14,8 +14,10 @@ from click.testing import CliRunner
 
 from bsa_export.cli.verify import main
 from bsa_export.errors import BsaError
+from bsa_export.hub.names import VERIFICATION_RECORD
 from bsa_export.verify.checks import Check
-from bsa_export.verify.run import VERIFICATION_RECORD, Verification, Wanted, verify
+from bsa_export.verify.report_html import render
+from bsa_export.verify.run import Verification, Wanted, verify
 
 TORCH = ["--backend", "torch", "--device", "cpu"]
 
@@ -44,10 +46,11 @@ def test_a_right_folder_passes_and_is_recorded(damaged):
         ["passed", "layout"],
         ["passed", "weights"],
     ]
-    assert re.fullmatch(r"passed: 11 passed \(\d+\.\d s\)", lines[-1])
+    assert re.fullmatch(r"passed: 10 passed \(\d+\.\d s\)", lines[-1])
     record = recorded(folder)
     assert record["verdict"] == "passed"
-    assert {check["status"] for check in record["checks"]} == {"passed"}
+    assert {check["status"] for check in record["checks"] if check["name"] != "drift"} == {"passed"}
+    assert next(check["status"] for check in record["checks"] if check["name"] == "drift") == "told"
     assert set(record["checks"][0]) == {"name", "status", "reason", "figures"}
     assert set(record["files"]) == {"config.json", "conversion.json", "model.safetensors"}
     for name, digest in record["files"].items():
@@ -129,10 +132,46 @@ def test_a_backend_that_is_required_may_not_be_skipped(damaged):
     assert run(folder, *TORCH).exit_code == 0
 
 
-def test_a_source_that_is_not_there_is_a_sentence(converted):
-    result = run(converted()[1], "--source", "/nowhere/model.bin")
-    assert result.exit_code == 1
-    assert result.output.startswith("Error: /nowhere/model.bin: expected a file, a folder, or a repository")
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("/nowhere/model.bin", "/nowhere/model.bin: expected a file, a folder, or a repository"),
+        ("text.txt", "expected"),
+        ("empty", "expected a folder with weights"),
+    ],
+)
+def test_a_source_that_is_none_is_wrong_usage_and_changes_nothing(damaged, tmp_path, source, sentence):
+    _, folder = damaged()
+    (folder / VERIFICATION_RECORD).write_text("of an earlier run")
+    (tmp_path / "text.txt").write_text("no weights")
+    (tmp_path / "empty").mkdir()
+    result = run(folder, "--source", tmp_path / source)
+    assert result.exit_code == 2
+    assert "Invalid value for --source: " in result.output and sentence in result.output
+    assert (folder / VERIFICATION_RECORD).read_text() == "of an earlier run"
+    with pytest.raises(BsaError):
+        verify(Wanted(folder, tmp_path / source))
+    assert (folder / VERIFICATION_RECORD).read_text() == "of an earlier run"
+
+
+def test_a_report_in_the_folder_is_wrong_usage(damaged):
+    _, folder = damaged()
+    card = (folder / "layout.png").read_bytes()
+    for place in (folder, folder / "report", folder / ".." / folder.name):
+        result = run(folder, *TORCH, "--report", place)
+        assert result.exit_code == 2
+        assert "is in the folder that is verified; choose another place" in result.output
+    assert (folder / "layout.png").read_bytes() == card and not (folder / VERIFICATION_RECORD).exists()
+
+
+@pytest.mark.parametrize("name, content", [("a.jsonl", "no JSON"), ("a.jsonl", '{"words": "x"}'), ("a.txt", " \n")])
+def test_a_text_that_is_none_is_wrong_usage(damaged, tmp_path, name, content):
+    _, folder = damaged()
+    (tmp_path / name).write_text(content)
+    result = run(folder, *TORCH, "--text", tmp_path / name)
+    assert result.exit_code == 2
+    assert "Invalid value for --text: " in result.output and "expected" in result.output
+    assert not (folder / VERIFICATION_RECORD).exists()
 
 
 def test_an_interrupted_run_is_recorded_as_incomplete(damaged):
@@ -148,16 +187,61 @@ def test_an_interrupted_run_is_recorded_as_incomplete(damaged):
     assert recorded(folder)["sentence"] == "incomplete: 2 passed; it was interrupted"
 
 
-def test_a_record_that_cannot_be_written_is_a_sentence(damaged, monkeypatch):
+def test_a_run_that_is_killed_leaves_no_older_verdict(damaged):
     _, folder = damaged()
+    (folder / VERIFICATION_RECORD).write_text('{"verdict": "passed"}')
+    seen = []
+    verify(Wanted(folder, backends=("torch",)), lambda check: seen.append(recorded(folder)))
+    assert {record["verdict"] for record in seen} == {"incomplete"}
+    assert seen[0]["sentence"] == "incomplete: nothing was checked; it was interrupted"
+    assert recorded(folder)["verdict"] == "passed"
 
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(BsaError, match=r"verification.json: it cannot be written \(No space left on device\)"):
-        verify(Wanted(folder, backends=("torch",)))
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_record_that_cannot_be_written_takes_nothing_else_away(damaged, monkeypatch, tmp_path, broken):
+    _, folder = damaged()
+    if broken:
+        damage(folder)
+    write = Path.write_bytes
+
+    def read_only(path, data):
+        if path.parent == folder:
+            raise OSError(30, "Read-only file system")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    result = run(folder, *TORCH, "--json", "--report", tmp_path / "report")
+    assert result.exit_code == int(broken)
+    assert json.loads(result.stdout)["verdict"] == ("failed" if broken else "passed")
+    assert (tmp_path / "report" / "report.html").exists()
+    assert result.stderr.startswith(
+        f"Warning: {folder / VERIFICATION_RECORD}: it cannot be written (Read-only file system)"
+    )
+    assert result.stderr.endswith("; bsa-push will want one\n")
     assert not (folder / VERIFICATION_RECORD).exists() and not list(folder.glob(".*"))
+
+
+def test_the_verdict_comes_before_the_report(damaged, monkeypatch, tmp_path):
+    def cannot(*_):
+        raise BsaError("it cannot be written", where="report")
+
+    monkeypatch.setattr("bsa_export.verify.report_html.write_report", cannot)
+    result = run(damaged()[1], *TORCH, "--report", tmp_path / "report")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1].startswith("passed: ")
+    assert result.stderr == "Error: report: it cannot be written\n"
+
+
+def test_every_file_of_the_model_is_recorded(damaged):
+    """Also those that came after the conversion, which a push would take."""
+    _, folder = damaged()
+    (folder / "1_Pooling").mkdir()
+    for name in ("tokenizer.json", "1_Pooling/config.json", "LICENSE", "notes.txt"):
+        (folder / name).write_text("{}")
+    assert run(folder, *TORCH).exit_code == 0
+    assert set(recorded(folder)["files"]) == {
+        "config.json", "conversion.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json",
+    }  # fmt: skip
 
 
 def test_figures_that_json_has_no_number_for_are_text():
@@ -225,4 +309,50 @@ def test_a_model_that_cannot_read_a_text_has_no_loss(damaged, tmp_path):
     (tmp_path / "text.txt").write_text("A text.")
     result = run(folder, *TORCH, "--text", tmp_path / "text.txt")
     assert result.exit_code == 0
-    assert re.search(r"skipped  drift +.*: a text needs the model's tokenizer.json, found none", result.output)
+    (line,) = (line for line in result.output.splitlines() if line.startswith("told     drift"))
+    assert "cosine of the last hidden states" in line
+    assert line.endswith("a text needs the model's tokenizer.json, found none")
+
+
+def test_a_text_is_cut_on_a_cpu_and_that_is_told(damaged, monkeypatch, tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from bsa_export.verify import drift
+    from bsa_export.verify.folder import open_folder
+    from bsa_export.verify.whole_model import EndToEnd, load_model
+
+    _, path = damaged()
+    words = {word: number for number, word in enumerate(["[CLS]", "[SEP]", "[MASK]", "[UNK]", "a"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("a " * 300)
+    folder = open_folder(path)
+    runs = EndToEnd(folder, load_model(folder, "cpu"), "cpu")
+    assert drift.measure_drift(runs, tmp_path / "text.txt").figures["text"] == "all of its 300 tokens"
+    monkeypatch.setattr(drift, "CPU_TOKENS", 200)
+    figures = drift.measure_drift(runs, tmp_path / "text.txt").figures
+    assert figures["text"] == "the first 200 tokens, as many as a CPU is given"
+
+
+def test_a_drift_is_no_check_that_passes():
+    found = Verification([Check("file", "passed"), Check("drift", "told", "", {"least": float("nan")})])
+    assert found.sentence.startswith("incomplete: 1 passed;")
+
+
+def test_the_whole_model_names_its_backend_and_what_was_compared(damaged):
+    _, folder = damaged()
+    run(folder, *TORCH)
+    whole = [check["figures"] for check in recorded(folder)["checks"] if check["name"].startswith("whole model")]
+    assert [figures["backend"] for figures in whole] == ["torch", "torch"]
+    assert whole[0]["compared tokens"] == whole[0]["length"] + 2 * whole[0]["length"] // 3
+
+
+def test_the_report_names_the_source_and_tells_what_is_drawn(tmp_path):
+    """A snapshot of the Hub lies in a folder that is called by its commit."""
+    wanted = Wanted(tmp_path, source=tmp_path / ("0" * 40), source_name="org/name@v1")
+    for distinct, told in ((24, "each distinct head keeps"), (30, "each of the first 24 of 30 distinct heads keeps")):
+        checks = [Check("layout", "passed", "", {"density": 0.5, "distinct": distinct})]
+        page = render(wanted, Verification(checks), {"layout.png": b""})
+        assert "<td>org/name@v1</td>" in page
+        assert page.count(told) == 2 and f'alt="Layouts: Which blocks of the score matrix {told}' in page

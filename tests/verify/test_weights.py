@@ -43,7 +43,59 @@ def test_a_conversion_equals_its_source(case, converted):
     source, folder = converted(**CLEAN[case])
     found = check(folder, source)
     assert found.passed, found.reason
-    assert found.figures["bytes"] >= sum(row.nbytes for row in open_folder(folder).tensors.values())
+    assert found.figures["bytes"] == sum(row.nbytes for row in open_folder(folder).tensors.values())
+
+
+def test_a_tied_tensor_is_compared_and_its_bytes_are_counted_once(converted, tmp_path):
+    from bsa_export.convert import Source, convert
+
+    source = shutil.copytree(converted()[0], tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    words, decoder = "bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"
+    save_file(tensors | {decoder: tensors[words].copy()}, source / "model.safetensors")
+    convert(Source(source), tmp_path / "out")
+    found = check(tmp_path / "out", source)
+    assert found.passed and found.figures["tied"] >= 1
+    assert found.figures["bytes"] == sum(row.nbytes for row in open_folder(tmp_path / "out").tensors.values())
+    save_file(tensors | {decoder: tensors[words] + 1}, source / "model.safetensors")
+    assert decoder in check(tmp_path / "out", source).reason or words in check(tmp_path / "out", source).reason
+
+
+def edit_record(folder, **origin):
+    path = folder / "conversion.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"source": record["source"] | origin}))
+
+
+def test_another_model_is_one_fault(converted, tmp_path):
+    """By its config.json, and where none lies beside the weights, by its tensors."""
+    source, folder = converted()
+    config = json.loads((source / "config.json").read_text())
+    other = shutil.copytree(source, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    found = check(folder, other)
+    place = other / "config.json"
+    assert found.faults == [f"this is not the source: hidden_size is 32 in {place}, and 64 in conversion.json"]
+    tensors = load_file(source / "model.safetensors")
+    halves = {name: tensor[: len(tensor) // 2].copy() for name, tensor in tensors.items()}
+    save_file(halves, other / "model.safetensors")
+    (other / "config.json").unlink()
+    (fault,) = check(folder, other).faults
+    assert fault.startswith("this is not the source: ") and "of its" in fault
+
+
+def test_the_same_architecture_with_other_weights_is_told_tensor_by_tensor(converted, damaged, tmp_path):
+    source = shutil.copytree(converted()[0], tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, source / "model.safetensors")
+    _, folder = damaged()
+    assert len(check(folder, source).faults) == len(tensors)
+    edit_record(folder, repo="org/name", revision="a" * 40)
+    hint = f"; the conversion was made of --source org/name@{'a' * 40}"
+    hinted = check_weights(open_folder(folder), source, source_name="org/name")
+    assert hinted.reason.endswith(f"{hint} (and {len(tensors) - 1} more)")
+    for name in ("org/other", f"org/name@{'a' * 40}", None):
+        assert hint not in check_weights(open_folder(folder), source, source_name=name).reason
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,7 +172,10 @@ def test_another_config_of_the_source_is_found(converted, tmp_path):
     other = shutil.copytree(source, tmp_path / "source")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"num_attention_heads": 8}))
-    assert "num_attention_heads is 8, and in conversion.json 4" in check(folder, other).reason
+    reason = check(folder, other).reason
+    assert reason.startswith("this is not the source: num_attention_heads is 8 in ") and ", and 4 in" in reason
+    (other / "config.json").write_text(json.dumps(config | {"layer_norm_eps": 0.5}))
+    assert "layer_norm_eps is 0.5, and in conversion.json 1e-12" in check(folder, other).reason
 
 
 def test_a_changed_tokenizer_is_found(minilm, tmp_path):
