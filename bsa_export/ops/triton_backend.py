@@ -68,15 +68,16 @@ _HALF = {
 }
 # Not measured: chosen so that few registers are spilled, which tests/ops/compile_kernels.py tells of any GPU.
 _HALF_FROM_REGISTERS = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2)}
-_FULL = Launch(32, 8, 2)
+_FULL, _FULL_FROM_REGISTERS = Launch(32, 8, 2), Launch(16, 8, 2)
 
 
 def launch(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Launch:
     """The launch of `kernel` (`forward`, `query`, `key`)."""
+    from_shared = _multiplies_from_shared(device)
     if dtype == torch.float32:
-        return _FULL
+        return _FULL if from_shared else _FULL_FROM_REGISTERS
     padded = max(64, triton.next_power_of_2(head_dim))
-    return _HALF[kernel, padded] if _multiplies_from_shared(device) else _HALF_FROM_REGISTERS[padded]
+    return _HALF[kernel, padded] if from_shared else _HALF_FROM_REGISTERS[padded]
 
 
 def _multiplies_from_shared(device: torch.device) -> bool:

@@ -197,6 +197,16 @@ class TestCalls:
         found = judge(partial(block_sparse_attention, backend="triton"), make_inputs(case, 0, "cpu"))
         assert all(e.passed for e in found.values()), found
 
+    @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+    @pytest.mark.parametrize("block", [16, 128])
+    def test_tiles_of_gpus_that_multiply_from_registers(self, block, dtype, monkeypatch):
+        monkeypatch.setattr(triton_backend, "_multiplies_from_shared", lambda _: False)
+        case = Case(
+            pattern="random", block=block, blocks=256 // block, head_dim=16, short=3, padding="bool", dtype=dtype
+        )
+        found = judge(partial(block_sparse_attention, backend="triton"), make_inputs(case, 0, "cpu"))
+        assert all(e.passed for e in found.values()), found
+
 
 class TestTexts:
     """Texts one after another, without padding."""
