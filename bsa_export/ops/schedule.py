@@ -52,7 +52,8 @@ class Schedule:
         items: int32 `[n_items, 8]`, `ITEM_FIELDS`. Steps `[begin, solid)` read consecutive columns, `[begin, whole)` keep all
             that they read, `[whole, end)` need a mask; those that read consecutive columns ascend, and all do where a tile is one
             unit. `slot` is -1, or where the partial result of a shared row goes; `least` is the lowest unit that the item reads.
-        columns: int32 `[n_steps, tile.units]`, the units of a step (repeated where a step is not full).
+        columns: int32 `[n_steps + 1, tile.units]`, the units of a step (repeated where a step is not full); the last is none, for
+            those who read ahead.
         words: int32 `[n_steps]`, bit `row * tile.units + column` is 1 where that unit is kept.
         splits: int32 `[n_splits, 4]`, `SPLIT_FIELDS`: the rows shared between several items.
         slots: number of partial results, per sequence of the batch.
@@ -120,7 +121,7 @@ def build_schedule(layout: np.ndarray, block: int, seq: int, tile: Tile, device:
 
     n_steps = int(steps.sum())
     # a step that is not full repeats its first unit, with its bits at 0
-    columns = np.empty((n_steps, across), np.int64)
+    columns = np.zeros((n_steps + 1, across), np.int64)
     columns[step[lane == 0]] = unit[lane == 0][:, None]
     columns[step, lane] = unit
     words = np.zeros(n_steps, np.int64)
@@ -128,7 +129,7 @@ def build_schedule(layout: np.ndarray, block: int, seq: int, tile: Tile, device:
     for column in range(across):
         words[step[lane == column]] |= spread[lane == column]
 
-    items, splits, slots = _items(first_step, n_solid, n_whole, steps, columns.min(1), n_tiles, across, head_of)
+    items, splits, slots = _items(first_step, n_solid, n_whole, steps, columns[:-1].min(1), n_tiles, across, head_of)
     parts = (items, rows.reshape(-1, across), columns, words, splits)
     return Schedule(*(torch.from_numpy(part.astype(np.int32)).to(device) for part in parts), slots)
 

@@ -89,9 +89,33 @@ def results(attention: Callable[..., Tensor], inputs: dict, dtype: torch.dtype |
     return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def judge(attention: Callable[..., Tensor], inputs: dict) -> dict[str, Errors]:
-    """Judges an attention function by `reference` in the same dtype and in float64. See `results` for arguments and names."""
+def in_half(query, key, value, layout, block, *, key_padding_mask=None, attn_mask=None, rpe=None, scale=None) -> Tensor:
+    """Masked dense attention in plain PyTorch, its probabilities in the inputs' dtype for the backward pass too, as DeepSpeed's
+    kernels keep them; `reference` keeps them in float32 for that. Arguments as in `block_sparse_attention`."""
+    seq, head_dim = query.shape[2:]
+    kept = layout.ne(0).repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :seq, :seq]
+    scores = (query @ key.mT) * (head_dim**-0.5 if scale is None else scale)
+    if key_padding_mask is not None:
+        key_padding_mask = key_padding_mask[:, None, None, :]
+    for mask in (key_padding_mask, attn_mask, rpe):
+        if mask is not None:
+            mask = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask
+            scores = scores + mask.to(scores.dtype)
+    scores = scores.masked_fill(~kept, float("-inf"))
+    empty = scores.isneginf().all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0) @ value
+
+
+def judge(
+    attention: Callable[..., Tensor], inputs: dict, plain: Callable[..., Tensor] | None = None
+) -> dict[str, Errors]:
+    """Judges an attention function by plain PyTorch in the same dtype and by `reference` in float64.
+
+    Args:
+        attention, inputs: see `results`, also for the names of what is judged.
+        plain: plain PyTorch; `reference` by default, `in_half` for DeepSpeed's kernels.
+    """
     reference = partial(block_sparse_attention, backend="reference")
-    actual, plain = results(attention, inputs), results(reference, inputs)
+    actual, beside = results(attention, inputs), results(plain or reference, inputs)
     exact = results(reference, inputs, torch.float64)
-    return {name: errors(actual[name], plain[name], exact[name]) for name in actual}
+    return {name: errors(actual[name], beside[name], exact[name]) for name in actual}

@@ -29,6 +29,9 @@ MAX_HEAD_DIM = 128
 OLDEST = (8, 0)
 LOG2_E = math.log2(math.e)
 
+# Tokens whose zeros one program writes.
+ROWS = 64
+
 # Texts share the memory for partial results in groups that fit into this.
 PARTIAL_BYTES = 256 << 20
 
@@ -61,21 +64,22 @@ class Launch:
 _HALF = {
     ("forward", 64): Launch(64, 4, 2),
     ("forward", 128): Launch(64, 4, 2),
-    ("query", 64): Launch(64, 4, 2, 128),
+    ("query", 64): Launch(64, 4, 3, 168),
     ("query", 128): Launch(64, 4, 2),
-    ("key", 64): Launch(64, 4, 2, 168),
+    ("key", 64): Launch(64, 4, 3, 168),
     ("key", 128): Launch(64, 4, 2),
 }
+_FULL = {"forward": Launch(32, 4, 2), "query": Launch(32, 4, 2), "key": Launch(32, 8, 2)}
 # Not measured: chosen so that few registers are spilled, which tests/ops/compile_kernels.py tells of any GPU.
 _HALF_FROM_REGISTERS = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2)}
-_FULL, _FULL_FROM_REGISTERS = Launch(32, 8, 2), Launch(16, 8, 2)
+_FULL_FROM_REGISTERS = Launch(16, 8, 2)
 
 
 def launch(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Launch:
     """The launch of `kernel` (`forward`, `query`, `key`)."""
     from_shared = _multiplies_from_shared(device)
     if dtype == torch.float32:
-        return _FULL if from_shared else _FULL_FROM_REGISTERS
+        return _FULL[kernel] if from_shared else _FULL_FROM_REGISTERS
     padded = max(64, triton.next_power_of_2(head_dim))
     return _HALF[kernel, padded] if from_shared else _HALF_FROM_REGISTERS[padded]
 
@@ -309,7 +313,7 @@ def _forward(query, key, value, layout, bias, offsets, longest, block, scale, si
     if query.numel() == 0:
         return out, lse
     if offsets is not None:
-        out.zero_()  # tokens of no text
+        _zero_outside(offsets, out)
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
     call = _Call("forward", query, layout, bias, offsets, longest, block, site)
     schedule = call.schedule
@@ -329,6 +333,16 @@ def _forward(query, key, value, layout, bias, offsets, longest, block, scale, si
     return out, lse
 
 
+def _zero_outside(offsets, *targets) -> None:
+    """Zeros for the tokens of no text."""
+    for target in targets:
+        _, heads, seq, head_dim = target.shape
+        padded = max(16, triton.next_power_of_2(head_dim))
+        kernels.outside_kernel[(-(-seq // ROWS) * heads,)](
+            target, offsets, *target.stride()[:3], heads, seq, len(offsets) - 1, SIZE=ROWS, DIM=head_dim, PADDED=padded
+        )
+
+
 def _empty_outputs(query, bias):
     batch, heads, seq, _ = query.shape
     lse = torch.empty((1 if bias is None else 2, batch, heads, seq), dtype=torch.float32, device=query.device)
@@ -342,8 +356,7 @@ def _backward(d_out, query, key, value, layout, bias, offsets, out, lse, longest
     if query.numel() == 0:
         return gradients
     if offsets is not None:
-        for gradient in gradients:
-            gradient.zero_()  # tokens of no text
+        _zero_outside(offsets, *gradients)
     query, key, value, d_out = _aligned(query), _aligned(key), _aligned(value), _aligned(d_out)
     delta = torch.empty_like(lse[0])
     inputs = (query, key, value, layout, bias, offsets, longest, block, scale, site, d_out, lse, delta)
@@ -363,7 +376,7 @@ def _query_gradient(
         partial, met = call.partial(lse, texts, call.padded), call.partial(lse, texts, call.padded)
         rest = call.partial(lse, 2 * texts)
         kernels.query_gradient_kernel[(len(schedule.items) * texts,)](
-            query, key, value, out, d_out, *call.tiles(query, key, value, out, d_out, d_query), lse if bias is None else bias, sums, weights,
+            query, key, value, out, d_out, *call.tiles(key, value, d_query), lse if bias is None else bias, sums, weights,
             lse, delta, d_query, partial, met, rest, schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
             *_strides(query, key, value, out, d_out, d_query), call.batch, call.heads, call.seq, texts, weights.shape[1], schedule.slots,
             scale * LOG2_E, scale, **call.constants,
@@ -391,7 +404,7 @@ def _key_gradient(
     for offsets, texts in call.groups():
         partial_key, partial_value = call.partial(lse, texts, call.padded), call.partial(lse, texts, call.padded)
         kernels.key_gradient_kernel[(len(schedule.items) * texts,)](
-            query, key, value, d_out, *call.tiles(query, key, value, d_out, d_key, d_value), lse if bias is None else bias, lse, delta,
+            query, key, value, d_out, *call.tiles(query, d_out, d_key, d_value), lse if bias is None else bias, lse, delta,
             d_key, d_value, partial_key, partial_value,
             schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
             *_strides(query, key, value, d_out, d_key, d_value), call.batch, call.heads, call.seq, texts, schedule.slots,

@@ -37,41 +37,48 @@ def _steps_below(columns, begin, end, limit, SIZE: tl.constexpr, UNIT: tl.conste
 
 @triton.jit
 def _item(items, rows, columns, offsets, texts, seq, SIZE: tl.constexpr, UNIT: tl.constexpr, VARLEN: tl.constexpr):
-    """What this program does, (head, tile, begin, solid, whole, end, slot), and where its sequence lies, (text, row of the
-    batch, first token, length). Sequences of one item run side by side, long items first."""
+    """What this program does, (head, tile, begin, solid, whole, end, slot), where its sequence lies, (text, row of the batch,
+    first token, length), and whether there is nothing to do, as the text ends before the tile. Sequences of one item run side by
+    side, long items first."""
     pid = tl.program_id(0)
     i_text = pid % texts
     p_item = items + (pid // texts) * 8
     i_head, i_tile, begin = tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2)
     solid, whole, end, slot = tl.load(p_item + 3), tl.load(p_item + 4), tl.load(p_item + 5), tl.load(p_item + 6)
     i_b, o_text, length = i_text, i_text * 0, seq
+    beyond = False
     if VARLEN:
         i_b = i_text * 0
         o_text = tl.load(offsets + i_text)
         length = tl.load(offsets + i_text + 1) - o_text
-        # Solid steps read tiles, also of the next text: those that do not end within this one become steps that need a mask.
-        # Nothing to do in rows and steps beyond the text; a tile of several units has its steps in another order than their
-        # columns, so that only all of them can be left out.
-        solid = begin + _steps_below(columns, begin, solid, length - SIZE + 1, SIZE, UNIT)
-        if UNIT == SIZE:
-            beyond = i_tile * SIZE >= length
-            whole = solid
-            end = begin + _steps_below(columns, begin, end, length, SIZE, UNIT)
-        else:
-            beyond = tl.load(rows + i_tile * (SIZE // UNIT)) * UNIT >= length
-            beyond = beyond | (tl.load(p_item + 7) * UNIT >= length)
-        solid = tl.where(beyond, begin, solid)
-        whole = tl.where(beyond, begin, whole)
-        end = tl.where(beyond, begin, end)
-    return i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length
+        o_first = i_tile * SIZE
+        if UNIT < SIZE:
+            o_first = tl.load(rows + i_tile * (SIZE // UNIT)) * UNIT
+        beyond = o_first >= length
+        if not beyond:
+            # Solid steps read tiles, also of the next text: those that do not end within this one become steps that need a mask.
+            # A tile of several units has its steps in another order than their columns, so that only all of them can be left out.
+            solid = begin + _steps_below(columns, begin, solid, length - SIZE + 1, SIZE, UNIT)
+            if UNIT == SIZE:
+                whole = solid
+                end = begin + _steps_below(columns, begin, end, length, SIZE, UNIT)
+            elif tl.load(p_item + 7) * UNIT >= length:
+                solid, whole, end = begin, begin, begin
+    return i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length, beyond
 
 
 @triton.jit
-def _columns(columns, i_step, SIZE: tl.constexpr, UNIT: tl.constexpr, SOLID: tl.constexpr):
+def _unit(columns, i_step, SIZE: tl.constexpr, UNIT: tl.constexpr):
+    """The first unit of a step. Loops read it a step ahead: a copy that has to wait for its address comes late."""
+    return tl.load(columns + i_step * (SIZE // UNIT))
+
+
+@triton.jit
+def _columns(columns, i_step, i_unit, SIZE: tl.constexpr, UNIT: tl.constexpr, SOLID: tl.constexpr):
     """Token offsets `[SIZE]` of a step."""
     o_n = tl.arange(0, SIZE)
     if SOLID:
-        return tl.load(columns + i_step * (SIZE // UNIT)) * UNIT + o_n
+        return i_unit * UNIT + o_n
     else:
         return tl.load(columns + i_step * (SIZE // UNIT) + o_n // UNIT) * UNIT + o_n % UNIT
 
@@ -120,12 +127,12 @@ def _tile(tiles, i_b, i_head, i_row, SIZE: tl.constexpr, PADDED: tl.constexpr):
 
 @triton.jit
 def _step_rows(
-    pointer, tiles, i_b, i_head, o_text, o_c, stride_b, stride_h, stride_n, columns, i_step, length,
+    pointer, tiles, i_b, i_head, o_text, o_c, stride_b, stride_h, stride_n, i_unit, length,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, SOLID: tl.constexpr,
 ):  # fmt: skip
     """The rows that a step reads, `[SIZE, PADDED]`: a tile of consecutive ones, else gathered."""
     if SOLID:
-        return _tile(tiles, i_b, i_head, o_text + tl.load(columns + i_step * (SIZE // UNIT)) * UNIT, SIZE, PADDED)
+        return _tile(tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
     else:
         return _rows(pointer, i_b, i_head, o_text + o_c, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)
 
@@ -168,6 +175,16 @@ def _store_tile(
 
 
 @triton.jit
+def _add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
+    """`b_sum + b_left @ b_right`. In float32 the product is summed on its own first (an imprecise accumulator, which only fp8 has,
+    keeps the compiler from joining the sums): one sum over all steps loses a digit, and delta, which comes from the output, too."""
+    if PRECISION == "ieee":
+        return b_sum + tl.dot(b_left, b_right, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
 def _scores(
     b_s, p_bias, words, i_step, o_c, length, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr,
@@ -184,15 +201,11 @@ def _scores(
 
 
 @triton.jit
-def _forward_step(
-    b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
-    SOLID: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+def _softmax_step(
+    b_s, b_max, b_sum, p_bias, words, i_step, o_c, length, scale,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    o_c = _columns(columns, i_step, SIZE, UNIT, SOLID)
-    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    """A step's probabilities relative to the new maximum, by what earlier ones shrink, and the new maximum and sum."""
     if BIASED or KEPT or BOUNDED:
         b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -204,11 +217,22 @@ def _forward_step(
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
         b_p = tl.exp2(b_s * scale - b_new[:, None])
         b_alpha = tl.exp2(b_max - b_new)
-    b_sum = b_sum * b_alpha + tl.sum(b_p, 1)
-    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
-    b_acc = b_acc * b_alpha[:, None]
-    b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-    return b_acc, b_new, b_sum
+    return b_p, b_alpha, b_new, b_sum * b_alpha + tl.sum(b_p, 1)
+
+
+@triton.jit
+def _forward_step(
+    b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
+    SOLID: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, SOLID)
+    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_p, b_alpha, b_max, b_sum = _softmax_step(b_s, b_max, b_sum, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)  # fmt: skip
+    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    return _add_product(b_acc * b_alpha[:, None], b_p.to(b_v.dtype), b_v, PRECISION), b_max, b_sum
 
 
 @triton.jit
@@ -248,7 +272,9 @@ def forward_kernel(
     BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out `[batch, heads, seq, DIM]`, lse the rows' statistics; `partial` float32 `[texts, slots, SIZE, PADDED]`."""
-    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    if beyond:
+        return
     o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
     b_q = _tile_rows(q_tiles, q, rows, i_b, i_head, o_text, i_tile, o_m, stride_qb, stride_qh, stride_qn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
     p_bias = bias + i_b.to(tl.int64) * seq
@@ -256,23 +282,35 @@ def forward_kernel(
     b_acc = tl.zeros([SIZE, PADDED], tl.float32)
     b_max = tl.full([SIZE], float("-inf"), tl.float32)
     b_sum = tl.zeros([SIZE], tl.float32)
-    for i_step in range(begin, solid):
-        b_acc, b_max, b_sum = _forward_step(
-            b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, True, False, False, PRECISION,
-        )  # fmt: skip
+    if begin < solid:
+        # The scores of a step are computed in the one before it: the copies that they need arrive during its softmax.
+        i_unit, i_next = _unit(columns, begin, SIZE, UNIT), _unit(columns, begin + 1, SIZE, UNIT)
+        o_n = tl.arange(0, SIZE)
+        b_k = _tile(k_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        for i_step in range(begin, solid - 1):
+            i_value, i_key = _unit(columns, i_step + 1, SIZE, UNIT), _unit(columns, i_step + 2, SIZE, UNIT)
+            b_p, b_alpha, b_max, b_sum = _softmax_step(b_s, b_max, b_sum, p_bias, words, i_step, i_unit * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False, False)  # fmt: skip
+            b_v = _tile(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
+            b_acc = _add_product(b_acc * b_alpha[:, None], b_p.to(b_v.dtype), b_v, PRECISION)
+            b_k = _tile(k_tiles, i_b, i_head, o_text + i_next * UNIT, SIZE, PADDED)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            i_unit, i_next = i_value, i_key
+        b_p, b_alpha, b_max, b_sum = _softmax_step(b_s, b_max, b_sum, p_bias, words, solid - 1, i_unit * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False, False)  # fmt: skip
+        b_v = _tile(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
+        b_acc = _add_product(b_acc * b_alpha[:, None], b_p.to(b_v.dtype), b_v, PRECISION)
     if UNIT < SIZE:
         for i_step in range(solid, whole):
             b_acc, b_max, b_sum = _forward_step(
                 b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
                 SIZE, UNIT, DIM, PADDED, BIASED, False, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_step in tl.range(whole, end, num_stages=1):
+        i_unit = _unit(columns, i_step, SIZE, UNIT)
         b_acc, b_max, b_sum = _forward_step(
             b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
             SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, UNIT < SIZE, True, PRECISION,
         )  # fmt: skip
 
@@ -382,40 +420,48 @@ def _keys_met(
     sums, weights, o_first, columns, words, begin, end, length,
     SIZE: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """What a tile's rows meet in steps `[begin, end)`: the sums of their keys, `[SIZE, PADDED]`, and of the weights, `[SIZE]`."""
-    o_bit = tl.arange(0, SIZE) // UNIT * (SIZE // UNIT)
+    """What a tile's rows meet in steps `[begin, end)`: the sums of their keys, `[SIZE, PADDED]`, and of the weights, `[SIZE]`; one
+    row of them where a tile is one unit, whose rows meet the same keys."""
+    ACROSS: tl.constexpr = SIZE // UNIT
+    LANES: tl.constexpr = CHUNK if ACROSS == 1 else 2 * CHUNK  # a chunk has to wait for memory twice
+    o_bit = tl.arange(0, SIZE) // UNIT * ACROSS
     o_dim = tl.arange(0, PADDED)
-    b_met = tl.zeros([SIZE, PADDED], tl.float32)
-    b_weight = tl.zeros([SIZE], tl.float32)
-    last = end * (SIZE // UNIT)
-    for first in range(begin * (SIZE // UNIT), last, CHUNK):
-        o_lane = first + tl.arange(0, CHUNK)
+    b_met = tl.zeros([1 if ACROSS == 1 else SIZE, PADDED], tl.float32)
+    b_weight = tl.zeros([1 if ACROSS == 1 else SIZE], tl.float32)
+    last = end * ACROSS
+    for first in range(begin * ACROSS, last, LANES):
+        o_lane = first + tl.arange(0, LANES)
         o_unit = tl.load(columns + o_lane, mask=o_lane < last, other=0)
-        b_word = tl.load(words + o_lane // (SIZE // UNIT), mask=o_lane < last, other=0)
-        b_kept = ((b_word[None, :] >> (o_bit[:, None] + (o_lane % (SIZE // UNIT))[None, :])) & 1).to(tl.float32)
         m_unit = (o_lane < last) & (o_unit * UNIT < length)
         b_sums = tl.load(sums + (o_first + o_unit)[:, None] * PADDED + o_dim[None, :], mask=m_unit[:, None], other=0.0)
-        b_met = tl.dot(b_kept, b_sums, b_met, input_precision="tf32")
-        b_weight += tl.sum(b_kept * tl.load(weights + o_first + o_unit, mask=m_unit, other=0.0)[None, :], 1)
+        b_weights = tl.load(weights + o_first + o_unit, mask=m_unit, other=0.0)
+        if ACROSS == 1:
+            b_met += tl.sum(b_sums, 0)[None, :]
+            b_weight += tl.sum(b_weights, 0)
+        else:
+            b_word = tl.load(words + o_lane // ACROSS, mask=o_lane < last, other=0)
+            b_kept = ((b_word[None, :] >> (o_bit[:, None] + (o_lane % ACROSS)[None, :])) & 1).to(tl.float32)
+            b_met = tl.dot(b_kept, b_sums, b_met, input_precision="tf32")
+            b_weight += tl.sum(b_kept * b_weights[None, :], 1)
     return b_met, b_weight
 
 
 @triton.jit
 def _centered(b_dq, b_rest, b_met, b_weight):
     """`b_dq` without what `b_rest` of the mean of the keys adds to it, see `query_gradient_kernel`."""
-    return b_dq - (b_rest / tl.where(b_weight == 0.0, 1.0, b_weight))[:, None] * b_met
+    return b_dq - b_rest[:, None] * (b_met / tl.where(b_weight == 0.0, 1.0, b_weight)[:, None])
 
 
 @triton.jit
 def _query_gradient_step(
     b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
     SOLID: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_c = _columns(columns, i_step, SIZE, UNIT, SOLID)
-    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
-    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, SOLID)
+    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)
@@ -424,12 +470,12 @@ def _query_gradient_step(
     else:
         b_p = tl.exp2(b_s - b_max[:, None])
     b_ds = b_p * (b_dp - b_delta[:, None])
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION), b_rest + tl.sum(b_ds, 1)
+    return _add_product(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION), b_rest + tl.sum(b_ds, 1)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def query_gradient_kernel(
-    q, k, v, out, d_out, q_tiles, k_tiles, v_tiles, out_tiles, d_out_tiles, d_q_tiles, bias, sums, weights, lse, delta, d_q, partial, partial_met, partial_rest,
+    q, k, v, out, d_out, k_tiles, v_tiles, d_q_tiles, bias, sums, weights, lse, delta, d_q, partial, partial_met, partial_rest,
     items, rows, columns, words, offsets,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, stride_db, stride_dh, stride_dn,
@@ -445,11 +491,14 @@ def query_gradient_kernel(
     count, since others may be of any size. Their sums by unit come from `key_sums_kernel`, so that the loop over steps pays
     nothing. The parts of a shared row leave rests that are no rounding errors: `sum_kernel` adds them up first.
     """
-    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    if beyond:
+        return
     o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
-    b_q = _tile_rows(q_tiles, q, rows, i_b, i_head, o_text, i_tile, o_m, stride_qb, stride_qh, stride_qn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
-    b_do = _tile_rows(d_out_tiles, d_out, rows, i_b, i_head, o_text, i_tile, o_m, stride_gb, stride_gh, stride_gn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
-    b_o = _tile_rows(out_tiles, out, rows, i_b, i_head, o_text, i_tile, o_m, stride_ob, stride_oh, stride_on, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
+    # Pointers, not copies by the hardware: those wait for each other.
+    b_q = _rows(q, i_b, i_head, o_text + o_m, stride_qb, stride_qh, stride_qn, o_text + length, DIM, PADDED)
+    b_do = _rows(d_out, i_b, i_head, o_text + o_m, stride_gb, stride_gh, stride_gn, o_text + length, DIM, PADDED)
+    b_o = _rows(out, i_b, i_head, o_text + o_m, stride_ob, stride_oh, stride_on, o_text + length, DIM, PADDED)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     o_stat = (i_b.to(tl.int64) * heads + i_head) * seq + o_text + o_m
     # every item of a shared row computes the same delta
@@ -459,23 +508,26 @@ def query_gradient_kernel(
 
     b_dq = tl.zeros([SIZE, PADDED], tl.float32)
     b_rest = tl.zeros([SIZE], tl.float32)
+    i_next = _unit(columns, begin, SIZE, UNIT)
     for i_step in range(begin, solid):
+        i_unit, i_next = i_next, _unit(columns, i_step + 1, SIZE, UNIT)
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
             SIZE, UNIT, DIM, PADDED, BIASED, True, False, False, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
         for i_step in range(solid, whole):
             b_dq, b_rest = _query_gradient_step(
                 b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
                 SIZE, UNIT, DIM, PADDED, BIASED, False, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_step in tl.range(whole, end, num_stages=1):
+        i_unit = _unit(columns, i_step, SIZE, UNIT)
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, scale,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
             SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, UNIT < SIZE, True, PRECISION,
         )  # fmt: skip
     o_first = i_head.to(tl.int64) * units + _first_unit(i_text, o_text, seq, UNIT, VARLEN)
@@ -487,44 +539,46 @@ def query_gradient_kernel(
         o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
         o_dim = tl.arange(0, PADDED)
         tl.store(partial + o_slot[:, None] * PADDED + o_dim[None, :], b_dq)
-        tl.store(partial_met + o_slot[:, None] * PADDED + o_dim[None, :], b_met)
+        tl.store(partial_met + o_slot[:, None] * PADDED + o_dim[None, :], tl.broadcast_to(b_met, [SIZE, PADDED]))
         tl.store(partial_rest + o_slot, b_rest)
-        tl.store(partial_rest + texts.to(tl.int64) * slots * SIZE + o_slot, b_weight)
+        tl.store(partial_rest + texts.to(tl.int64) * slots * SIZE + o_slot, tl.broadcast_to(b_weight, [SIZE]))
 
 
 @triton.jit
 def _key_gradient_step(
     b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
-    stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, scale,
+    stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, i_unit, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
     SOLID: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_c = _columns(columns, i_step, SIZE, UNIT, SOLID)
-    b_q = _step_rows(q, q_tiles, i_b, i_head, o_text, o_c, stride_qb, stride_qh, stride_qn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
-    b_do = _step_rows(d_out, d_out_tiles, i_b, i_head, o_text, o_c, stride_gb, stride_gh, stride_gn, columns, i_step, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, SOLID)
+    b_q = _step_rows(q, q_tiles, i_b, i_head, o_text, o_c, stride_qb, stride_qh, stride_qn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    b_do = _step_rows(d_out, d_out_tiles, i_b, i_head, o_text, o_c, stride_gb, stride_gh, stride_gn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
     # queries beyond the sequence get probability 0 from their statistics
     b_max, b_log = _load_statistics(lse, o_stats + o_c, half, o_c < length, BIASED, BOUNDED)
     if BOUNDED:
         b_delta = tl.load(delta + o_stats + o_c, mask=o_c < length, other=0.0)
     else:
         b_delta = tl.load(delta + o_stats + o_c)
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale  # [keys, queries]
-    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    # Queries are the rows, for a thread holds few rows and many columns, and their statistics with them; and the second product
+    # waits until the first one's registers are free.
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
     if BIASED:
-        b_p = tl.exp2(((b_s + b_bias[:, None]) - b_max[None, :]) - b_log[None, :])
+        b_p = tl.exp2(((b_s + b_bias[None, :]) - b_max[:, None]) - b_log[:, None])
     else:
-        b_p = tl.exp2(b_s - b_max[None, :])
+        b_p = tl.exp2(b_s - b_max[:, None])
     if KEPT:
-        b_p = tl.where(_kept(words, i_step, SIZE, UNIT), b_p, 0.0)
-    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-    b_ds = b_p * (b_dp - b_delta[None, :])
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+        b_p = tl.where(tl.trans(_kept(words, i_step, SIZE, UNIT)), b_p, 0.0)
+    b_dv = _add_product(b_dv, tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    b_dk = _add_product(b_dk, tl.trans(b_ds.to(b_q.dtype)), b_q, PRECISION)
     return b_dk, b_dv
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def key_gradient_kernel(
-    q, k, v, d_out, q_tiles, k_tiles, v_tiles, d_out_tiles, d_k_tiles, d_v_tiles, bias, lse, delta, d_k, d_v, partial_k, partial_v,
+    q, k, v, d_out, q_tiles, d_out_tiles, d_k_tiles, d_v_tiles, bias, lse, delta, d_k, d_v, partial_k, partial_v,
     items, rows, columns, words, offsets,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     batch, heads, seq, texts, slots, scale, grad_scale,
@@ -532,10 +586,12 @@ def key_gradient_kernel(
     BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v; the tiles are key rows and the steps query columns, from the schedule of the transposed layout."""
-    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    if beyond:
+        return
     o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
-    b_k = _tile_rows(k_tiles, k, rows, i_b, i_head, o_text, i_tile, o_m, stride_kb, stride_kh, stride_kn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
-    b_v = _tile_rows(v_tiles, v, rows, i_b, i_head, o_text, i_tile, o_m, stride_vb, stride_vh, stride_vn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
+    b_k = _rows(k, i_b, i_head, o_text + o_m, stride_kb, stride_kh, stride_kn, o_text + length, DIM, PADDED)
+    b_v = _rows(v, i_b, i_head, o_text + o_m, stride_vb, stride_vh, stride_vn, o_text + length, DIM, PADDED)
     if BIASED:
         b_bias = tl.load(bias + i_b.to(tl.int64) * seq + o_m, mask=o_m < length, other=float("-inf"))
     else:
@@ -545,23 +601,26 @@ def key_gradient_kernel(
 
     b_dk = tl.zeros([SIZE, PADDED], tl.float32)
     b_dv = tl.zeros([SIZE, PADDED], tl.float32)
+    i_next = _unit(columns, begin, SIZE, UNIT)
     for i_step in range(begin, solid):
+        i_unit, i_next = i_next, _unit(columns, i_step + 1, SIZE, UNIT)
         b_dk, b_dv = _key_gradient_step(
             b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
-            stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, scale,
+            stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, i_unit, scale,
             SIZE, UNIT, DIM, PADDED, BIASED, True, False, False, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
         for i_step in range(solid, whole):
             b_dk, b_dv = _key_gradient_step(
                 b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
-                stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, scale,
+                stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, 0, scale,
                 SIZE, UNIT, DIM, PADDED, BIASED, False, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_step in tl.range(whole, end, num_stages=1):
+        i_unit = _unit(columns, i_step, SIZE, UNIT)
         b_dk, b_dv = _key_gradient_step(
             b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
-            stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, scale,
+            stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, i_unit, scale,
             SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, UNIT < SIZE, True, PRECISION,
         )  # fmt: skip
     if slot < 0:
@@ -602,3 +661,19 @@ def sum_kernel(
         b_acc = _centered(b_acc, b_rest, b_met, b_weight)
     o_row = o_text + _row_offsets(rows, i_tile, SIZE, UNIT)
     _store_rows(target, b_acc * factor, i_b, i_head, o_row, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)
+
+
+@triton.jit(do_not_specialize=ANY_VALUE)
+def outside_kernel(
+    target, offsets, stride_b, stride_h, stride_n, heads, seq, texts,
+    SIZE: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Zeros for the tokens of no text, before the first one and behind the last."""
+    pid = tl.program_id(0)
+    o_row = pid // heads * SIZE + tl.arange(0, SIZE)
+    begin, end = tl.load(offsets), tl.load(offsets + texts)
+    if (pid // heads * SIZE >= begin) & (pid // heads * SIZE + SIZE <= end):
+        return
+    o_row = tl.where((o_row < begin) | (o_row >= end), o_row, seq)
+    b_zero = tl.zeros([SIZE, PADDED], tl.float32)
+    _store_rows(target, b_zero, pid * 0, pid % heads, o_row, stride_b, stride_h, stride_n, seq, DIM, PADDED)

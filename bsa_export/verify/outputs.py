@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bsa_export.errors import AttentionError
 from bsa_export.ops.dispatch import backends, block_sparse_attention
-from bsa_export.ops.tolerance import FACTOR, Errors, errors, results
+from bsa_export.ops.tolerance import FACTOR, Errors, errors, in_half, results
 from bsa_export.verify.checks import Check, result, skipped, worst
 from bsa_export.verify.folder import ConvertedFolder
 from bsa_export.verify.projections import Projections, tensor
@@ -156,8 +156,15 @@ class Call:
             return "NaN"
         return "infinite values" if any(x.isinf().any() for x in taken) else None
 
-    def errors_of(self, actual: Mapping[str, Tensor], heads: slice = slice(None)) -> dict[str, Errors]:
-        """How far results are off in some heads, by name, beside plain PyTorch.
+    @cached_property
+    def plain_in_half(self) -> dict[str, Tensor]:
+        """Plain PyTorch that keeps its probabilities in the dtype for the gradients too: `ops.tolerance.in_half`."""
+        return self._plain(self.dtype, attention=in_half)
+
+    def errors_of(
+        self, actual: Mapping[str, Tensor], heads: slice = slice(None), backend: str | None = None
+    ) -> dict[str, Errors]:
+        """How far results of a backend are off in some heads, by name, beside plain PyTorch.
 
         The error of plain PyTorch depends on the order in which it sums, and may be small by luck. Where the bound is exceeded, it is
         therefore taken as the largest of a few orders of head_dim.
@@ -166,11 +173,13 @@ class Call:
         def beside(plain: Mapping[str, Tensor]) -> dict[str, Errors]:
             return {name: errors(*(x[name][:, heads] for x in (actual, plain, self.exact))) for name in actual}
 
-        found = beside(self.plain)
+        halved = backend == "deepspeed" and "grad_output" in self.inputs
+        found = beside(self.plain_in_half if halved else self.plain)
         for seed in range(ORDERS):
             if all(error.passed for error in found.values()):
                 break
-            again = beside(self._plain(self.dtype, torch.Generator().manual_seed(seed)))
+            order = torch.Generator().manual_seed(seed)
+            again = beside(self._plain(self.dtype, order, in_half if halved else None))
             found = {name: larger(error, again[name]) for name, error in found.items()}
         return found
 
@@ -183,7 +192,9 @@ class Call:
         names = ("query", "key", "value", "grad_output")
         return {name: x.to(self.dtype) if name in names else x for name, x in self.inputs.items()}
 
-    def _plain(self, dtype: torch.dtype, order: torch.Generator | None = None) -> dict[str, Tensor]:
+    def _plain(
+        self, dtype: torch.dtype, order: torch.Generator | None = None, attention: Callable[..., Tensor] | None = None
+    ) -> dict[str, Tensor]:
         inputs = self._cast()
         size = inputs["query"].shape[-1]
         order = torch.arange(size) if order is None else torch.randperm(size, generator=order)
@@ -191,8 +202,9 @@ class Call:
             if name in inputs:
                 inputs[name] = inputs[name].to(dtype)[..., order.to(inputs[name].device)]
         inputs["scale"] = inputs.get("scale") or size**-0.5
-        reference = partial(block_sparse_attention, backend="reference")
-        attention = reference if self.rows is None else partial(attend_rows, self.rows)
+        if attention is None:
+            reference = partial(block_sparse_attention, backend="reference")
+            attention = reference if self.rows is None else partial(attend_rows, self.rows)
         return {name: x[..., order.argsort().to(x.device)] for name, x in results(attention, inputs).items()}
 
 
@@ -368,7 +380,7 @@ class Ledger:
                 self._refuse(layer, situation, str(error))
             return
         for layer, part in parts.items():
-            for what, error in call.errors_of(actual, part).items():
+            for what, error in call.errors_of(actual, part, self.backend).items():
                 if not call.plain[what][:, part].isfinite().all():
                     self._refuse(layer, situation, f"plain PyTorch overflows in {dtype}")
                     continue

@@ -65,10 +65,14 @@ def make(work: Path, options: argparse.Namespace) -> tuple[Path, Path]:
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.04)
     model.save_pretrained(work / "source")
-    command = Path(sys.executable).parent / "bsa-convert"
     length = ["--max-length", str(options.max_length)]
-    subprocess.run([command, work / "source", work / "out", *length], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command("convert"), work / "source", work / "out", *length], check=True, stdout=subprocess.DEVNULL)
     return work / "source", work / "out"
+
+
+def command(name: str) -> list[str]:
+    """What `bsa-convert` or `bsa-verify` starts, installed or not."""
+    return [sys.executable, "-c", f"from bsa_export.cli.{name} import main; main()"]
 
 
 def timed(command: list) -> tuple[float, float, str]:
@@ -107,7 +111,7 @@ def main(argv=None) -> None:
         ratio = statistics.median(check / read for check, read in zip(checks, reads, strict=True))
         print(f"reading {nbytes / 1e9:.2f} GB: {told(reads)}; file and weights checks: {told(checks)}, {ratio:.1f} x")
         walls, processor = [], []
-        verify = [Path(sys.executable).parent / "bsa-verify", out, "--source", source, "--device", options.device]
+        verify = [*command("verify"), out, "--source", source, "--device", options.device]
         for number in range(options.rounds):
             wall, seconds, output = timed([*verify, "--report", work / "report", "--json"])
             walls.append(wall)

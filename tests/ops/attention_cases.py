@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 import torch
 
-from bsa_export.ops import block_sparse_attention
-from bsa_export.ops.tolerance import Errors, errors, results
 from bsa_export.sparsity import MODES
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -191,30 +187,6 @@ def make_inputs(case: Case, seed: int, device: str) -> dict:
         ]
         inputs["rpe"] = normal(*rpe_shape).to(device, DTYPES[case.dtype])
     return inputs
-
-
-def in_half(query, key, value, layout, block, *, key_padding_mask=None, attn_mask=None, rpe=None) -> torch.Tensor:
-    """Masked dense attention in plain PyTorch, its probabilities in the inputs' dtype, for the backward pass too: as DeepSpeed keeps
-    them. `reference` keeps them in float32 for that."""
-    seq, head_dim = query.shape[2:]
-    kept = layout.ne(0).repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :seq, :seq]
-    scores = (query @ key.mT) * head_dim**-0.5
-    if key_padding_mask is not None:
-        key_padding_mask = key_padding_mask[:, None, None, :]
-    for mask in (key_padding_mask, attn_mask, rpe):
-        if mask is not None:
-            mask = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask
-            scores = scores + mask.to(scores.dtype)
-    scores = scores.masked_fill(~kept, float("-inf"))
-    empty = scores.isneginf().all(-1, keepdim=True)
-    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0) @ value
-
-
-def judge_in_half(attention: Callable, inputs: dict) -> dict[str, Errors]:
-    """`bsa_export.ops.tolerance.judge` with `in_half` as plain PyTorch: the rule for DeepSpeed."""
-    actual, plain = results(attention, inputs), results(in_half, inputs)
-    exact = results(partial(block_sparse_attention, backend="reference"), inputs, torch.float64)
-    return {name: errors(actual[name], plain[name], exact[name]) for name in actual}
 
 
 def _added(kept: torch.Tensor, removed: float = float("-inf")) -> torch.Tensor:

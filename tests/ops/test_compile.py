@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-MOST_SPILLED = 768  # bytes a thread; a tile that does not fit at all spills thousands
+MOST_SPILLED = 1024  # bytes a thread; a tile that does not fit at all spills thousands
 
 
 @pytest.mark.parametrize("capability", ["80", "90", "120"])
@@ -25,6 +25,6 @@ def test_kernels_compile_and_fit_into_registers(capability, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = [json.loads(line) for line in ran.stdout.splitlines()]
-    names = {"forward", "query_gradient", "key_gradient", "key_sums", "combine", "sum"}
+    names = {"forward", "query_gradient", "key_gradient", "key_sums", "combine", "sum", "outside"}
     assert {row["kernel"] for row in found} == {f"{name}_kernel" for name in names}
     assert not [row for row in found if row["spilled"] > MOST_SPILLED]

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import Case, judge_in_half, make_inputs
+from attention_cases import Case, make_inputs
 
 import bsa_export.deepspeed_compat  # noqa: F401  its stand-in for an absent deepspeed is not to be mistaken for one
 from bsa_export.errors import AttentionError
 from bsa_export.ops import backends, block_sparse_attention, deepspeed_backend, deepspeed_kernels
+from bsa_export.ops.tolerance import in_half, judge
 
 deepspeed_attention = partial(block_sparse_attention, backend="deepspeed")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -45,7 +46,7 @@ def only(package, tmp_path, monkeypatch):
 
 
 def _passes(inputs: dict) -> bool:
-    return all(errors.passed for errors in judge_in_half(deepspeed_attention, inputs).values())
+    return all(errors.passed for errors in judge(deepspeed_attention, inputs, in_half).values())
 
 
 def test_deepspeed_is_not_imported_nothing_is_patched_and_no_file_is_left(package):

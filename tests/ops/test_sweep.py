@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from attention_cases import Case, cases, judge_in_half, make_inputs
+from attention_cases import Case, cases, make_inputs
 
 from bsa_export.errors import AttentionError
 from bsa_export.ops import backends, block_sparse_attention
-from bsa_export.ops.tolerance import FACTOR, Errors, judge, results
+from bsa_export.ops.tolerance import FACTOR, Errors, in_half, judge, results
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = ["torch", "triton", "deepspeed"]
@@ -106,7 +106,7 @@ def _needs(backend: str) -> None:
 def _judge(backend: str, inputs: dict) -> dict[str, Errors]:
     """By the rule; plain PyTorch keeps the probabilities in the dtype that the backend keeps them in."""
     attention = partial(block_sparse_attention, backend=backend)
-    return judge_in_half(attention, inputs) if backend == "deepspeed" else judge(attention, inputs)
+    return judge(attention, inputs, in_half if backend == "deepspeed" else None)
 
 
 def _report(found: dict[str, Errors]) -> str:
@@ -171,7 +171,7 @@ def _masked_key_forgotten(*inputs, key_padding_mask, **options):
 FAULTS = [_dropped_block, _added_block, _swapped_heads, _scale_off_by_one_percent, _masked_key_forgotten]
 
 
-RULES = {"fp16": judge, "bf16": judge, "fp32": judge, "in half": judge_in_half}
+RULES = {"fp16": judge, "bf16": judge, "fp32": judge, "in half": partial(judge, plain=in_half)}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -190,8 +190,7 @@ def test_fault_of_a_backend_is_found(backend):
     """A block that is missing from what the rule is for."""
     _needs(backend)
     inputs = make_inputs(Case(pattern="random", blocks=3, head_dim=16, padding="bool"), seed=0, device="cpu")
-    judged = judge_in_half if backend == "deepspeed" else judge
-    found = judged(partial(_dropped_block, backend=backend), inputs)
+    found = judge(partial(_dropped_block, backend=backend), inputs, in_half if backend == "deepspeed" else None)
     assert not any(e.passed for e in found.values()), _report(found)
 
 
