@@ -6,9 +6,7 @@ large, plain PyTorch computes some of its rows: a query of each block row, or of
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -311,8 +309,6 @@ def check_outputs(
     plan = situations(folder, device)
     total, done = sum(len(situation.layers) for situation in plan), 0
     projections = Projections(folder, torch.device(device))
-    if device == "cuda":
-        _compile(folder, projections, plan, {name: dtypes[name] for name in runnable})
     for layer in range(folder.layers):
         layout = tensor(folder.tensors[folder.layout_name(layer)])
         for situation in plan:
@@ -327,34 +323,6 @@ def check_outputs(
             yield ledger[name].check(plan)
         elif name in dtypes:
             yield skipped(f"outputs: {name}", reasons[name])
-
-
-def _compile(
-    folder: ConvertedFolder,
-    projections: Projections,
-    plan: list[Situation],
-    dtypes: Mapping[str, list[str]],
-) -> None:
-    """Has Triton compile side by side what the first layer's comparisons will launch: a kernel takes it a second, and there are
-    some twenty. Whatever goes wrong here will do so again in the comparison, which tells it."""
-    layout = tensor(folder.tensors[folder.layout_name(0)])
-    of_triton, of_deepspeed = [], []
-    for situation in plan:
-        for number, dtype in enumerate(dtypes.get("triton", []) if 0 in situation.layers else []):
-            if number == 0 or situation.every_dtype:
-                of_dtype = replace(situation, gradients=situation.gradients and number == 0)
-                call = make_call(folder, projections, 0, of_dtype, dtype, layout)
-                of_triton.append(partial(call.computed, "triton"))
-                if "deepspeed" in dtypes and number == 0:
-                    of_deepspeed.append(partial(call.computed, "deepspeed"))
-
-    def run(calls: list[Callable[[], object]]) -> None:
-        for call in calls:
-            with contextlib.suppress(Exception):
-                call()
-
-    with ThreadPoolExecutor() as threads:
-        list(threads.map(run, [*([call] for call in of_triton), of_deepspeed]))
 
 
 def compare(
