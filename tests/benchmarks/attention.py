@@ -115,7 +115,7 @@ def flex(layout: torch.Tensor, block: int, seq: int):
     def kept(b, h, q, k):
         return units[h, q // 16, k // 16]
 
-    mask = create_block_mask(kept, None, layout.shape[0], seq, seq, device="cuda", BLOCK_SIZE=128, _compile=True)
+    mask = create_block_mask(kept, None, layout.shape[0], seq, seq, device="cuda", BLOCK_SIZE=128)
     return partial(_compiled_flex(), block_mask=mask)
 
 

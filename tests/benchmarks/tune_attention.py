@@ -19,8 +19,8 @@ from bsa_export.sparsity import MODES
 
 SHAPES = {
     "forward": [Launch(64, 4, 2), Launch(64, 4, 2, 96), Launch(64, 4, 2, 128), Launch(64, 4, 3, 96), Launch(64, 4, 3), Launch(128, 8, 2)],
-    "query": [Launch(64, 4, 2), Launch(64, 4, 2, 128), Launch(64, 4, 2, 160), Launch(64, 4, 3, 128), Launch(64, 4, 3), Launch(128, 8, 2)],
-    "key": [Launch(64, 4, 2), Launch(64, 4, 2, 168), Launch(64, 4, 3, 168), Launch(64, 4, 2, 200), Launch(64, 4, 3, 200), Launch(128, 8, 2)],
+    "query": [Launch(64, 4, 2), Launch(64, 4, 2, 128), Launch(64, 4, 3, 128), Launch(64, 4, 2, 168), Launch(64, 4, 3, 168), Launch(128, 8, 2)],
+    "key": [Launch(64, 4, 2), Launch(64, 4, 2, 168), Launch(64, 4, 3, 168), Launch(64, 4, 3, 200), Launch(64, 8, 3, 128), Launch(128, 8, 2)],
 }  # fmt: skip
 PATTERNS = [("windowed", 4096), ("fixed", 4096), ("bigbird", 4096), ("bigbird", 16384)]
 FLOPS = {"forward": 4, "query": 6, "key": 8}
