@@ -71,13 +71,16 @@ class Schedule:
         return sum(part.nbytes for part in (self.items, self.rows, self.columns, self.words, self.splits))
 
 
-def build_schedule(layout: np.ndarray, block: int, seq: int, tile: Tile, device: torch.device) -> Schedule:
-    """Makes the work list of `layout` (bool `[heads, n, n]`, `n = ceil(seq / block)`), on `device`.
-
-    For the gradients of keys and values pass the transposed layout: its rows are then key blocks.
+def build_schedule(
+    layout: np.ndarray, block: int, seq: int, tile: Tile, device: torch.device, transposed: bool = False
+) -> Schedule:
+    """Makes the work list of `layout` (bool `[heads, n, n]`, `n = ceil(seq / block)`), on `device`; of its transpose if `transposed`,
+    as the gradients of keys and values need it: rows are then key blocks.
     """
     across = tile.units
     kept, head_of = _distinct_heads(layout)
+    if transposed:
+        kept = torch.from_numpy(kept).mT.contiguous().numpy()
     units = -(-seq // tile.unit)
     if block > tile.unit:
         times = block // tile.unit
@@ -94,18 +97,22 @@ def build_schedule(layout: np.ndarray, block: int, seq: int, tile: Tile, device:
         for row in range(across):
             for i in range(len(kept)):
                 bits[i] |= padded[i, rows[i, :, row]].view(np.uint8) << row
-        full = ((rows < units) << np.arange(across)).sum(2, dtype=np.uint8)[:, :, None]
-    # 0 solid, 1 whole, 2 masked: the order of the steps of a row
-    kind = np.where(bits == full, np.uint8(1), np.uint8(2))
-    if seq % tile.unit:
-        kind[:, :, units - 1] = 2
-    kind[:, :, units:] = 2
-    solid = (kind == 1).reshape(*kind.shape[:2], -1, across).all(3)
-    kind -= solid.repeat(across, axis=2)
+        full = ((rows < units) << np.arange(across)).sum(2, dtype=np.uint8)
 
     flat = np.flatnonzero(bits)
     row_id, unit = np.divmod(flat, bits.shape[2])
-    row_bits, kind = bits.reshape(-1)[flat].astype(np.int64), kind.reshape(-1)[flat]
+    row_bits = bits.reshape(-1)[flat].astype(np.int64)
+    is_whole = row_bits == full if across == 1 else row_bits == full.reshape(-1)[row_id]
+    if seq % tile.unit:
+        is_whole &= unit != units - 1
+    # solid: all of as many consecutive units as a step has
+    is_solid = is_whole
+    if across > 1:
+        group = row_id * (bits.shape[2] // across) + unit // across
+        in_group = np.bincount(group[is_whole], minlength=n_tiles * len(kept) * bits.shape[2] // across)
+        is_solid = is_whole & (in_group[group] == across)
+    # 0 solid, 1 whole, 2 masked: the order of the steps of a row
+    kind = np.uint8(2) - is_whole.view(np.uint8) - is_solid.view(np.uint8)
     if across > 1 or seq % tile.unit:
         order = np.argsort(row_id * 3 + kind, kind="stable")
         unit, row_bits, kind, row_id = unit[order], row_bits[order], kind[order], row_id[order]
@@ -116,18 +123,20 @@ def build_schedule(layout: np.ndarray, block: int, seq: int, tile: Tile, device:
     n_whole = np.bincount(row_id[kind < 2], minlength=n_rows) // across
     steps = -(-count // across)
     first_step = steps.cumsum() - steps
-    step, lane = np.divmod(np.arange(len(row_id)) - (count.cumsum() - count)[row_id], across)
-    step += first_step[row_id]
-
-    n_steps = int(steps.sum())
-    # a step that is not full repeats its first unit, with its bits at 0
-    columns = np.zeros((n_steps + 1, across), np.int64)
-    columns[step[lane == 0]] = unit[lane == 0][:, None]
-    columns[step, lane] = unit
-    words = np.zeros(n_steps, np.int64)
-    spread = sum(((row_bits >> row) & 1) << (row * across) for row in range(across)) << lane
-    for column in range(across):
-        words[step[lane == column]] |= spread[lane == column]
+    if across == 1:
+        columns, words = np.append(unit, 0)[:, None], row_bits
+    else:
+        n_steps = int(steps.sum())
+        step, lane = np.divmod(np.arange(len(row_id)) - (count.cumsum() - count)[row_id], across)
+        step += first_step[row_id]
+        # a step that is not full repeats its first unit, with its bits at 0
+        columns = np.zeros((n_steps + 1, across), np.int64)
+        columns[step[lane == 0]] = unit[lane == 0][:, None]
+        columns[step, lane] = unit
+        words = np.zeros(n_steps, np.int64)
+        spread = sum(((row_bits >> row) & 1) << (row * across) for row in range(across)) << lane
+        for column in range(across):
+            words[step[lane == column]] |= spread[lane == column]
 
     items, splits, slots = _items(first_step, n_solid, n_whole, steps, columns[:-1].min(1), n_tiles, across, head_of)
     parts = (items, rows.reshape(-1, across), columns, words, splits)
@@ -237,12 +246,11 @@ class ScheduleCache:
             _, known_version, content = self._layouts.get(key, (None, None, None))
             schedule = self._schedules.get(content) if known_version == version is not None else None
             if schedule is None:
-                oriented = layout.transpose(1, 2) if transposed else layout
-                host = np.ascontiguousarray((oriented != 0).cpu().numpy())
+                host = np.ascontiguousarray((layout != 0).cpu().numpy())
                 content = (sha256(np.packbits(host)).digest(), host.shape, *options)
                 schedule = self._schedules.get(content)
                 if schedule is None:
-                    schedule = build_schedule(host, block, seq, tile, device)
+                    schedule = build_schedule(host, block, seq, tile, device, transposed)
                     self._add(content, schedule)
                 if version is not None:
                     self._remember(key, (StorageWeakRef(storage), version, content))

@@ -63,11 +63,12 @@ def layouts(draw):
 
 
 @settings(deadline=None, max_examples=150)
-@given(layouts(), st.sampled_from([16, 32, 64, 128]), st.sampled_from([32, 64]), st.data())
-def test_every_kept_block_is_visited_once(layout, block, size, data):
+@given(layouts(), st.sampled_from([16, 32, 64, 128]), st.sampled_from([32, 64]), st.booleans(), st.data())
+def test_every_kept_block_is_visited_once(layout, block, size, transposed, data):
     tile = Tile(size, min(block, size))
     seq = layout.shape[1] * block - data.draw(st.integers(0, block - 1))
-    made = build_schedule(layout, block, seq, tile, CPU)
+    made = build_schedule(layout, block, seq, tile, CPU, transposed)
+    layout = layout.transpose(0, 2, 1) if transposed else layout
     units = -(-seq // tile.unit)
     times = block // tile.unit
     expected = layout.repeat(times, axis=1).repeat(times, axis=2)[:, :units, :units]
@@ -93,8 +94,8 @@ def test_a_global_row_is_shared_out_and_comes_first():
 
 def test_global_rows_in_small_blocks_do_not_drag_their_neighbours_along():
     """The gradient of keys under `fixed` at block 16: every fourth key block is seen by all, the others by their window."""
-    layout = MODES["fixed"](1, block=16).make_layout(4096).astype(bool).transpose(0, 2, 1)
-    made = build_schedule(np.ascontiguousarray(layout), 16, 4096, Tile(64, 16), CPU)
+    layout = MODES["fixed"](1, block=16).make_layout(4096).astype(bool)
+    made = build_schedule(layout, 16, 4096, Tile(64, 16), CPU, transposed=True)
     steps = int((made.items[:, 5] - made.items[:, 2]).sum())
     assert steps <= 1.15 * layout.sum() / 16
 
@@ -198,7 +199,7 @@ class TestCache:
     def test_what_a_cuda_graph_reads_stays(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         cache, layout = ScheduleCache(most_bytes=0), torch.ones(1, 2, 2, dtype=torch.uint8)
-        monkeypatch.setattr(schedule, "build_schedule", lambda *inputs: build_schedule(*inputs[:-1], CPU))
+        monkeypatch.setattr(schedule, "build_schedule", lambda *inputs: build_schedule(*inputs[:4], CPU, *inputs[5:]))
         captured = weakref.ref(cache.get(layout, 64, 128, Tile(64, 64), torch.device("cuda"), False))
         self.get(cache, torch.eye(2, dtype=torch.uint8)[None])
         gc.collect()
