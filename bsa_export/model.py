@@ -156,17 +156,18 @@ def _drop_padding(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple,
         return args, kwargs
     if mask.shape != hidden.shape[:2]:
         raise AttentionError(f"expected an attention_mask of {tuple(hidden.shape[:2])}", found=tuple(mask.shape))
-    on_device = mask.sum(1)
-    in_front = torch.arange(mask.shape[1], device=mask.device) < on_device[:, None]
-    *lengths, right_padded = torch.cat([on_device, (mask == in_front).all()[None]]).tolist()  # the one synchronisation
+    sizes = mask.sum(1)
+    in_front = torch.arange(mask.shape[1], device=mask.device) < sizes[:, None]
+    *lengths, right_padded = torch.cat([sizes, (mask == in_front).all()[None]]).tolist()  # the one synchronisation
     if not right_padded or not any(lengths):
         return args, kwargs
     kwargs = kwargs | {"attention_mask": None}
     if (tokens := sum(lengths)) < mask.numel():
-        on_device = on_device.to(hidden.device)
-        ends = nn.functional.pad(on_device.cumsum(0), (1, 0))
-        skipped = torch.arange(len(lengths), device=hidden.device) * mask.shape[1] - ends[:-1]
-        places = torch.arange(tokens, device=hidden.device) + skipped.repeat_interleave(on_device, output_size=tokens)
+        sizes = sizes.to(hidden.device)
+        ends = nn.functional.pad(sizes.cumsum(0), (1, 0))
+        padding_before = torch.arange(len(lengths), device=hidden.device) * mask.shape[1] - ends[:-1]
+        padding_before = padding_before.repeat_interleave(sizes, output_size=tokens)
+        places = torch.arange(tokens, device=hidden.device) + padding_before
         kwargs |= {"unpadded": Unpadded(*mask.shape, places), "texts": Texts(ends.to(torch.int32), max(lengths))}
         args = (hidden.flatten(0, 1).index_select(0, places)[None], *args[1:])
     return args, kwargs

@@ -106,16 +106,23 @@ def in_half(query, key, value, layout, block, *, key_padding_mask=None, attn_mas
     return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0) @ value
 
 
+reference = partial(block_sparse_attention, backend="reference")
+
+
+def plain_beside(backend: str | None) -> Callable[..., Tensor]:
+    """The plain PyTorch that a backend is judged beside: the one that keeps probabilities in the dtype that the backend does."""
+    return in_half if backend == "deepspeed" else reference
+
+
 def judge(
-    attention: Callable[..., Tensor], inputs: dict, plain: Callable[..., Tensor] | None = None
+    attention: Callable[..., Tensor], inputs: dict, plain: Callable[..., Tensor] = reference
 ) -> dict[str, Errors]:
     """Judges an attention function by plain PyTorch in the same dtype and by `reference` in float64.
 
     Args:
         attention, inputs: see `results`, also for the names of what is judged.
-        plain: plain PyTorch; `reference` by default, `in_half` for DeepSpeed's kernels.
+        plain: plain PyTorch, see `plain_beside`.
     """
-    reference = partial(block_sparse_attention, backend="reference")
-    actual, beside = results(attention, inputs), results(plain or reference, inputs)
+    actual, beside = results(attention, inputs), results(plain, inputs)
     exact = results(reference, inputs, torch.float64)
     return {name: errors(actual[name], beside[name], exact[name]) for name in actual}

@@ -81,8 +81,13 @@ def launch(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device)
     from_shared = _multiplies_from_shared(device)
     if dtype == torch.float32:
         return _FULL[kernel] if from_shared else _FULL_FROM_REGISTERS
-    padded = max(64, triton.next_power_of_2(head_dim))
+    padded = max(64, _padded(head_dim))
     return _HALF[kernel, padded] if from_shared else _HALF_FROM_REGISTERS[padded]
+
+
+def _padded(head_dim: int) -> int:
+    """The columns of a tile: a power of two that matrices can be multiplied with."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def _multiplies_from_shared(device: torch.device) -> bool:
@@ -238,7 +243,7 @@ class _Call:
         self.schedule = _schedules.get(layout, block, longest, tile, query.device, kernel == "key", site)
         self.batch, self.heads, self.seq, self.head_dim = query.shape
         self.size, self.unit, self.longest = shape.size, tile.unit, longest
-        self.padded = max(16, triton.next_power_of_2(self.head_dim))
+        self.padded = _padded(self.head_dim)
         self.offsets = offsets
         self.whole = {
             "SIZE": shape.size,
@@ -338,10 +343,10 @@ def _zero_outside(offsets, *targets) -> None:
     """Zeros for the tokens of no text."""
     for target in targets:
         _, heads, seq, head_dim = target.shape
-        padded = max(16, triton.next_power_of_2(head_dim))
         kernels.outside_kernel[(-(-seq // ROWS) * heads,)](
-            target, offsets, *target.stride()[:3], heads, seq, len(offsets) - 1, SIZE=ROWS, DIM=head_dim, PADDED=padded
-        )
+            target, offsets, *target.stride()[:3], heads, seq, len(offsets) - 1,
+            SIZE=ROWS, DIM=head_dim, PADDED=_padded(head_dim),
+        )  # fmt: skip
 
 
 def _empty_outputs(query, bias):

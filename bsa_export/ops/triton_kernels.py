@@ -150,7 +150,7 @@ def _store_rows(
 
 @triton.jit
 def _tile_rows(
-    tiles, pointer, rows, i_b, i_head, o_text, i_tile, o_m, stride_b, stride_h, stride_n, length,
+    tiles, pointer, i_b, i_head, o_text, i_tile, o_m, stride_b, stride_h, stride_n, length,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """The rows of a tile, `[SIZE, PADDED]`."""
@@ -162,7 +162,7 @@ def _tile_rows(
 
 @triton.jit
 def _store_tile(
-    tiles, pointer, b_value, rows, i_b, i_head, o_text, i_tile, o_m, stride_b, stride_h, stride_n, length,
+    tiles, pointer, b_value, i_b, i_head, o_text, i_tile, o_m, stride_b, stride_h, stride_n, length,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Writes the rows of a tile, in one copy by the hardware where they are consecutive and the tensor ends with the sequence."""
@@ -276,7 +276,7 @@ def forward_kernel(
     if beyond:
         return
     o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
-    b_q = _tile_rows(q_tiles, q, rows, i_b, i_head, o_text, i_tile, o_m, stride_qb, stride_qh, stride_qn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
+    b_q = _tile_rows(q_tiles, q, i_b, i_head, o_text, i_tile, o_m, stride_qb, stride_qh, stride_qn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
     p_bias = bias + i_b.to(tl.int64) * seq
 
     b_acc = tl.zeros([SIZE, PADDED], tl.float32)
@@ -316,7 +316,7 @@ def forward_kernel(
 
     b_out = b_acc * (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
     if slot < 0:
-        _store_tile(out_tiles, out, b_out, rows, i_b, i_head, o_text, i_tile, o_m, stride_ob, stride_oh, stride_on, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+        _store_tile(out_tiles, out, b_out, i_b, i_head, o_text, i_tile, o_m, stride_ob, stride_oh, stride_on, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
         o_stat = (i_b.to(tl.int64) * heads + i_head) * seq + o_text + o_m
         _store_statistics(lse, b_max, b_sum, o_stat, batch.to(tl.int64) * heads * seq, o_m < length, BIASED)
     else:
@@ -534,7 +534,7 @@ def query_gradient_kernel(
     b_met, b_weight = _keys_met(sums, weights, o_first, columns, words, begin, end, length, SIZE, UNIT, PADDED)
     if slot < 0:
         b_dq = _centered(b_dq, b_rest, b_met, b_weight) * grad_scale
-        _store_tile(d_q_tiles, d_q, b_dq, rows, i_b, i_head, o_text, i_tile, o_m, stride_db, stride_dh, stride_dn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+        _store_tile(d_q_tiles, d_q, b_dq, i_b, i_head, o_text, i_tile, o_m, stride_db, stride_dh, stride_dn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
     else:
         o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
         o_dim = tl.arange(0, PADDED)
@@ -625,8 +625,8 @@ def key_gradient_kernel(
         )  # fmt: skip
     if slot < 0:
         b_dk = b_dk * grad_scale
-        _store_tile(d_k_tiles, d_k, b_dk, rows, i_b, i_head, o_text, i_tile, o_m, stride_dkb, stride_dkh, stride_dkn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
-        _store_tile(d_v_tiles, d_v, b_dv, rows, i_b, i_head, o_text, i_tile, o_m, stride_dvb, stride_dvh, stride_dvn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+        _store_tile(d_k_tiles, d_k, b_dk, i_b, i_head, o_text, i_tile, o_m, stride_dkb, stride_dkh, stride_dkn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+        _store_tile(d_v_tiles, d_v, b_dv, i_b, i_head, o_text, i_tile, o_m, stride_dvb, stride_dvh, stride_dvn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
     else:
         o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
         o_dim = tl.arange(0, PADDED)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bsa_export.errors import AttentionError
 from bsa_export.ops.dispatch import backends, block_sparse_attention
-from bsa_export.ops.tolerance import FACTOR, Errors, errors, in_half, results
+from bsa_export.ops.tolerance import FACTOR, Errors, errors, in_half, plain_beside, reference, results
 from bsa_export.verify.checks import Check, result, skipped, worst
 from bsa_export.verify.folder import ConvertedFolder
 from bsa_export.verify.projections import Projections, tensor
@@ -173,13 +173,14 @@ class Call:
         def beside(plain: Mapping[str, Tensor]) -> dict[str, Errors]:
             return {name: errors(*(x[name][:, heads] for x in (actual, plain, self.exact))) for name in actual}
 
-        halved = backend == "deepspeed" and "grad_output" in self.inputs
-        found = beside(self.plain_in_half if halved else self.plain)
+        # What the backend is judged beside differs in the gradients only.
+        attention = plain_beside(backend) if "grad_output" in self.inputs else reference
+        found = beside(self.plain_in_half if attention is in_half else self.plain)
         for seed in range(ORDERS):
             if all(error.passed for error in found.values()):
                 break
             order = torch.Generator().manual_seed(seed)
-            again = beside(self._plain(self.dtype, order, in_half if halved else None))
+            again = beside(self._plain(self.dtype, order, attention))
             found = {name: larger(error, again[name]) for name, error in found.items()}
         return found
 
@@ -193,7 +194,7 @@ class Call:
         return {name: x.to(self.dtype) if name in names else x for name, x in self.inputs.items()}
 
     def _plain(
-        self, dtype: torch.dtype, order: torch.Generator | None = None, attention: Callable[..., Tensor] | None = None
+        self, dtype: torch.dtype, order: torch.Generator | None = None, attention: Callable[..., Tensor] = reference
     ) -> dict[str, Tensor]:
         inputs = self._cast()
         size = inputs["query"].shape[-1]
@@ -202,9 +203,8 @@ class Call:
             if name in inputs:
                 inputs[name] = inputs[name].to(dtype)[..., order.to(inputs[name].device)]
         inputs["scale"] = inputs.get("scale") or size**-0.5
-        if attention is None:
-            reference = partial(block_sparse_attention, backend="reference")
-            attention = reference if self.rows is None else partial(attend_rows, self.rows)
+        if self.rows is not None:
+            attention = partial(attend_rows, self.rows)
         return {name: x[..., order.argsort().to(x.device)] for name, x in results(attention, inputs).items()}
 
 

@@ -11,7 +11,7 @@ from attention_cases import Case, cases, make_inputs
 
 from bsa_export.errors import AttentionError
 from bsa_export.ops import backends, block_sparse_attention
-from bsa_export.ops.tolerance import FACTOR, Errors, in_half, judge, results
+from bsa_export.ops.tolerance import FACTOR, Errors, in_half, judge, plain_beside, results
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = ["torch", "triton", "deepspeed"]
@@ -106,7 +106,7 @@ def _needs(backend: str) -> None:
 def _judge(backend: str, inputs: dict) -> dict[str, Errors]:
     """By the rule; plain PyTorch keeps the probabilities in the dtype that the backend keeps them in."""
     attention = partial(block_sparse_attention, backend=backend)
-    return judge(attention, inputs, in_half if backend == "deepspeed" else None)
+    return judge(attention, inputs, plain_beside(backend))
 
 
 def _report(found: dict[str, Errors]) -> str:
@@ -190,7 +190,7 @@ def test_fault_of_a_backend_is_found(backend):
     """A block that is missing from what the rule is for."""
     _needs(backend)
     inputs = make_inputs(Case(pattern="random", blocks=3, head_dim=16, padding="bool"), seed=0, device="cpu")
-    found = judge(partial(_dropped_block, backend=backend), inputs, in_half if backend == "deepspeed" else None)
+    found = judge(partial(_dropped_block, backend=backend), inputs, plain_beside(backend))
     assert not any(e.passed for e in found.values()), _report(found)
 
 
