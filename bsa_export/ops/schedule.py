@@ -23,6 +23,8 @@ SPLIT_FIELDS = ("head", "tile", "slot", "slots")
 
 MIN_STEPS_TO_SPLIT = 32
 SPLIT_ABOVE_MEAN = 4
+# Programs that a large GPU runs at once: an H100 has 132 multiprocessors with 3 or 4 each.
+PROGRAMS = 512
 LONG_ABOVE_MEAN = 2
 HEAVY_ABOVE_MEAN = 2
 
@@ -72,10 +74,17 @@ class Schedule:
 
 
 def build_schedule(
-    layout: np.ndarray, block: int, seq: int, tile: Tile, device: torch.device, transposed: bool = False
+    layout: np.ndarray,
+    block: int,
+    seq: int,
+    tile: Tile,
+    device: torch.device,
+    transposed: bool = False,
+    sequences: int = 1,
 ) -> Schedule:
     """Makes the work list of `layout` (bool `[heads, n, n]`, `n = ceil(seq / block)`), on `device`; of its transpose if `transposed`,
-    as the gradients of keys and values need it: rows are then key blocks.
+    as the gradients of keys and values need it: rows are then key blocks. Of the `sequences` that run side by side it knows how
+    much there is to do while a long row is worked on.
     """
     across = tile.units
     kept, head_of = _distinct_heads(layout)
@@ -138,7 +147,9 @@ def build_schedule(
         for column in range(across):
             words[step[lane == column]] |= spread[lane == column]
 
-    items, splits, slots = _items(first_step, n_solid, n_whole, steps, columns[:-1].min(1), n_tiles, across, head_of)
+    items, splits, slots = _items(
+        first_step, n_solid, n_whole, steps, columns[:-1].min(1), n_tiles, across, head_of, sequences
+    )
     parts = (items, rows.reshape(-1, across), columns, words, splits)
     return Schedule(*(torch.from_numpy(part.astype(np.int32)).to(device) for part in parts), slots)
 
@@ -172,9 +183,10 @@ def _rows_of_tiles(kept: np.ndarray, across: int) -> np.ndarray:
     return rows.reshape(distinct, n_tiles, across)
 
 
-def _items(first_step, n_solid, n_whole, steps, lowest, n_tiles, across, head_of):
-    """Shares rows much longer than the mean out over several items, and puts long ones first."""
-    cap = max(MIN_STEPS_TO_SPLIT, int(SPLIT_ABOVE_MEAN * steps.mean()))
+def _items(first_step, n_solid, n_whole, steps, lowest, n_tiles, across, head_of, sequences):
+    """Shares rows that would still run when all others have ended out over several items, and puts long ones first."""
+    of_all = sequences * int(steps.reshape(-1, n_tiles).sum(1)[head_of].sum())
+    cap = max(MIN_STEPS_TO_SPLIT, int(SPLIT_ABOVE_MEAN * steps.mean()), of_all // PROGRAMS)
     parts = np.maximum(-(-steps // cap), 1)
     length = -(-steps // parts)
     row = np.repeat(np.arange(len(steps)), parts)
@@ -203,7 +215,7 @@ def _items(first_step, n_solid, n_whole, steps, lowest, n_tiles, across, head_of
 
 
 class ScheduleCache:
-    """Schedules by (layout, block, units, tile, device): those used last, up to `most_bytes`. Threads may share it.
+    """Schedules by (layout, block, units, tile, device, sequences): those used last, up to `most_bytes`. Threads may share it.
 
     A layout is known again by its storage, as long as that lives and was not written to since (its version changed); looking it up
     synchronises nothing. Any other is read. Layouts are not kept alive, and equal ones share a schedule.
@@ -226,16 +238,19 @@ class ScheduleCache:
         tile: Tile,
         device: torch.device,
         transposed: bool,
+        sequences: int = 1,
         site: str = "",
     ) -> Schedule:
         """The schedule of `layout[:, :n, :n]`, of its transpose if `transposed`; built at the first call.
 
         Args:
+            sequences: how many run side by side; their next lower power of two counts, so that few schedules are made.
             site: where in a compiled graph the call stands. Such a graph writes another layout into the memory of one that it
                 needs no more, and no version tells of it; but one place in it reads a layout once in a run.
         """
         # All lengths that end in the same unit, with it or within it, have one schedule.
-        options = (block, -(-seq // tile.unit), seq % tile.unit != 0, tile, device, transposed)
+        sequences = 1 << max(sequences, 1).bit_length() - 1
+        options = (block, -(-seq // tile.unit), seq % tile.unit != 0, tile, device, transposed, sequences)
         # A reference to a storage, weak too, keeps its address from becoming another's.
         storage = layout.untyped_storage()
         where = (storage._cdata, layout.data_ptr(), layout.shape, layout.stride(), layout.dtype, layout.device)
@@ -250,7 +265,7 @@ class ScheduleCache:
                 content = (sha256(np.packbits(host)).digest(), host.shape, *options)
                 schedule = self._schedules.get(content)
                 if schedule is None:
-                    schedule = build_schedule(host, block, seq, tile, device, transposed)
+                    schedule = build_schedule(host, block, seq, tile, device, transposed, sequences)
                     self._add(content, schedule)
                 if version is not None:
                     self._remember(key, (StorageWeakRef(storage), version, content))

@@ -69,6 +69,8 @@ _HALF = {
     ("key", 64): Launch(64, 4, 3, 168),
     ("key", 128): Launch(64, 4, 2),
 }
+# Blocks of 128: a tile of one block reads its keys half as often, and a step has half as many barriers.
+_HALF_OF_128 = {("forward", 64): Launch(128, 8, 2, 128)}
 # float32: 4 warps take 0.6 of the time of 8 although they spill 0.8 kB a thread; for keys 2.3 times as long.
 _FULL = {"forward": Launch(32, 4, 2), "query": Launch(32, 4, 2), "key": Launch(32, 8, 2)}
 # Not measured: chosen so that few registers are spilled, which tests/ops/compile_kernels.py tells of any GPU.
@@ -76,13 +78,15 @@ _HALF_FROM_REGISTERS = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2)}
 _FULL_FROM_REGISTERS = Launch(16, 8, 2)
 
 
-def launch(kernel: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Launch:
+def launch(kernel: str, dtype: torch.dtype, head_dim: int, block: int, device: torch.device) -> Launch:
     """The launch of `kernel` (`forward`, `query`, `key`)."""
     from_shared = _multiplies_from_shared(device)
     if dtype == torch.float32:
         return _FULL[kernel] if from_shared else _FULL_FROM_REGISTERS
     padded = max(64, _padded(head_dim))
-    return _HALF[kernel, padded] if from_shared else _HALF_FROM_REGISTERS[padded]
+    if not from_shared:
+        return _HALF_FROM_REGISTERS[padded]
+    return block == 128 and _HALF_OF_128.get((kernel, padded)) or _HALF[kernel, padded]
 
 
 def _padded(head_dim: int) -> int:
@@ -204,8 +208,9 @@ class _Gradients(torch.autograd.Function):
 
 def _is_aligned(tensor: torch.Tensor) -> bool:
     """Whether a tensor descriptor can address the strides: contiguous rows at multiples of 16 bytes."""
-    batch, heads, rows, one = (stride * tensor.element_size() for stride in tensor.stride())
-    return one == tensor.element_size() and batch % 16 == heads % 16 == rows % 16 == 0 and min(batch, heads, rows) > 0
+    units = 16 // tensor.element_size()
+    batch, heads, rows, one = tensor.stride()
+    return one == 1 and batch % units == heads % units == rows % units == 0 and min(batch, heads, rows) > 0
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -236,12 +241,13 @@ class _Call:
     """What the launches of one call have in common."""
 
     def __init__(self, kernel, query, layout, bias, offsets, longest, block, site):
-        shape = launch(kernel, query.dtype, query.shape[-1], query.device)
+        shape = launch(kernel, query.dtype, query.shape[-1], block, query.device)
         tile = shape.tile(block)
         if layout.shape[0] != query.shape[1]:
             layout = layout.expand(query.shape[1], -1, -1)
-        self.schedule = _schedules.get(layout, block, longest, tile, query.device, kernel == "key", site)
         self.batch, self.heads, self.seq, self.head_dim = query.shape
+        sequences = self.batch * self.seq // longest
+        self.schedule = _schedules.get(layout, block, longest, tile, query.device, kernel == "key", sequences, site)
         self.size, self.unit, self.longest = shape.size, tile.unit, longest
         self.padded = _padded(self.head_dim)
         self.offsets = offsets

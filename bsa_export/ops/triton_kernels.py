@@ -20,6 +20,10 @@ ANY_VALUE = ["batch", "heads", "seq", "slots", "texts", "units"]
 # Items of a list that are read at once where a program looks through its steps.
 CHUNK: tl.constexpr = tl.constexpr(32)
 
+# Parts of a row's sum that are kept apart until the end: of this many columns a tensor core gives each thread its own, so that no
+# step pays for exchanging them.
+PARTS: tl.constexpr = tl.constexpr(8)
+
 # Biases beyond this, in units of log2, count like it where a mean of keys is weighted by them: sums of weights stay in range.
 FARTHEST_BIAS: tl.constexpr = tl.constexpr(30.0)
 
@@ -175,6 +179,12 @@ def _store_tile(
 
 
 @triton.jit
+def _part_sums(b_tile, SIZE: tl.constexpr):
+    """The sums of rows in parts, `[SIZE, PARTS]`."""
+    return tl.sum(tl.reshape(b_tile, [SIZE, SIZE // PARTS, PARTS]), 1)
+
+
+@triton.jit
 def _add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
     """`b_sum + b_left @ b_right`. In float32 the product is summed on its own first (an imprecise accumulator, which only fp8 has,
     keeps the compiler from joining the sums): one sum over all steps loses a digit, and delta, which comes from the output, too."""
@@ -191,8 +201,10 @@ def _scores(
 ):  # fmt: skip
     """Scores `[SIZE, SIZE]` of queries (rows) and keys (columns) in units of log2; -inf where there is none."""
     b_s = b_s * scale
-    if BIASED:
+    if BIASED and BOUNDED:
         b_s += tl.load(p_bias + o_c, mask=o_c < length, other=float("-inf"))[None, :]
+    elif BIASED:
+        b_s += tl.load(p_bias + o_c)[None, :]
     elif BOUNDED:
         b_s = tl.where((o_c < length)[None, :], b_s, float("-inf"))
     if KEPT:
@@ -205,7 +217,7 @@ def _softmax_step(
     b_s, b_max, b_sum, p_bias, words, i_step, o_c, length, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """A step's probabilities relative to the new maximum, by what earlier ones shrink, and the new maximum and sum."""
+    """A step's probabilities relative to the new maximum, by what earlier ones shrink, and the new maximum and sums."""
     if BIASED or KEPT or BOUNDED:
         b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
@@ -217,7 +229,7 @@ def _softmax_step(
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
         b_p = tl.exp2(b_s * scale - b_new[:, None])
         b_alpha = tl.exp2(b_max - b_new)
-    return b_p, b_alpha, b_new, b_sum * b_alpha + tl.sum(b_p, 1)
+    return b_p, b_alpha, b_new, b_sum * b_alpha[:, None] + _part_sums(b_p, SIZE)
 
 
 @triton.jit
@@ -281,7 +293,7 @@ def forward_kernel(
 
     b_acc = tl.zeros([SIZE, PADDED], tl.float32)
     b_max = tl.full([SIZE], float("-inf"), tl.float32)
-    b_sum = tl.zeros([SIZE], tl.float32)
+    b_sum = tl.zeros([SIZE, PARTS], tl.float32)
     if begin < solid:
         # The scores of a step are computed in the one before it: the copies that they need arrive during its softmax.
         i_unit, i_next = _unit(columns, begin, SIZE, UNIT), _unit(columns, begin + 1, SIZE, UNIT)
@@ -314,6 +326,7 @@ def forward_kernel(
             SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, UNIT < SIZE, True, PRECISION,
         )  # fmt: skip
 
+    b_sum = tl.sum(b_sum, 1)
     b_out = b_acc * (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
     if slot < 0:
         _store_tile(out_tiles, out, b_out, i_b, i_head, o_text, i_tile, o_m, stride_ob, stride_oh, stride_on, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
@@ -470,7 +483,7 @@ def _query_gradient_step(
     else:
         b_p = tl.exp2(b_s - b_max[:, None])
     b_ds = b_p * (b_dp - b_delta[:, None])
-    return _add_product(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION), b_rest + tl.sum(b_ds, 1)
+    return _add_product(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION), b_rest + _part_sums(b_ds, SIZE)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
@@ -507,7 +520,7 @@ def query_gradient_kernel(
     p_bias = bias + i_b.to(tl.int64) * seq
 
     b_dq = tl.zeros([SIZE, PADDED], tl.float32)
-    b_rest = tl.zeros([SIZE], tl.float32)
+    b_rest = tl.zeros([SIZE, PARTS], tl.float32)
     i_next = _unit(columns, begin, SIZE, UNIT)
     for i_step in range(begin, solid):
         i_unit, i_next = i_next, _unit(columns, i_step + 1, SIZE, UNIT)
@@ -530,6 +543,7 @@ def query_gradient_kernel(
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
             SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, UNIT < SIZE, True, PRECISION,
         )  # fmt: skip
+    b_rest = tl.sum(b_rest, 1)
     o_first = i_head.to(tl.int64) * units + _first_unit(i_text, o_text, seq, UNIT, VARLEN)
     b_met, b_weight = _keys_met(sums, weights, o_first, columns, words, begin, end, length, SIZE, UNIT, PADDED)
     if slot < 0:

@@ -18,7 +18,7 @@ from bsa_export.ops.triton_backend import Launch
 from bsa_export.sparsity import MODES
 
 SHAPES = {
-    "forward": [Launch(64, 4, 2), Launch(64, 4, 2, 96), Launch(64, 4, 2, 128), Launch(64, 4, 3, 96), Launch(64, 4, 3), Launch(128, 8, 2)],
+    "forward": [Launch(64, 4, 2), Launch(64, 4, 2, 96), Launch(64, 4, 2, 128), Launch(64, 4, 3, 96), Launch(64, 4, 3), Launch(128, 8, 2), Launch(128, 8, 2, 128)],
     "query": [Launch(64, 4, 2), Launch(64, 4, 2, 128), Launch(64, 4, 3, 128), Launch(64, 4, 2, 168), Launch(64, 4, 3, 168), Launch(128, 8, 2)],
     "key": [Launch(64, 4, 2), Launch(64, 4, 2, 168), Launch(64, 4, 3, 168), Launch(64, 4, 3, 200), Launch(64, 8, 3, 128), Launch(128, 8, 2)],
 }  # fmt: skip

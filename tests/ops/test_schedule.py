@@ -92,6 +92,14 @@ def test_a_global_row_is_shared_out_and_comes_first():
     assert set(slots[32:]) == {-1}
 
 
+def test_a_global_row_is_not_shared_out_where_the_others_take_as_long():
+    layout = MODES["bslongformer"](12, block=64, num_sliding_window_blocks=7).make_layout(4096).astype(bool)
+    alone, among_eight = (build_schedule(layout, 64, 4096, Tile(64, 64), CPU, sequences=n) for n in (1, 8))
+    assert alone.slots == 12 * 2
+    assert among_eight.slots == 0
+    assert (among_eight.items[:12, 5] - among_eight.items[:12, 2]).tolist() == [64] * 12, "it comes first"
+
+
 def test_global_rows_in_small_blocks_do_not_drag_their_neighbours_along():
     """The gradient of keys under `fixed` at block 16: every fourth key block is seen by all, the others by their window."""
     layout = MODES["fixed"](1, block=16).make_layout(4096).astype(bool)
@@ -139,6 +147,11 @@ class TestCache:
         part = self.get(cache, layout, 65)
         assert all(self.get(cache, layout, seq) is part for seq in (66, 100, 127))
         assert self.get(cache, layout, 128) is not part
+
+    def test_batches_of_about_the_same_size_share_a_schedule(self):
+        cache, layout = ScheduleCache(), torch.ones(1, 2, 2, dtype=torch.uint8)
+        made = [cache.get(layout, 64, 128, Tile(64, 64), CPU, False, sequences) for sequences in (4, 5, 7, 8)]
+        assert made[0] is made[1] is made[2] is not made[3]
 
     def test_more_lengths_than_anyone_has_are_read_once(self, reads):
         """25 lengths of 24 layers, forward and back."""
@@ -190,7 +203,7 @@ class TestCache:
     def test_memory_that_a_compiled_graph_uses_again_is_read_again(self):
         """It writes without a new version: by numpy here."""
         cache, layout = ScheduleCache(), torch.ones(1, 2, 2, dtype=torch.uint8)
-        options = (64, 128, Tile(64, 64), CPU, False)
+        options = (64, 128, Tile(64, 64), CPU, False, 1)
         before = cache.get(layout, *options, "first place")
         layout.numpy()[0, 0, 1] = 0
         assert cache.get(layout, *options, "first place") is before
