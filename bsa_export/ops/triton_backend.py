@@ -59,18 +59,18 @@ class Launch:
         return Tile(self.size, min(block, self.size))
 
 
-# (kernel, padded head_dim) -> launch, measured on an H100 with tests/benchmarks/tune_attention.py: small tiles win, because more
-# of them run on a multiprocessor at once, and each waits for its keys while others compute.
+# (kernel, padded head_dim), or (kernel, padded head_dim, block) -> launch, measured on an H100 with
+# tests/benchmarks/tune_attention.py: small tiles win, because more of them run on a multiprocessor at once, and each waits for its
+# keys while others compute. A block of 128 is a tile in the forward pass: its keys are read half as often, with half the barriers.
 _HALF = {
     ("forward", 64): Launch(64, 4, 2),
+    ("forward", 64, 128): Launch(128, 8, 2, 128),
     ("forward", 128): Launch(64, 4, 2),
     ("query", 64): Launch(64, 4, 3, 168),
     ("query", 128): Launch(64, 4, 2),
     ("key", 64): Launch(64, 4, 3, 168),
     ("key", 128): Launch(64, 4, 2),
 }
-# Blocks of 128: a tile of one block reads its keys half as often, and a step has half as many barriers.
-_HALF_OF_128 = {("forward", 64): Launch(128, 8, 2, 128)}
 # float32: 4 warps take 0.6 of the time of 8 although they spill 0.8 kB a thread; for keys 2.3 times as long.
 _FULL = {"forward": Launch(32, 4, 2), "query": Launch(32, 4, 2), "key": Launch(32, 8, 2)}
 # Not measured: chosen so that few registers are spilled, which tests/ops/compile_kernels.py tells of any GPU.
@@ -86,12 +86,12 @@ def launch(kernel: str, dtype: torch.dtype, head_dim: int, block: int, device: t
     padded = max(64, _padded(head_dim))
     if not from_shared:
         return _HALF_FROM_REGISTERS[padded]
-    return block == 128 and _HALF_OF_128.get((kernel, padded)) or _HALF[kernel, padded]
+    return _HALF.get((kernel, padded, block)) or _HALF[kernel, padded]
 
 
 def _padded(head_dim: int) -> int:
     """The columns of a tile: a power of two that matrices can be multiplied with."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _multiplies_from_shared(device: torch.device) -> bool:

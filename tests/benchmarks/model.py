@@ -161,14 +161,14 @@ def layout_for(size: str, length: int, pattern: str) -> torch.Tensor:
 
 
 def attend_by(model, engine: str, layout: torch.Tensor | None) -> None:
-    """Makes a model attend by `sdpa`, or by `block_sparse` or `flex` under a layout."""
+    """Makes a model attend by `sdpa`, or by `block_sparse` or `flex` under a layout; it holds no other one."""
     model.set_attn_implementation("flex_on_layout" if engine == "flex" else engine)
     if engine == "flex":
         model.config.block_mask = block_mask(layout.to(model.device))
-    if engine == "block_sparse":
-        for module in model.modules():
-            if isinstance(module, StoredLayout):
-                module.master_layout = layout.to(model.device)
+    for module in model.modules():
+        if isinstance(module, StoredLayout):
+            held = layout if engine == "block_sparse" else module.master_layout[:, :1, :1].clone()
+            module.master_layout = held.to(model.device)
 
 
 def block_mask(layout: torch.Tensor) -> BlockMask:
