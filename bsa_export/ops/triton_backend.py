@@ -61,11 +61,11 @@ class Launch:
 
 # (kernel, padded head_dim), or (kernel, padded head_dim, block) -> launch, measured on an H100 with
 # tests/benchmarks/tune_attention.py: small tiles win, because more of them run on a multiprocessor at once, and each waits for its
-# keys while others compute. A block of 128 is a tile in the forward pass: its keys are read half as often, with half the barriers.
+# keys while others compute. Where head_dim leaves room for few of them, a block of 128 is a tile: its keys are read half as often.
 _HALF = {
     ("forward", 64): Launch(64, 4, 2),
-    ("forward", 64, 128): Launch(128, 8, 2, 128),
     ("forward", 128): Launch(64, 4, 2),
+    ("forward", 128, 128): Launch(128, 8, 2),
     ("query", 64): Launch(64, 4, 3, 168),
     ("query", 128): Launch(64, 4, 2),
     ("key", 64): Launch(64, 4, 3, 168),

@@ -213,23 +213,28 @@ def _scores(
 
 
 @triton.jit
-def _softmax_step(
-    b_s, b_max, b_sum, p_bias, words, i_step, o_c, length, scale,
+def _next_maximum(b_s, b_max, p_bias, words, i_step, o_c, length, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
-    """A step's probabilities relative to the new maximum, by what earlier ones shrink, and the new maximum and sums."""
+    """A step's scores, still without `scale` where nothing else is done to them, the maximum with them, and by what earlier
+    probabilities shrink."""
     if BIASED or KEPT or BOUNDED:
         b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)
         b_new = tl.maximum(b_max, tl.max(b_s, 1))
         # a row that has met no key yet: any finite reference gives exp2(-inf) = 0
-        b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_p = tl.exp2(b_s - b_ref[:, None])
-        b_alpha = tl.exp2(b_max - b_ref)
+        return b_s, b_new, tl.exp2(b_max - tl.where(b_new == float("-inf"), 0.0, b_new))
     else:
         b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-        b_p = tl.exp2(b_s * scale - b_new[:, None])
-        b_alpha = tl.exp2(b_max - b_new)
-    return b_p, b_alpha, b_new, b_sum * b_alpha[:, None] + _part_sums(b_p, SIZE)
+        return b_s, b_new, tl.exp2(b_max - b_new)
+
+
+@triton.jit
+def _probabilities(b_s, b_max, scale, SCALED: tl.constexpr):
+    """The probabilities of a step's scores relative to the maximum, both from `_next_maximum`."""
+    if SCALED:
+        return tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
+    else:
+        return tl.exp2(b_s * scale - b_max[:, None])
 
 
 @triton.jit
@@ -242,7 +247,9 @@ def _forward_step(
     o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, SOLID)
     b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    b_p, b_alpha, b_max, b_sum = _softmax_step(b_s, b_max, b_sum, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)  # fmt: skip
+    b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)  # fmt: skip
+    b_p = _probabilities(b_s, b_max, scale, BIASED or KEPT or BOUNDED)
+    b_sum = b_sum * b_alpha[:, None] + _part_sums(b_p, SIZE)
     b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
     return _add_product(b_acc * b_alpha[:, None], b_p.to(b_v.dtype), b_v, PRECISION), b_max, b_sum
 
@@ -295,22 +302,29 @@ def forward_kernel(
     b_max = tl.full([SIZE], float("-inf"), tl.float32)
     b_sum = tl.zeros([SIZE, PARTS], tl.float32)
     if begin < solid:
-        # The scores of a step are computed in the one before it: the copies that they need arrive during its softmax.
+        # The scores of a step are computed in the one before it: the copies that they need arrive during its softmax. And the sum
+        # shrinks for them there: at the beginning of their own step, it would be carried between them in two layouts.
         i_unit, i_next = _unit(columns, begin, SIZE, UNIT), _unit(columns, begin + 1, SIZE, UNIT)
         o_n = tl.arange(0, SIZE)
         b_k = _tile(k_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, begin, i_unit * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False, False)  # fmt: skip
         for i_step in range(begin, solid - 1):
             i_value, i_key = _unit(columns, i_step + 1, SIZE, UNIT), _unit(columns, i_step + 2, SIZE, UNIT)
-            b_p, b_alpha, b_max, b_sum = _softmax_step(b_s, b_max, b_sum, p_bias, words, i_step, i_unit * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False, False)  # fmt: skip
+            b_p = _probabilities(b_s, b_max, scale, BIASED)
+            b_sum += _part_sums(b_p, SIZE)
             b_v = _tile(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
-            b_acc = _add_product(b_acc * b_alpha[:, None], b_p.to(b_v.dtype), b_v, PRECISION)
+            b_acc = _add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
             b_k = _tile(k_tiles, i_b, i_head, o_text + i_next * UNIT, SIZE, PADDED)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step + 1, i_next * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False, False)  # fmt: skip
+            b_acc *= b_alpha[:, None]
+            b_sum *= b_alpha[:, None]
             i_unit, i_next = i_value, i_key
-        b_p, b_alpha, b_max, b_sum = _softmax_step(b_s, b_max, b_sum, p_bias, words, solid - 1, i_unit * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False, False)  # fmt: skip
+        b_p = _probabilities(b_s, b_max, scale, BIASED)
+        b_sum += _part_sums(b_p, SIZE)
         b_v = _tile(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
-        b_acc = _add_product(b_acc * b_alpha[:, None], b_p.to(b_v.dtype), b_v, PRECISION)
+        b_acc = _add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
     if UNIT < SIZE:
         for i_step in range(solid, whole):
             b_acc, b_max, b_sum = _forward_step(
