@@ -11,6 +11,7 @@ from itertools import count
 
 import torch
 
+from bsa_export.ops.launch import compiling, start
 from bsa_export.ops.once import second_derivative
 from bsa_export.ops.schedule import ScheduleCache, Tile
 
@@ -37,6 +38,9 @@ PARTIAL_BYTES = 256 << 20
 
 _schedules = ScheduleCache()
 _sites = count(1)
+
+# The kinds of calls whose kernels were compiled for a forward and backward pass.
+_compiled: set[tuple] = set()
 
 
 def _constant(function):
@@ -180,11 +184,24 @@ def _attend(query, key, value, layout, bias, offsets, longest, block, scale):
     return _forward(*inputs)[0]
 
 
+def _compile_first(query, key, value, layout, bias, offsets, longest, block, scale) -> None:
+    """Compiles the kernels of a forward and backward pass, all at once, where a call is the first of its kind."""
+    kind = (query.dtype, query.shape[-1], block, bias is None, offsets is None, query.device)
+    if kind in _compiled or query.device.type != "cuda":
+        return
+    _compiled.add(kind)
+    inputs, options = (query, key, value, layout, bias, offsets), (longest, block, scale)
+    with compiling(query.device):
+        out, lse = _forward(*inputs, *options)
+        _backward(out, *inputs, out, lse, *options)
+
+
 class _Attention(torch.autograd.Function):
     """The operator without the dispatcher between Python and the kernels."""
 
     @staticmethod
     def forward(ctx, *inputs):
+        _compile_first(*inputs)
         output = _forward(*inputs)
         _setup_context(ctx, (*inputs, ""), output)
         return output[0]
@@ -301,7 +318,8 @@ class _Call:
         """Adds the partial results of shared rows into `target`, and takes out the rest where they have one."""
         schedule = self.schedule
         if schedule.slots:
-            kernels.sum_kernel[(len(schedule.splits) * texts,)](
+            start(
+                kernels.sum_kernel, len(schedule.splits) * texts,
                 target, partial, partial if met is None else met, partial if rest is None else rest, schedule.splits, schedule.rows, offsets,
                 *target.stride()[:3], self.heads, self.seq, texts, schedule.slots, factor, CENTERED=rest is not None, **self.whole,
             )  # fmt: skip
@@ -332,13 +350,15 @@ def _forward(query, key, value, layout, bias, offsets, longest, block, scale, si
     for offsets, texts in call.groups():
         partial = call.partial(lse, texts, call.padded)
         partial_lse = lse.new_empty(2, texts, schedule.slots, call.size) if schedule.slots else lse
-        kernels.forward_kernel[(len(schedule.items) * texts,)](
+        start(
+            kernels.forward_kernel, len(schedule.items) * texts,
             query, key, value, *call.tiles(query, key, value, out), lse if bias is None else bias, out, lse, partial, partial_lse,
             schedule.items, schedule.rows, schedule.columns, schedule.words, offsets, *_strides(query, key, value, out),
             call.batch, call.heads, call.seq, texts, schedule.slots, scale * LOG2_E, **call.constants,
         )  # fmt: skip
         if schedule.slots:
-            kernels.combine_kernel[(len(schedule.splits) * texts,)](
+            start(
+                kernels.combine_kernel, len(schedule.splits) * texts,
                 out, lse, partial, partial_lse, schedule.splits, schedule.rows, offsets, *out.stride()[:3],
                 call.batch, call.heads, call.seq, texts, schedule.slots, BIASED=bias is not None, **call.whole,
             )  # fmt: skip
@@ -349,7 +369,8 @@ def _zero_outside(offsets, *targets) -> None:
     """Zeros for the tokens of no text."""
     for target in targets:
         _, heads, seq, head_dim = target.shape
-        kernels.outside_kernel[(-(-seq // ROWS) * heads,)](
+        start(
+            kernels.outside_kernel, -(-seq // ROWS) * heads,
             target, offsets, *target.stride()[:3], heads, seq, len(offsets) - 1,
             SIZE=ROWS, DIM=head_dim, PADDED=_padded(head_dim),
         )  # fmt: skip
@@ -387,7 +408,8 @@ def _query_gradient(
         sums, weights = _key_sums(call, key, lse, bias, offsets, texts)
         partial, met = call.partial(lse, texts, call.padded), call.partial(lse, texts, call.padded)
         rest = call.partial(lse, 2 * texts)
-        kernels.query_gradient_kernel[(len(schedule.items) * texts,)](
+        start(
+            kernels.query_gradient_kernel, len(schedule.items) * texts,
             query, key, value, out, d_out, *call.tiles(key, value, d_query), lse if bias is None else bias, sums, weights,
             lse, delta, d_query, partial, met, rest, schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
             *_strides(query, key, value, out, d_out, d_query), call.batch, call.heads, call.seq, texts, weights.shape[1], schedule.slots,
@@ -400,7 +422,8 @@ def _key_sums(call, key, lse, bias, offsets, texts) -> tuple[torch.Tensor, torch
     """Sums of the keys by unit `[heads, units, padded]`, and of their weights `[heads, units]`; see `key_sums_kernel`."""
     units = texts * -(-call.seq // call.unit) if call.offsets is None else call.seq // call.unit + texts + 1
     sums, weights = lse.new_empty(call.heads, units, call.padded), lse.new_empty(call.heads, units)
-    kernels.key_sums_kernel[(-(-call.longest // call.size) * call.heads * texts,)](
+    start(
+        kernels.key_sums_kernel, -(-call.longest // call.size) * call.heads * texts,
         key, lse if bias is None else bias, sums, weights, offsets, *key.stride()[:3], call.heads, call.seq, texts, units,
         BIASED=bias is not None, **call.whole,
     )  # fmt: skip
@@ -415,7 +438,8 @@ def _key_gradient(
     schedule = call.schedule
     for offsets, texts in call.groups():
         partial_key, partial_value = call.partial(lse, texts, call.padded), call.partial(lse, texts, call.padded)
-        kernels.key_gradient_kernel[(len(schedule.items) * texts,)](
+        start(
+            kernels.key_gradient_kernel, len(schedule.items) * texts,
             query, key, value, d_out, *call.tiles(query, d_out, d_key, d_value), lse if bias is None else bias, lse, delta,
             d_key, d_value, partial_key, partial_value,
             schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
