@@ -497,6 +497,10 @@ def _query_gradient_step(
     else:
         b_p = tl.exp2(b_s - b_max[:, None])
     b_ds = b_p * (b_dp - b_delta[:, None])
+    if PRECISION == "ieee":
+        # Rounds the products. Threads exchange them for the sums of rows here, and adding another's to its own, a thread would
+        # round only the other's: each would get another sum, and which of them is used would be chance.
+        b_ds += 0.0
     return _add_product(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION), b_rest + _part_sums(b_ds, SIZE)
 
 
