@@ -179,6 +179,13 @@ def _store_tile(
 
 
 @triton.jit
+def _rounded(b_products):
+    """Products, each rounded before anything is added to it. Where threads exchange them for a sum, a thread would else add
+    another's to its own unrounded one: each would get another sum, and which of them is used would be chance."""
+    return b_products + 0.0
+
+
+@triton.jit
 def _part_sums(b_tile, SIZE: tl.constexpr):
     """The sums of rows in parts, `[SIZE, PARTS]`."""
     return tl.sum(tl.reshape(b_tile, [SIZE, SIZE // PARTS, PARTS]), 1)
@@ -432,7 +439,7 @@ def key_sums_kernel(
         b_weight = tl.where(b_bias == float("-inf"), 0.0, tl.exp2(b_near))
     o_row = o_text + tl.where(b_weight > 0.0, o_m, length)
     b_k = _rows(k, i_b, i_head, o_row, stride_kb, stride_kh, stride_kn, o_text + length, DIM, PADDED)
-    b_k = b_k.to(tl.float32) * b_weight[:, None]
+    b_k = _rounded(b_k.to(tl.float32) * b_weight[:, None])
 
     o_unit = i_tile * (SIZE // UNIT) + tl.arange(0, SIZE // UNIT)
     m_unit = o_unit * UNIT < length
@@ -469,7 +476,7 @@ def _keys_met(
             b_word = tl.load(words + o_lane // ACROSS, mask=o_lane < last, other=0)
             b_kept = ((b_word[None, :] >> (o_bit[:, None] + (o_lane % ACROSS)[None, :])) & 1).to(tl.float32)
             b_met = tl.dot(b_kept, b_sums, b_met, input_precision="tf32")
-            b_weight += tl.sum(b_kept * b_weights[None, :], 1)
+            b_weight += tl.sum(_rounded(b_kept * b_weights[None, :]), 1)
     return b_met, b_weight
 
 
@@ -498,9 +505,7 @@ def _query_gradient_step(
         b_p = tl.exp2(b_s - b_max[:, None])
     b_ds = b_p * (b_dp - b_delta[:, None])
     if PRECISION == "ieee":
-        # Rounds the products. Threads exchange them for the sums of rows here, and adding another's to its own, a thread would
-        # round only the other's: each would get another sum, and which of them is used would be chance.
-        b_ds += 0.0
+        b_ds = _rounded(b_ds)  # without tensor cores threads exchange them for the sums of rows
     return _add_product(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION), b_rest + _part_sums(b_ds, SIZE)
 
 

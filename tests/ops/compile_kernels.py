@@ -1,7 +1,7 @@
 """Compiles the fused kernels for a GPU that is not here: `python compile_kernels.py 90` (its compute capability, without the dot).
 
-Prints a JSON object a kernel: what was compiled, its registers a thread, its bytes of spilled registers a thread, and its shared
-memory. Nothing is launched: the backend's own functions run on CPU tensors, and each launch becomes a compilation.
+Prints a JSON object a kernel: what was compiled, its registers a thread, its bytes of spilled registers a thread, its shared
+memory, and what its threads exchange, in all and of it products, which `_rounded` has to round. Nothing is launched: the backend's own functions run on CPU tensors, and each launch becomes a compilation.
 """
 
 import contextlib
@@ -73,7 +73,21 @@ def usage(compiled) -> dict[str, int]:
         file.flush()
         shown = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", shown).groups())
-    return {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
+    exchanged, products = exchanges(compiled.asm["ptx"])
+    told = {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
+    return told | {"exchanged": exchanged, "products": products}
+
+
+def exchanges(ptx: str) -> tuple[int, int]:
+    """The registers that shuffles send to other threads, and how many of these hold a product that may still be fused."""
+    made_by, sources = {}, []
+    for line in ptx.splitlines():
+        if found := re.match(r"\s*([\w.]+)\s+(%\w+)(?:\|%\w+)?,\s*(%\w+)?", line):
+            instruction, target, source = found.groups()
+            if instruction.startswith("shfl."):
+                sources.append(made_by.get(source))
+            made_by[target] = instruction
+    return len(sources), sources.count("mul.f32")
 
 
 def main(capability: int) -> None:

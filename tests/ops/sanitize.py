@@ -8,7 +8,7 @@ from bsa_export.ops import block_sparse_attention, block_sparse_attention_varlen
 CASES = [
     Case(pattern="random", short=5),
     Case(pattern="fixed", blocks=40, batch=1, padding="bool"),
-    Case(pattern="windowed", strides="surrounded", short=7),
+    Case(pattern="windowed", strides="surrounded", short=7, padding="finite"),
     Case(block=32, blocks=6, dtype="bf16", head_dim=80, strides="packed"),
     Case(block=64, blocks=5, short=37),
     Case(block=64, blocks=36, pattern="bigbird", batch=1),

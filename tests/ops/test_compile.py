@@ -1,4 +1,4 @@
-"""The fused kernels compile for GPUs that are not here, and their registers hold what they compute."""
+"""The fused kernels compile for GPUs that are not here, their registers hold what they compute, and threads agree on sums."""
 
 import json
 import os
@@ -28,3 +28,5 @@ def test_kernels_compile_and_fit_into_registers(capability, tmp_path):
     names = {"forward", "query_gradient", "key_gradient", "key_sums", "combine", "sum", "outside"}
     assert {row["kernel"] for row in found} == {f"{name}_kernel" for name in names}
     assert not [row for row in found if row["spilled"] > MOST_SPILLED]
+    assert sum(row["exchanged"] for row in found) > 100
+    assert not [row for row in found if row["products"]]
