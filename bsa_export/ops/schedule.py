@@ -23,7 +23,7 @@ SPLIT_FIELDS = ("head", "tile", "slot", "slots")
 
 MIN_STEPS_TO_SPLIT = 32
 SPLIT_ABOVE_MEAN = 4
-# Programs that a large GPU runs at once: an H100 has 132 multiprocessors with 3 or 4 each.
+# Programs that a large GPU runs at once: an H100 has 132 multiprocessors with 3 to 5 each.
 PROGRAMS = 512
 LONG_ABOVE_MEAN = 2
 HEAVY_ABOVE_MEAN = 2

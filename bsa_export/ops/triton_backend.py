@@ -11,9 +11,9 @@ from itertools import count
 
 import torch
 
-from bsa_export.ops.launch import compiling, start
 from bsa_export.ops.once import second_derivative
 from bsa_export.ops.schedule import ScheduleCache, Tile
+from bsa_export.ops.warmup import start, warmup
 
 try:
     import triton
@@ -40,7 +40,7 @@ _schedules = ScheduleCache()
 _sites = count(1)
 
 # The kinds of calls whose kernels were compiled for a forward and backward pass.
-_compiled: set[tuple] = set()
+_warm: set[tuple] = set()
 
 
 def _constant(function):
@@ -184,14 +184,14 @@ def _attend(query, key, value, layout, bias, offsets, longest, block, scale):
     return _forward(*inputs)[0]
 
 
-def _compile_first(query, key, value, layout, bias, offsets, longest, block, scale) -> None:
+def _warm_up(query, key, value, layout, bias, offsets, longest, block, scale) -> None:
     """Compiles the kernels of a forward and backward pass, all at once, where a call is the first of its kind."""
     kind = (query.dtype, query.shape[-1], block, bias is None, offsets is None, query.device)
-    if kind in _compiled or query.device.type != "cuda":
+    if kind in _warm or query.device.type != "cuda":
         return
-    _compiled.add(kind)
+    _warm.add(kind)
     inputs, options = (query, key, value, layout, bias, offsets), (longest, block, scale)
-    with compiling(query.device):
+    with warmup(query.device):
         out, lse = _forward(*inputs, *options)
         _backward(out, *inputs, out, lse, *options)
 
@@ -201,7 +201,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        _compile_first(*inputs)
+        _warm_up(*inputs)
         output = _forward(*inputs)
         _setup_context(ctx, (*inputs, ""), output)
         return output[0]

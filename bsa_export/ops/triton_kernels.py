@@ -220,7 +220,8 @@ def _scores(
 
 
 @triton.jit
-def _next_maximum(b_s, b_max, p_bias, words, i_step, o_c, length, scale,
+def _next_maximum(
+    b_s, b_max, p_bias, words, i_step, o_c, length, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """A step's scores, still without `scale` where nothing else is done to them, the maximum with them, and by what earlier

@@ -1,7 +1,8 @@
 """Compiles the fused kernels for a GPU that is not here: `python compile_kernels.py 90` (its compute capability, without the dot).
 
 Prints a JSON object a kernel: what was compiled, its registers a thread, its bytes of spilled registers a thread, its shared
-memory, and what its threads exchange, in all and of it products, which `_rounded` has to round. Nothing is launched: the backend's own functions run on CPU tensors, and each launch becomes a compilation.
+memory, and how many registers its threads exchange, and how many of these are products, which `_rounded` has to round. Nothing
+is launched: the backend's own functions run on CPU tensors, and each launch becomes a compilation.
 """
 
 import contextlib
@@ -86,7 +87,7 @@ def exchanges(ptx: str) -> tuple[int, int]:
             instruction, target, source = found.groups()
             if instruction.startswith("shfl."):
                 sources.append(made_by.get(source))
-            made_by[target] = instruction
+            made_by[target] = made_by.get(source) if instruction.startswith("mov.") else instruction
     return len(sources), sources.count("mul.f32")
 
 

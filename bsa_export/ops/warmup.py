@@ -13,7 +13,7 @@ _compile: ContextVar[Callable | None] = ContextVar("compile", default=None)
 
 
 def start(kernel, programs: int, *arguments, **constants) -> None:
-    """Runs `programs` programs of `kernel`; within `compiling`, none."""
+    """Runs `programs` programs of `kernel`; within `warmup`, none."""
     compile_it = _compile.get()
     if compile_it is None:
         kernel[(programs,)](*arguments, **constants)
@@ -22,7 +22,7 @@ def start(kernel, programs: int, *arguments, **constants) -> None:
 
 
 @contextmanager
-def compiling(device: torch.device) -> Iterator[None]:
+def warmup(device: torch.device) -> Iterator[None]:
     """Within it, `start` compiles for that GPU, in threads; when it ends, all that was started is ready to run.
 
     Raises:

@@ -5,7 +5,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from bsa_export.ops.launch import compiling, start
+from bsa_export.ops.warmup import start, warmup
 
 
 class Kernel:
@@ -46,7 +46,7 @@ def test_runs_a_kernel():
 
 def test_compiles_kernels_beside_each_other_on_their_device_and_runs_none(devices):
     kernel = Kernel(Barrier(2, timeout=30))
-    with compiling("cuda:1"):
+    with warmup("cuda:1"):
         start(kernel, 3, "x", SIZE=64)
         start(kernel, 3, "x", SIZE=32)
     assert sorted(constants["SIZE"] for _, _, constants in kernel.compiled) == [32, 64]
@@ -55,7 +55,7 @@ def test_compiles_kernels_beside_each_other_on_their_device_and_runs_none(device
 
 def test_compiles_a_kernel_once():
     kernel = Kernel()
-    with compiling("cuda:0"):
+    with warmup("cuda:0"):
         start(kernel, 3, "x", SIZE=64)
         start(kernel, 5, "y", SIZE=64)
     assert len(kernel.compiled) == 1
@@ -63,12 +63,12 @@ def test_compiles_a_kernel_once():
 
 def test_kernels_run_again_afterwards_and_after_an_error():
     kernel = Kernel()
-    with pytest.raises(KeyError), compiling("cuda:0"):
+    with pytest.raises(KeyError), warmup("cuda:0"):
         raise KeyError
     start(kernel, 3)
     assert kernel.ran
 
 
 def test_an_error_of_the_compiler_is_raised():
-    with pytest.raises(RuntimeError, match="no registers"), compiling("cuda:0"):
+    with pytest.raises(RuntimeError, match="no registers"), warmup("cuda:0"):
         start(Kernel(error=RuntimeError("no registers")), 3)
