@@ -17,7 +17,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 # Columns of `Schedule.items`; the kernels read them by position.
-ITEM_FIELDS = ("head", "tile", "begin", "solid", "whole", "end", "slot", "least")
+ITEM_FIELDS = ("head", "tile", "begin", "solid", "whole", "run", "end", "slot", "least")
 # Columns of `Schedule.splits`.
 SPLIT_FIELDS = ("head", "tile", "slot", "slots")
 
@@ -51,9 +51,9 @@ class Schedule:
     """The work of one layout, its few long items first.
 
     Attributes:
-        items: int32 `[n_items, 8]`, `ITEM_FIELDS`. Steps `[begin, solid)` read consecutive columns, `[begin, whole)` keep all
-            that they read, `[whole, end)` need a mask; those that read consecutive columns ascend, and all do where a tile is one
-            unit. `slot` is -1, or where the partial result of a shared row goes; `least` is the lowest unit that the item reads.
+        items: int32 `[n_items, 9]`, `ITEM_FIELDS`. Steps `[begin, solid)` and `[whole, run)` read consecutive columns; `[begin, whole)`
+            keep all that they read, `[whole, end)` need a mask. `[begin, solid)` ascend, and all do where a tile is one unit.
+            `slot` is -1, or where the partial result of a shared row goes; `least` is the lowest unit that the item reads.
         columns: int32 `[n_steps + 1, tile.units]`, the units of a step (repeated where a step is not full); the last is none, for
             those who read ahead.
         words: int32 `[n_steps]`, bit `row * tile.units + column` is 1 where that unit is kept.
@@ -114,22 +114,22 @@ def build_schedule(
     is_whole = row_bits == full if across == 1 else row_bits == full.reshape(-1)[row_id]
     if seq % tile.unit:
         is_whole &= unit != units - 1
-    # solid: all of as many consecutive units as a step has
-    is_solid = is_whole
+    in_run, in_whole_run = _runs(flat, unit, is_whole, across)
+    # 0 solid, 1 whole, 2 of a run, 3 none of these: the order of the steps of a row
+    kind = np.where(in_run, np.where(in_whole_run, 0, 2), np.where(is_whole, 1, 3))
     if across > 1:
-        group = row_id * (bits.shape[2] // across) + unit // across
-        in_group = np.bincount(group[is_whole], minlength=n_tiles * len(kept) * bits.shape[2] // across)
-        is_solid = is_whole & (in_group[group] == across)
-    # 0 solid, 1 whole, 2 masked: the order of the steps of a row
-    kind = np.uint8(2) - is_whole.view(np.uint8) - is_solid.view(np.uint8)
+        # what of the whole ones does not fill a step comes last
+        whole = np.flatnonzero(kind == 1)
+        n_whole = np.bincount(row_id[whole], minlength=len(kept) * n_tiles)
+        rank = np.arange(len(whole)) - (n_whole.cumsum() - n_whole)[row_id[whole]]
+        kind[whole[rank < (n_whole % across)[row_id[whole]]]] = 3
     if across > 1 or seq % tile.unit:
-        order = np.argsort(row_id * 3 + kind, kind="stable")
+        order = np.argsort(row_id * 4 + kind, kind="stable")
         unit, row_bits, kind, row_id = unit[order], row_bits[order], kind[order], row_id[order]
 
     n_rows = len(kept) * n_tiles
     count = np.bincount(row_id, minlength=n_rows)
-    n_solid = np.bincount(row_id[kind == 0], minlength=n_rows) // across
-    n_whole = np.bincount(row_id[kind < 2], minlength=n_rows) // across
+    bounds = [np.bincount(row_id[kind <= last], minlength=n_rows) // across for last in range(3)]
     steps = -(-count // across)
     first_step = steps.cumsum() - steps
     if across == 1:
@@ -147,11 +147,22 @@ def build_schedule(
         for column in range(across):
             words[step[lane == column]] |= spread[lane == column]
 
-    items, splits, slots = _items(
-        first_step, n_solid, n_whole, steps, columns[:-1].min(1), n_tiles, across, head_of, sequences
-    )
+    items, splits, slots = _items(first_step, bounds, steps, columns[:-1].min(1), n_tiles, across, head_of, sequences)
     parts = (items, rows.reshape(-1, across), columns, words, splits)
     return Schedule(*(torch.from_numpy(part.astype(np.int32)).to(device) for part in parts), slots)
+
+
+def _runs(flat, unit, is_whole, across):
+    """Cuts consecutive units of a row, as far as they go, into groups of `across`: which units are in one, and in one of whole ones."""
+    if across == 1:
+        return True, is_whole
+    place = np.arange(len(flat))
+    begins = (unit == 0) | (np.diff(flat, prepend=-1) != 1)
+    i_run = begins.cumsum() - 1
+    place_in_run = place - np.flatnonzero(begins)[i_run]
+    first = place - place_in_run % across  # of the group
+    in_run = place_in_run - place_in_run % across + across <= np.bincount(i_run)[i_run]
+    return in_run, np.bincount(first[is_whole], minlength=len(flat))[first] == across
 
 
 def _distinct_heads(layout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -183,7 +194,7 @@ def _rows_of_tiles(kept: np.ndarray, across: int) -> np.ndarray:
     return rows.reshape(distinct, n_tiles, across)
 
 
-def _items(first_step, n_solid, n_whole, steps, lowest, n_tiles, across, head_of, sequences):
+def _items(first_step, bounds, steps, lowest, n_tiles, across, head_of, sequences):
     """Shares rows that would still run when all others have ended out over several items, and puts long ones first."""
     of_all = sequences * int(steps.reshape(-1, n_tiles).sum(1)[head_of].sum())
     cap = max(MIN_STEPS_TO_SPLIT, int(SPLIT_ABOVE_MEAN * steps.mean()), of_all // PROGRAMS)
@@ -193,7 +204,7 @@ def _items(first_step, n_solid, n_whole, steps, lowest, n_tiles, across, head_of
     part = np.arange(len(row)) - (parts.cumsum() - parts)[row]
     begin = np.minimum(part * length[row], steps[row])
     end = np.minimum(begin + length[row], steps[row])
-    bounds = [begin, n_solid[row].clip(begin, end), n_whole[row].clip(begin, end), end]
+    bounds = [begin, *(bound[row].clip(begin, end) for bound in bounds), end]
     least = np.zeros(len(row), np.int64)
     # one part begins where the one before it ends
     least[begin < end] = np.minimum.reduceat(lowest, (first_step[row] + begin)[begin < end]) if len(lowest) else 0
@@ -209,7 +220,7 @@ def _items(first_step, n_solid, n_whole, steps, lowest, n_tiles, across, head_of
     splits = np.stack([head[starts], tile[starts], slot[starts], parts[row[pick]][starts]], 1)
     # Only rows far above the mean go first, so that they do not end last. The others stay in their order: neighbours read
     # the same keys at the same time, from the cache.
-    length = items[:, 5] - items[:, 2]
+    length = items[:, ITEM_FIELDS.index("end")] - items[:, ITEM_FIELDS.index("begin")]
     order = np.argsort(np.where(length > LONG_ABOVE_MEAN * steps.mean(), -length, 0), kind="stable")
     return items[order], splits, int(shared.sum())
 

@@ -33,6 +33,9 @@ LOG2_E = math.log2(math.e)
 # Tokens whose zeros one program writes.
 ROWS = 64
 
+# Elements of the keys that one program sums.
+ELEMENTS = 16384
+
 # Texts share the memory for partial results in groups that fit into this.
 PARTIAL_BYTES = 256 << 20
 
@@ -173,8 +176,8 @@ def _site() -> str:
 
 
 def _attend(query, key, value, layout, bias, offsets, longest, block, scale):
-    if scale < 0:  # the kernels scale a row's largest score after they found it
-        query, scale = -query, -scale
+    if scale <= 0:  # the kernels scale a row's largest score after they found it, and what is masked, which is -inf
+        query, scale = (-query, -scale) if scale else (query * 0, 1.0)
     inputs = (query, key, value, layout, bias, offsets, longest, block, scale)
     # The operator is for torch.compile: calling it costs more time on the CPU than a short input on the GPU.
     if torch.compiler.is_compiling():
@@ -300,28 +303,19 @@ class _Call:
             n = min(at_once, texts - first)
             yield self.offsets[first : first + n + 1], n
 
-    def partial(self, like: torch.Tensor, texts: int, *last: int) -> torch.Tensor:
-        """Room for the partial results of shared rows, float32 `[texts, slots, size, *last]`; `like` where there are none."""
+    def partial(self, like: torch.Tensor, texts: int, *shape: int) -> torch.Tensor:
+        """Room for the partial results of shared rows, float32 `[texts, slots, *shape]`; `like` where there are none."""
         slots = self.schedule.slots
-        return like.new_empty((texts, slots, self.size, *last), dtype=torch.float32) if slots else like
+        return like.new_empty((texts, slots, *shape), dtype=torch.float32) if slots else like
 
-    def sum(
-        self,
-        target: torch.Tensor,
-        partial: torch.Tensor,
-        offsets: torch.Tensor,
-        texts: int,
-        factor: float,
-        met=None,
-        rest=None,
-    ):
+    def sum(self, target: torch.Tensor, partial: torch.Tensor, offsets: torch.Tensor, texts: int, factor: float, *rest):
         """Adds the partial results of shared rows into `target`, and takes out the rest where they have one."""
         schedule = self.schedule
         if schedule.slots:
             start(
                 kernels.sum_kernel, len(schedule.splits) * texts,
-                target, partial, partial if met is None else met, partial if rest is None else rest, schedule.splits, schedule.rows, offsets,
-                *target.stride()[:3], self.heads, self.seq, texts, schedule.slots, factor, CENTERED=rest is not None, **self.whole,
+                target, partial, *(rest or [partial] * 3), schedule.splits, schedule.rows, offsets,
+                *target.stride()[:3], self.heads, self.seq, texts, schedule.slots, factor, CENTERED=bool(rest), **self.whole,
             )  # fmt: skip
 
 
@@ -348,7 +342,7 @@ def _forward(query, key, value, layout, bias, offsets, longest, block, scale, si
     call = _Call("forward", query, layout, bias, offsets, longest, block, site)
     schedule = call.schedule
     for offsets, texts in call.groups():
-        partial = call.partial(lse, texts, call.padded)
+        partial = call.partial(lse, texts, call.size, call.padded)
         partial_lse = lse.new_empty(2, texts, schedule.slots, call.size) if schedule.slots else lse
         start(
             kernels.forward_kernel, len(schedule.items) * texts,
@@ -405,29 +399,40 @@ def _query_gradient(
     call = _Call("query", query, layout, bias, offsets, longest, block, site)
     schedule = call.schedule
     for offsets, texts in call.groups():
-        sums, weights = _key_sums(call, key, lse, bias, offsets, texts)
-        partial, met = call.partial(lse, texts, call.padded), call.partial(lse, texts, call.padded)
-        rest = call.partial(lse, 2 * texts)
+        units, met, *partial_met = _keys_met(call, key, lse, bias, offsets, texts)
+        partial, rest = call.partial(lse, texts, call.size, call.padded), call.partial(lse, texts, call.size)
         start(
             kernels.query_gradient_kernel, len(schedule.items) * texts,
-            query, key, value, out, d_out, *call.tiles(key, value, d_query), lse if bias is None else bias, sums, weights,
-            lse, delta, d_query, partial, met, rest, schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
-            *_strides(query, key, value, out, d_out, d_query), call.batch, call.heads, call.seq, texts, weights.shape[1], schedule.slots,
+            query, key, value, out, d_out, *call.tiles(key, value, d_query), lse if bias is None else bias, *met,
+            lse, delta, d_query, partial, rest, schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
+            *_strides(query, key, value, out, d_out, d_query), call.batch, call.heads, call.seq, texts, units, schedule.slots,
             scale * LOG2_E, scale, **call.constants,
         )  # fmt: skip
-        call.sum(d_query, partial, offsets, texts, scale, met, rest)
+        call.sum(d_query, partial, offsets, texts, scale, rest, *partial_met)
 
 
-def _key_sums(call, key, lse, bias, offsets, texts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of the keys by unit `[heads, units, padded]`, and of their weights `[heads, units]`; see `key_sums_kernel`."""
+def _keys_met(call, key, lse, bias, offsets, texts):
+    """What the rows of the queries meet of the keys, as `keys_met_kernel` tells: how many units there are, sums and weights, and those
+    of shared rows."""
+    schedule = call.schedule
     units = texts * -(-call.seq // call.unit) if call.offsets is None else call.seq // call.unit + texts + 1
-    sums, weights = lse.new_empty(call.heads, units, call.padded), lse.new_empty(call.heads, units)
+    sums, met = (lse.new_empty(call.heads, units, call.padded) for _ in range(2))
+    weights, met_weights = (lse.new_empty(call.heads, units) for _ in range(2))
+    across = call.size // call.unit
+    partial = call.partial(lse, texts, across, call.padded), call.partial(lse, texts, across)
+    keys = max(call.unit, ELEMENTS // call.padded)
+    constants = {name: call.whole[name] for name in ("UNIT", "PADDED", "VARLEN")}
     start(
-        kernels.key_sums_kernel, -(-call.longest // call.size) * call.heads * texts,
+        kernels.key_sums_kernel, -(-call.longest // keys) * call.heads * texts,
         key, lse if bias is None else bias, sums, weights, offsets, *key.stride()[:3], call.heads, call.seq, texts, units,
-        BIASED=bias is not None, **call.whole,
+        KEYS=keys, DIM=call.head_dim, BIASED=bias is not None, **constants,
     )  # fmt: skip
-    return sums, weights
+    start(
+        kernels.keys_met_kernel, len(schedule.items) * texts,
+        sums, weights, met, met_weights, *partial, schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
+        call.heads, call.seq, texts, units, schedule.slots, SIZE=call.size, num_warps=1, **constants,
+    )  # fmt: skip
+    return units, (met, met_weights), *partial
 
 
 def _key_gradient(
@@ -437,7 +442,7 @@ def _key_gradient(
     call = _Call("key", query, layout, bias, offsets, longest, block, site)
     schedule = call.schedule
     for offsets, texts in call.groups():
-        partial_key, partial_value = call.partial(lse, texts, call.padded), call.partial(lse, texts, call.padded)
+        partial_key, partial_value = (call.partial(lse, texts, call.size, call.padded) for _ in range(2))
         start(
             kernels.key_gradient_kernel, len(schedule.items) * texts,
             query, key, value, d_out, *call.tiles(query, d_out, d_key, d_value), lse if bias is None else bias, lse, delta,

@@ -20,6 +20,9 @@ ANY_VALUE = ["batch", "heads", "seq", "slots", "texts", "units"]
 # Items of a list that are read at once where a program looks through its steps.
 CHUNK: tl.constexpr = tl.constexpr(32)
 
+# Units whose sums of keys are read at once.
+LANES: tl.constexpr = tl.constexpr(16)
+
 # Parts of a row's sum that are kept apart until the end: of this many columns a tensor core gives each thread its own, so that no
 # step pays for exchanging them.
 PARTS: tl.constexpr = tl.constexpr(8)
@@ -41,14 +44,15 @@ def _steps_below(columns, begin, end, limit, SIZE: tl.constexpr, UNIT: tl.conste
 
 @triton.jit
 def _item(items, rows, columns, offsets, texts, seq, SIZE: tl.constexpr, UNIT: tl.constexpr, VARLEN: tl.constexpr):
-    """What this program does, (head, tile, begin, solid, whole, end, slot), where its sequence lies, (text, row of the batch,
-    first token, length), and whether there is nothing to do, as the text ends before the tile. Sequences of one item run side by
-    side, long items first."""
+    """What this program does, (head, tile, begin, solid, whole, run, end, slot), where its sequence lies, (text, row of the
+    batch, first token, length), and whether there is nothing to do, as the text ends before the tile. Sequences of one item run
+    side by side, long items first."""
     pid = tl.program_id(0)
     i_text = pid % texts
-    p_item = items + (pid // texts) * 8
+    p_item = items + (pid // texts) * 9
     i_head, i_tile, begin = tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2)
-    solid, whole, end, slot = tl.load(p_item + 3), tl.load(p_item + 4), tl.load(p_item + 5), tl.load(p_item + 6)
+    solid, whole, run = tl.load(p_item + 3), tl.load(p_item + 4), tl.load(p_item + 5)
+    end, slot = tl.load(p_item + 6), tl.load(p_item + 7)
     i_b, o_text, length = i_text, i_text * 0, seq
     beyond = False
     if VARLEN:
@@ -66,9 +70,10 @@ def _item(items, rows, columns, offsets, texts, seq, SIZE: tl.constexpr, UNIT: t
             if UNIT == SIZE:
                 whole = solid
                 end = begin + _steps_below(columns, begin, end, length, SIZE, UNIT)
-            elif tl.load(p_item + 7) * UNIT >= length:
-                solid, whole, end = begin, begin, begin
-    return i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length, beyond
+                run = end
+            elif tl.load(p_item + 8) * UNIT >= length:
+                solid, whole, run, end = begin, begin, begin, begin
+    return i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond
 
 
 @triton.jit
@@ -78,10 +83,10 @@ def _unit(columns, i_step, SIZE: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _columns(columns, i_step, i_unit, SIZE: tl.constexpr, UNIT: tl.constexpr, SOLID: tl.constexpr):
+def _columns(columns, i_step, i_unit, SIZE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr):
     """Token offsets `[SIZE]` of a step."""
     o_n = tl.arange(0, SIZE)
-    if SOLID:
+    if RUN:
         return i_unit * UNIT + o_n
     else:
         return tl.load(columns + i_step * (SIZE // UNIT) + o_n // UNIT) * UNIT + o_n % UNIT
@@ -132,10 +137,10 @@ def _tile(tiles, i_b, i_head, i_row, SIZE: tl.constexpr, PADDED: tl.constexpr):
 @triton.jit
 def _step_rows(
     pointer, tiles, i_b, i_head, o_text, o_c, stride_b, stride_h, stride_n, i_unit, length,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, SOLID: tl.constexpr,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """The rows that a step reads, `[SIZE, PADDED]`: a tile of consecutive ones, else gathered."""
-    if SOLID:
+    if RUN:
         return _tile(tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
     else:
         return _rows(pointer, i_b, i_head, o_text + o_c, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)
@@ -204,45 +209,50 @@ def _add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
 @triton.jit
 def _scores(
     b_s, p_bias, words, i_step, o_c, length, scale,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores `[SIZE, SIZE]` of queries (rows) and keys (columns) in units of log2; -inf where there is none."""
-    b_s = b_s * scale
-    if BIASED and BOUNDED:
-        b_s += tl.load(p_bias + o_c, mask=o_c < length, other=float("-inf"))[None, :]
+    """Scores `[SIZE, SIZE]` of queries (rows) and keys (columns), -inf where there is none; in units of log2 if BIASED, else still
+    without `scale`."""
+    if BIASED and MASKED:
+        b_s = b_s * scale + tl.load(p_bias + o_c, mask=o_c < length, other=float("-inf"))[None, :]
     elif BIASED:
-        b_s += tl.load(p_bias + o_c)[None, :]
-    elif BOUNDED:
+        b_s = b_s * scale + tl.load(p_bias + o_c)[None, :]
+    if MASKED:
         b_s = tl.where((o_c < length)[None, :], b_s, float("-inf"))
-    if KEPT:
-        b_s = tl.where(_kept(words, i_step, SIZE, UNIT), b_s, float("-inf"))
+        if UNIT < SIZE:
+            b_s = tl.where(_kept(words, i_step, SIZE, UNIT), b_s, float("-inf"))
     return b_s
 
 
 @triton.jit
 def _next_maximum(
     b_s, b_max, p_bias, words, i_step, o_c, length, scale,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """A step's scores, still without `scale` where nothing else is done to them, the maximum with them, and by what earlier
-    probabilities shrink."""
-    if BIASED or KEPT or BOUNDED:
-        b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)
-        b_new = tl.maximum(b_max, tl.max(b_s, 1))
-        # a row that has met no key yet: any finite reference gives exp2(-inf) = 0
-        return b_s, b_new, tl.exp2(b_max - tl.where(b_new == float("-inf"), 0.0, b_new))
-    else:
-        b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
-        return b_s, b_new, tl.exp2(b_max - b_new)
+    """A step's `_scores`, the maximum with them in units of log2, and by what earlier probabilities shrink."""
+    b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, MASKED)
+    b_new = tl.max(b_s, 1)
+    if not BIASED:
+        b_new *= scale
+    b_new = tl.maximum(b_max, b_new)
+    return b_s, b_new, tl.exp2(b_max - _reference(b_new, BIASED or MASKED))
 
 
 @triton.jit
-def _probabilities(b_s, b_max, scale, SCALED: tl.constexpr):
-    """The probabilities of a step's scores relative to the maximum, both from `_next_maximum`."""
-    if SCALED:
-        return tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
+def _reference(b_max, ALSO_NONE: tl.constexpr):
+    """What probabilities are relative to: for a row that has met no key yet, any finite number, which makes them exp2(-inf) = 0."""
+    if ALSO_NONE:
+        return tl.where(b_max == float("-inf"), 0.0, b_max)
     else:
-        return tl.exp2(b_s * scale - b_max[:, None])
+        return b_max
+
+
+@triton.jit
+def _probabilities(b_s, b_max, scale, BIASED: tl.constexpr, MASKED: tl.constexpr):
+    """The probabilities of a step's scores relative to the maximum, both from `_next_maximum`."""
+    if not BIASED:
+        b_s *= scale
+    return tl.exp2(b_s - _reference(b_max, BIASED or MASKED)[:, None])
 
 
 @triton.jit
@@ -250,15 +260,15 @@ def _forward_step(
     b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
-    SOLID: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    RUN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, SOLID)
-    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
+    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)  # fmt: skip
-    b_p = _probabilities(b_s, b_max, scale, BIASED or KEPT or BOUNDED)
+    b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, MASKED)  # fmt: skip
+    b_p = _probabilities(b_s, b_max, scale, BIASED, MASKED)
     b_sum = b_sum * b_alpha[:, None] + _part_sums(b_p, SIZE)
-    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     return _add_product(b_acc * b_alpha[:, None], b_p.to(b_v.dtype), b_v, PRECISION), b_max, b_sum
 
 
@@ -273,10 +283,10 @@ def _store_statistics(lse, b_max, b_sum, o_stat, half, m_row, BIASED: tl.constex
 
 
 @triton.jit
-def _load_statistics(lse, o_stat, half, m_row, BIASED: tl.constexpr, BOUNDED: tl.constexpr):
+def _load_statistics(lse, o_stat, half, m_row, BIASED: tl.constexpr, MASKED: tl.constexpr):
     """The statistics by which probabilities are made again, (maximum, log2 of the sum): exp2((score - maximum) - log). A row
     without any key gets (inf, 0), which makes them 0."""
-    if BOUNDED:
+    if MASKED:
         b_max = tl.load(lse + o_stat, mask=m_row, other=float("inf"))
     else:
         b_max = tl.load(lse + o_stat)
@@ -285,7 +295,7 @@ def _load_statistics(lse, o_stat, half, m_row, BIASED: tl.constexpr, BOUNDED: tl
         b_log = tl.load(lse + half + o_stat, mask=m_row, other=0.0)
         b_log = tl.where(b_max == float("-inf"), 0.0, b_log)
     # without a bias a row has a key, or no program meets it
-    if BIASED or BOUNDED:
+    if BIASED or MASKED:
         b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
     return b_max, b_log
 
@@ -299,7 +309,7 @@ def forward_kernel(
     BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out `[batch, heads, seq, DIM]`, lse the rows' statistics; `partial` float32 `[texts, slots, SIZE, PADDED]`."""
-    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
     if beyond:
         return
     o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
@@ -316,20 +326,20 @@ def forward_kernel(
         o_n = tl.arange(0, SIZE)
         b_k = _tile(k_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, begin, i_unit * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False, False)  # fmt: skip
+        b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, begin, i_unit * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False)  # fmt: skip
         for i_step in range(begin, solid - 1):
             i_value, i_key = _unit(columns, i_step + 1, SIZE, UNIT), _unit(columns, i_step + 2, SIZE, UNIT)
-            b_p = _probabilities(b_s, b_max, scale, BIASED)
+            b_p = _probabilities(b_s, b_max, scale, BIASED, False)
             b_sum += _part_sums(b_p, SIZE)
             b_v = _tile(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
             b_acc = _add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
             b_k = _tile(k_tiles, i_b, i_head, o_text + i_next * UNIT, SIZE, PADDED)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-            b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step + 1, i_next * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False, False)  # fmt: skip
+            b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step + 1, i_next * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False)  # fmt: skip
             b_acc *= b_alpha[:, None]
             b_sum *= b_alpha[:, None]
             i_unit, i_next = i_value, i_key
-        b_p = _probabilities(b_s, b_max, scale, BIASED)
+        b_p = _probabilities(b_s, b_max, scale, BIASED, False)
         b_sum += _part_sums(b_p, SIZE)
         b_v = _tile(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
         b_acc = _add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
@@ -338,15 +348,22 @@ def forward_kernel(
             b_acc, b_max, b_sum = _forward_step(
                 b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
                 stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
-                SIZE, UNIT, DIM, PADDED, BIASED, False, False, VARLEN, PRECISION,
+                SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
             )  # fmt: skip
-    for i_step in tl.range(whole, end, num_stages=1):
+    for i_step in tl.range(whole, run, num_stages=1):
         i_unit = _unit(columns, i_step, SIZE, UNIT)
         b_acc, b_max, b_sum = _forward_step(
             b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, UNIT < SIZE, True, PRECISION,
+            SIZE, UNIT, DIM, PADDED, BIASED, not VARLEN, True, PRECISION,
         )  # fmt: skip
+    if UNIT < SIZE:
+        for i_step in tl.range(run, end, num_stages=1):
+            b_acc, b_max, b_sum = _forward_step(
+                b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
+                SIZE, UNIT, DIM, PADDED, BIASED, False, True, PRECISION,
+            )  # fmt: skip
 
     b_sum = tl.sum(b_sum, 1)
     b_out = b_acc * (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
@@ -418,11 +435,12 @@ def _first_unit(i_text, o_text, seq, UNIT: tl.constexpr, VARLEN: tl.constexpr):
 @triton.jit(do_not_specialize=ANY_VALUE)
 def key_sums_kernel(
     k, bias, sums, weights, offsets, stride_kb, stride_kh, stride_kn, heads, seq, texts, units,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
+    KEYS: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     BIASED: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Sums of the keys of each unit, float32 `[heads, units, PADDED]`, a key weighted by exp2 of its bias, and of these weights,
-    `[heads, units]`. What -inf removes is not read."""
+    `[heads, units]`; a program sums KEYS keys. What -inf removes is not read."""
+    ACROSS: tl.constexpr = KEYS // UNIT
     pid = tl.program_id(0)
     i_text = pid % texts
     i_head = (pid // texts) % heads
@@ -432,7 +450,9 @@ def key_sums_kernel(
         i_b = i_text * 0
         o_text = tl.load(offsets + i_text)
         length = tl.load(offsets + i_text + 1) - o_text
-    o_m = i_tile * SIZE + tl.arange(0, SIZE)
+    # Neighbouring rows are of different units, so that a thread, which has every eighth or sixteenth, sums most of a unit alone.
+    o_n = tl.arange(0, KEYS)
+    o_m = i_tile * KEYS + o_n % ACROSS * UNIT + o_n // ACROSS
     b_weight = (o_m < length).to(tl.float32)
     if BIASED:
         b_bias = tl.load(bias + i_b.to(tl.int64) * seq + o_m, mask=o_m < length, other=float("-inf"))
@@ -442,27 +462,40 @@ def key_sums_kernel(
     b_k = _rows(k, i_b, i_head, o_row, stride_kb, stride_kh, stride_kn, o_text + length, DIM, PADDED)
     b_k = _rounded(b_k.to(tl.float32) * b_weight[:, None])
 
-    o_unit = i_tile * (SIZE // UNIT) + tl.arange(0, SIZE // UNIT)
+    o_unit = i_tile * ACROSS + tl.arange(0, ACROSS)
     m_unit = o_unit * UNIT < length
     o_sum = i_head.to(tl.int64) * units + _first_unit(i_text, o_text, seq, UNIT, VARLEN) + o_unit
     p_sums = sums + o_sum[:, None] * PADDED + tl.arange(0, PADDED)[None, :]
-    tl.store(p_sums, tl.sum(tl.reshape(b_k, [SIZE // UNIT, UNIT, PADDED]), 1), mask=m_unit[:, None])
-    tl.store(weights + o_sum, tl.sum(tl.reshape(b_weight, [SIZE // UNIT, UNIT]), 1), mask=m_unit)
+    tl.store(p_sums, tl.sum(tl.reshape(b_k, [UNIT, ACROSS, PADDED]), 0), mask=m_unit[:, None])
+    tl.store(weights + o_sum, tl.sum(tl.reshape(b_weight, [UNIT, ACROSS]), 0), mask=m_unit)
 
 
 @triton.jit
-def _keys_met(
-    sums, weights, o_first, columns, words, begin, end, length,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr,
+def _unit_rows(rows, i_tile, SIZE: tl.constexpr, UNIT: tl.constexpr):
+    """The unit rows of a tile, `[SIZE / UNIT]`."""
+    if UNIT == SIZE:
+        return i_tile + tl.arange(0, 1)
+    else:
+        return tl.load(rows + i_tile * (SIZE // UNIT) + tl.arange(0, SIZE // UNIT))
+
+
+@triton.jit(do_not_specialize=ANY_VALUE)
+def keys_met_kernel(
+    sums, weights, met, met_weights, partial_met, partial_weights, items, rows, columns, words, offsets,
+    heads, seq, texts, units, slots,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, PADDED: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """What a tile's rows meet in steps `[begin, end)`: the sums of their keys, `[SIZE, PADDED]`, and of the weights, `[SIZE]`; one
-    row of them where a tile is one unit, whose rows meet the same keys."""
+    """Adds up what each row meets: the sums of the keys, float32 `[heads, units, PADDED]`, and the weights, `[heads, units]`, once for
+    the rows of a unit, which meet the same keys. Of shared rows each item's part: `[texts, slots, SIZE / UNIT, PADDED]`."""
     ACROSS: tl.constexpr = SIZE // UNIT
-    LANES: tl.constexpr = CHUNK if ACROSS == 1 else 2 * CHUNK  # a chunk has to wait for memory twice
-    o_bit = tl.arange(0, SIZE) // UNIT * ACROSS
+    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    if beyond:
+        return
+    o_first = i_head.to(tl.int64) * units + _first_unit(i_text, o_text, seq, UNIT, VARLEN)
+    o_across = tl.arange(0, ACROSS)
     o_dim = tl.arange(0, PADDED)
-    b_met = tl.zeros([1 if ACROSS == 1 else SIZE, PADDED], tl.float32)
-    b_weight = tl.zeros([1 if ACROSS == 1 else SIZE], tl.float32)
+    b_met = tl.zeros([ACROSS, PADDED], tl.float32)
+    b_weight = tl.zeros([ACROSS], tl.float32)
     last = end * ACROSS
     for first in range(begin * ACROSS, last, LANES):
         o_lane = first + tl.arange(0, LANES)
@@ -470,15 +503,19 @@ def _keys_met(
         m_unit = (o_lane < last) & (o_unit * UNIT < length)
         b_sums = tl.load(sums + (o_first + o_unit)[:, None] * PADDED + o_dim[None, :], mask=m_unit[:, None], other=0.0)
         b_weights = tl.load(weights + o_first + o_unit, mask=m_unit, other=0.0)
-        if ACROSS == 1:
-            b_met += tl.sum(b_sums, 0)[None, :]
-            b_weight += tl.sum(b_weights, 0)
-        else:
-            b_word = tl.load(words + o_lane // ACROSS, mask=o_lane < last, other=0)
-            b_kept = ((b_word[None, :] >> (o_bit[:, None] + (o_lane % ACROSS)[None, :])) & 1).to(tl.float32)
-            b_met = tl.dot(b_kept, b_sums, b_met, input_precision="tf32")
-            b_weight += tl.sum(_rounded(b_kept * b_weights[None, :]), 1)
-    return b_met, b_weight
+        b_word = tl.load(words + o_lane // ACROSS, mask=o_lane < last, other=0)
+        m_kept = ((b_word[None, :] >> (o_across[:, None] * ACROSS + (o_lane % ACROSS)[None, :])) & 1) == 1
+        b_met += tl.sum(tl.where(m_kept[:, :, None], b_sums[None, :, :], 0.0), 1)
+        b_weight += tl.sum(tl.where(m_kept, b_weights[None, :], 0.0), 1)
+    if slot < 0:
+        o_row = _unit_rows(rows, i_tile, SIZE, UNIT)
+        m_row = o_row * UNIT < length
+        tl.store(met + (o_first + o_row)[:, None] * PADDED + o_dim[None, :], b_met, mask=m_row[:, None])
+        tl.store(met_weights + o_first + o_row, b_weight, mask=m_row)
+    else:
+        o_slot = (i_text.to(tl.int64) * slots + slot) * ACROSS + o_across
+        tl.store(partial_met + o_slot[:, None] * PADDED + o_dim[None, :], b_met)
+        tl.store(partial_weights + o_slot, b_weight)
 
 
 @triton.jit
@@ -492,18 +529,18 @@ def _query_gradient_step(
     b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
-    SOLID: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    RUN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, SOLID)
-    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
-    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
+    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
+    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-    b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, KEPT, BOUNDED)
+    b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, MASKED)
     if BIASED:
         b_p = tl.exp2((b_s - b_max[:, None]) - b_log[:, None])
     else:
-        b_p = tl.exp2(b_s - b_max[:, None])
+        b_p = tl.exp2(b_s * scale - b_max[:, None])
     b_ds = b_p * (b_dp - b_delta[:, None])
     if PRECISION == "ieee":
         b_ds = _rounded(b_ds)  # without tensor cores threads exchange them for the sums of rows
@@ -512,7 +549,7 @@ def _query_gradient_step(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def query_gradient_kernel(
-    q, k, v, out, d_out, k_tiles, v_tiles, d_q_tiles, bias, sums, weights, lse, delta, d_q, partial, partial_met, partial_rest,
+    q, k, v, out, d_out, k_tiles, v_tiles, d_q_tiles, bias, met, met_weights, lse, delta, d_q, partial, partial_rest,
     items, rows, columns, words, offsets,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, stride_db, stride_dh, stride_dn,
@@ -525,10 +562,11 @@ def query_gradient_kernel(
     The gradients of a row's scores sum to 0. Those computed here leave a rest, because `out`, from which delta comes, is rounded,
     and the rest adds a part of the mean of the row's keys under its probabilities, as large as that may be. It is taken out again
     with the mean of the same keys under their biases: what remains is the rest of their spread. Only keys that the row meets may
-    count, since others may be of any size. Their sums by unit come from `key_sums_kernel`, so that the loop over steps pays
-    nothing. The parts of a shared row leave rests that are no rounding errors: `sum_kernel` adds them up first.
+    count, since others may be of any size. Their sums come from `keys_met_kernel`: here every program would wait for them, there
+    so many run at once that none matters. The parts of a shared row leave rests that are no rounding errors: `sum_kernel` adds
+    them up first.
     """
-    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
     if beyond:
         return
     o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
@@ -551,35 +589,42 @@ def query_gradient_kernel(
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, True, False, False, PRECISION,
+            SIZE, UNIT, DIM, PADDED, BIASED, True, False, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
         for i_step in range(solid, whole):
             b_dq, b_rest = _query_gradient_step(
                 b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
                 stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
-                SIZE, UNIT, DIM, PADDED, BIASED, False, False, VARLEN, PRECISION,
+                SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
             )  # fmt: skip
-    for i_step in tl.range(whole, end, num_stages=1):
+    for i_step in tl.range(whole, run, num_stages=1):
         i_unit = _unit(columns, i_step, SIZE, UNIT)
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, UNIT < SIZE, True, PRECISION,
+            SIZE, UNIT, DIM, PADDED, BIASED, not VARLEN, True, PRECISION,
         )  # fmt: skip
+    if UNIT < SIZE:
+        for i_step in tl.range(run, end, num_stages=1):
+            b_dq, b_rest = _query_gradient_step(
+                b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
+                SIZE, UNIT, DIM, PADDED, BIASED, False, True, PRECISION,
+            )  # fmt: skip
     b_rest = tl.sum(b_rest, 1)
-    o_first = i_head.to(tl.int64) * units + _first_unit(i_text, o_text, seq, UNIT, VARLEN)
-    b_met, b_weight = _keys_met(sums, weights, o_first, columns, words, begin, end, length, SIZE, UNIT, PADDED)
     if slot < 0:
+        o_row = i_tile + tl.arange(0, 1) if UNIT == SIZE else o_m // UNIT
+        m_row = o_row * UNIT < length
+        o_met = i_head.to(tl.int64) * units + _first_unit(i_text, o_text, seq, UNIT, VARLEN) + o_row
+        b_met = tl.load(met + o_met[:, None] * PADDED + tl.arange(0, PADDED)[None, :], mask=m_row[:, None], other=0.0)
+        b_weight = tl.load(met_weights + o_met, mask=m_row, other=0.0)
         b_dq = _centered(b_dq, b_rest, b_met, b_weight) * grad_scale
         _store_tile(d_q_tiles, d_q, b_dq, i_b, i_head, o_text, i_tile, o_m, stride_db, stride_dh, stride_dn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
     else:
         o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
-        o_dim = tl.arange(0, PADDED)
-        tl.store(partial + o_slot[:, None] * PADDED + o_dim[None, :], b_dq)
-        tl.store(partial_met + o_slot[:, None] * PADDED + o_dim[None, :], tl.broadcast_to(b_met, [SIZE, PADDED]))
+        tl.store(partial + o_slot[:, None] * PADDED + tl.arange(0, PADDED)[None, :], b_dq)
         tl.store(partial_rest + o_slot, b_rest)
-        tl.store(partial_rest + texts.to(tl.int64) * slots * SIZE + o_slot, tl.broadcast_to(b_weight, [SIZE]))
 
 
 @triton.jit
@@ -587,14 +632,14 @@ def _key_gradient_step(
     b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, i_unit, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
-    SOLID: tl.constexpr, KEPT: tl.constexpr, BOUNDED: tl.constexpr, PRECISION: tl.constexpr,
+    RUN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, SOLID)
-    b_q = _step_rows(q, q_tiles, i_b, i_head, o_text, o_c, stride_qb, stride_qh, stride_qn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
-    b_do = _step_rows(d_out, d_out_tiles, i_b, i_head, o_text, o_c, stride_gb, stride_gh, stride_gn, i_unit, length, SIZE, UNIT, DIM, PADDED, SOLID)  # fmt: skip
+    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
+    b_q = _step_rows(q, q_tiles, i_b, i_head, o_text, o_c, stride_qb, stride_qh, stride_qn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
+    b_do = _step_rows(d_out, d_out_tiles, i_b, i_head, o_text, o_c, stride_gb, stride_gh, stride_gn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     # queries beyond the sequence get probability 0 from their statistics
-    b_max, b_log = _load_statistics(lse, o_stats + o_c, half, o_c < length, BIASED, BOUNDED)
-    if BOUNDED:
+    b_max, b_log = _load_statistics(lse, o_stats + o_c, half, o_c < length, BIASED, MASKED)
+    if MASKED:
         b_delta = tl.load(delta + o_stats + o_c, mask=o_c < length, other=0.0)
     else:
         b_delta = tl.load(delta + o_stats + o_c)
@@ -605,7 +650,7 @@ def _key_gradient_step(
         b_p = tl.exp2(((b_s + b_bias[None, :]) - b_max[:, None]) - b_log[:, None])
     else:
         b_p = tl.exp2(b_s - b_max[:, None])
-    if KEPT:
+    if MASKED and UNIT < SIZE:
         b_p = tl.where(tl.trans(_kept(words, i_step, SIZE, UNIT)), b_p, 0.0)
     b_dv = _add_product(b_dv, tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
@@ -624,7 +669,7 @@ def key_gradient_kernel(
     BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v; the tiles are key rows and the steps query columns, from the schedule of the transposed layout."""
-    i_head, i_tile, begin, solid, whole, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
     if beyond:
         return
     o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
@@ -645,21 +690,21 @@ def key_gradient_kernel(
         b_dk, b_dv = _key_gradient_step(
             b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
             stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, i_unit, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, True, False, False, PRECISION,
+            SIZE, UNIT, DIM, PADDED, BIASED, True, False, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
         for i_step in range(solid, whole):
             b_dk, b_dv = _key_gradient_step(
                 b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
                 stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, 0, scale,
-                SIZE, UNIT, DIM, PADDED, BIASED, False, False, VARLEN, PRECISION,
+                SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_step in tl.range(whole, end, num_stages=1):
         i_unit = _unit(columns, i_step, SIZE, UNIT)
         b_dk, b_dv = _key_gradient_step(
             b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
             stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, i_unit, scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, UNIT < SIZE, True, PRECISION,
+            SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, True, PRECISION,
         )  # fmt: skip
     if slot < 0:
         b_dk = b_dk * grad_scale
@@ -674,7 +719,7 @@ def key_gradient_kernel(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def sum_kernel(
-    target, partial, partial_met, partial_rest, splits, rows, offsets, stride_b, stride_h, stride_n,
+    target, partial, partial_rest, partial_met, partial_weights, splits, rows, offsets, stride_b, stride_h, stride_n,
     heads, seq, texts, slots, factor,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, VARLEN: tl.constexpr,
     CENTERED: tl.constexpr,
@@ -692,9 +737,9 @@ def sum_kernel(
         o_slot = (i_text.to(tl.int64) * slots + i_slot) * SIZE + o_m
         b_acc += tl.load(partial + o_slot[:, None] * PADDED + o_dim[None, :])
         if CENTERED:
-            b_met += tl.load(partial_met + o_slot[:, None] * PADDED + o_dim[None, :])
             b_rest += tl.load(partial_rest + o_slot)
-            b_weight += tl.load(partial_rest + texts.to(tl.int64) * slots * SIZE + o_slot)
+            b_met += tl.load(partial_met + (o_slot // UNIT)[:, None] * PADDED + o_dim[None, :])
+            b_weight += tl.load(partial_weights + o_slot // UNIT)
     if CENTERED:
         b_acc = _centered(b_acc, b_rest, b_met, b_weight)
     o_row = o_text + _row_offsets(rows, i_tile, SIZE, UNIT)

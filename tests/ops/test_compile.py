@@ -25,7 +25,7 @@ def test_kernels_compile_and_fit_into_registers(capability, tmp_path):
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = [json.loads(line) for line in ran.stdout.splitlines()]
-    names = {"forward", "query_gradient", "key_gradient", "key_sums", "combine", "sum", "outside"}
+    names = {"forward", "query_gradient", "key_gradient", "key_sums", "keys_met", "combine", "sum", "outside"}
     assert {row["kernel"] for row in found} == {f"{name}_kernel" for name in names}
     assert not [row for row in found if row["spilled"] > MOST_SPILLED]
     assert sum(row["exchanged"] for row in found) > 100

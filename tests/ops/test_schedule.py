@@ -19,6 +19,7 @@ from bsa_export.ops.schedule import ITEM_FIELDS, ScheduleCache, Tile, build_sche
 from bsa_export.sparsity import MODES, windowed_for
 
 CPU = torch.device("cpu")
+BEGIN, END, SLOT = map(ITEM_FIELDS.index, ("begin", "end", "slot"))
 
 
 def visited(made, heads: int, units: int, tile: Tile, seq: int) -> np.ndarray:
@@ -32,11 +33,12 @@ def visited(made, heads: int, units: int, tile: Tile, seq: int) -> np.ndarray:
         assert fields["least"] == (columns.min().item() if columns.numel() else 0)
         ascending = made.columns[fields["begin"] : fields["end" if across == 1 else "solid"], 0]
         assert torch.equal(ascending, ascending.sort().values)
+        if across == 1:
+            assert (fields["whole"], fields["run"]) == (fields["solid"], fields["end"]), "a unit is a run"
         for step in range(fields["begin"], fields["end"]):
             columns = made.columns[step].tolist()
-            if step < fields["solid"]:
-                assert columns == list(range(columns[0], columns[0] + across)), "solid steps read consecutive columns"
-                assert (columns[-1] + 1) * tile.unit <= seq
+            if step < fields["solid"] or fields["whole"] <= step < fields["run"]:
+                assert columns == list(range(columns[0], columns[0] + across)), "these steps read consecutive columns"
             word = made.words[step].item()
             for i, row in enumerate(rows):
                 for j, column in enumerate(columns):
@@ -85,8 +87,8 @@ def test_every_row_has_an_item_even_without_a_kept_block():
 def test_a_global_row_is_shared_out_and_comes_first():
     layout = MODES["bslongformer"](1, block=64, num_sliding_window_blocks=3).make_layout(65536).astype(bool)
     made = build_schedule(layout, 64, 65536, Tile(64, 64), CPU)
-    lengths = (made.items[:, 5] - made.items[:, 2]).tolist()
-    slots = made.items[:, 6].tolist()
+    lengths = (made.items[:, END] - made.items[:, BEGIN]).tolist()
+    slots = made.items[:, SLOT].tolist()
     assert max(lengths) <= 32
     assert made.splits.tolist() == [[0, 0, 0, 32]]
     assert slots[:32] == list(range(32))
@@ -98,15 +100,26 @@ def test_a_global_row_is_not_shared_out_where_the_others_take_as_long():
     alone, among_eight = (build_schedule(layout, 64, 4096, Tile(64, 64), CPU, sequences=n) for n in (1, 8))
     assert alone.slots == 12 * 2
     assert among_eight.slots == 0
-    assert (among_eight.items[:12, 5] - among_eight.items[:12, 2]).tolist() == [64] * 12, "it comes first"
+    assert (among_eight.items[:12, END] - among_eight.items[:12, BEGIN]).tolist() == [64] * 12, "it comes first"
 
 
 def test_global_rows_in_small_blocks_do_not_drag_their_neighbours_along():
     """The gradient of keys under `fixed` at block 16: every fourth key block is seen by all, the others by their window."""
     layout = MODES["fixed"](1, block=16).make_layout(4096).astype(bool)
     made = build_schedule(layout, 16, 4096, Tile(64, 16), CPU, transposed=True)
-    steps = int((made.items[:, 5] - made.items[:, 2]).sum())
+    steps = int((made.items[:, END] - made.items[:, BEGIN]).sum())
     assert steps <= 1.15 * layout.sum() / 16
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_the_ends_of_windows_are_read_as_tiles(block):
+    """A run is read by one copy; what is gathered waits for its addresses."""
+    layout = MODES["local"](1, block=block, num_sliding_window_blocks=512 // block + 1).make_layout(4096).astype(bool)
+    items = build_schedule(layout, block, 4096, Tile(64, block), CPU).items.numpy()
+    solid, whole, run, end = (items[:, ITEM_FIELDS.index(name)] for name in ("solid", "whole", "run", "end"))
+    assert (whole == solid).all()
+    assert (run == end).all()
+    assert (run > whole).all()
 
 
 def test_a_long_layout_is_scheduled_in_no_time():

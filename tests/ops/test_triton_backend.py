@@ -134,9 +134,11 @@ class TestCalls:
     """What a call may ask for, and where it runs."""
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-    def test_a_negative_scale(self, dtype):
-        inputs = make_inputs(Case(pattern="all", heads=1, batch=1, blocks=4), 0, "cpu")
-        inputs = {name: x.to(dtype) if name in NAMES else x for name, x in inputs.items()} | {"scale": -3.0}
+    @pytest.mark.parametrize("scale", [-3.0, 0.0])
+    @pytest.mark.parametrize("pattern", ["all", "windowed"])
+    def test_a_scale_that_is_not_positive(self, dtype, scale, pattern):
+        inputs = make_inputs(Case(pattern=pattern, heads=1, batch=1, blocks=6, short=5), 0, "cpu")
+        inputs = {name: x.to(dtype) if name in NAMES else x for name, x in inputs.items()} | {"scale": scale}
         found = judge(partial(block_sparse_attention, backend="triton"), inputs)
         assert all(e.passed for e in found.values()), found
 
