@@ -350,7 +350,7 @@ def forward_kernel(
                 stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
                 SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
             )  # fmt: skip
-    for i_step in tl.range(whole, run, num_stages=1):
+    for i_step in tl.range(whole, run, num_stages=1 if UNIT == SIZE else None):
         i_unit = _unit(columns, i_step, SIZE, UNIT)
         b_acc, b_max, b_sum = _forward_step(
             b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
@@ -598,7 +598,7 @@ def query_gradient_kernel(
                 stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
                 SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
             )  # fmt: skip
-    for i_step in tl.range(whole, run, num_stages=1):
+    for i_step in tl.range(whole, run, num_stages=1 if UNIT == SIZE else None):
         i_unit = _unit(columns, i_step, SIZE, UNIT)
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
