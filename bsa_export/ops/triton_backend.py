@@ -257,39 +257,50 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
+class _Tiles(TensorDescriptor if triton else object):
+    """A tensor as the hardware copies it, a tile of one head at a time. `_aligned` has checked what a TensorDescriptor would check
+    again at each call, which takes as long as a launch."""
+
+    def __init__(self, tensor: torch.Tensor, size: int, padded: int):
+        self.base, self.shape, self.strides = tensor, tensor.shape, tensor.stride()
+        self.block_shape, self.padding = [1, 1, size, padded], "zero"
+
+
+@cache
+def _constants(kernel, dtype, head_dim, block, device, biased, varlen) -> tuple[Tile, dict, dict]:
+    """How the scores are cut, and what is constant in the helpers of a kernel and in the kernel itself."""
+    shape = launch(kernel, dtype, head_dim, block, device)
+    tile = shape.tile(block)
+    whole = {"SIZE": tile.size, "UNIT": tile.unit, "DIM": head_dim, "PADDED": _padded(head_dim), "VARLEN": varlen}
+    constants = whole | {
+        "BIASED": biased,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": shape.warps,
+        "num_stages": shape.stages,
+    }
+    if shape.max_registers:
+        constants["maxnreg"] = shape.max_registers
+    return tile, whole, constants
+
+
 class _Call:
     """What the launches of one call have in common."""
 
     def __init__(self, kernel, query, layout, bias, offsets, longest, block, site):
-        shape = launch(kernel, query.dtype, query.shape[-1], block, query.device)
-        tile = shape.tile(block)
         if layout.shape[0] != query.shape[1]:
             layout = layout.expand(query.shape[1], -1, -1)
         self.batch, self.heads, self.seq, self.head_dim = query.shape
+        tile, self.whole, self.constants = _constants(
+            kernel, query.dtype, self.head_dim, block, query.device, bias is not None, offsets is not None
+        )
+        self.size, self.unit, self.padded = tile.size, tile.unit, self.whole["PADDED"]
         sequences = self.batch * self.seq // longest
         self.schedule = _schedules.get(layout, block, longest, tile, query.device, kernel == "key", sequences, site)
-        self.size, self.unit, self.longest = shape.size, tile.unit, longest
-        self.padded = _padded(self.head_dim)
-        self.offsets = offsets
-        self.whole = {
-            "SIZE": shape.size,
-            "UNIT": tile.unit,
-            "DIM": self.head_dim,
-            "PADDED": self.padded,
-            "VARLEN": offsets is not None,
-        }
-        self.constants = self.whole | {
-            "BIASED": bias is not None,
-            "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
-            "num_warps": shape.warps,
-            "num_stages": shape.stages,
-        }
-        if shape.max_registers:
-            self.constants["maxnreg"] = shape.max_registers
+        self.longest, self.offsets = longest, offsets
 
-    def tiles(self, *tensors: torch.Tensor) -> list[TensorDescriptor]:
-        """The tensors as the hardware copies them, a tile of one head at a time."""
-        return [TensorDescriptor(x, x.shape, x.stride(), [1, 1, self.size, self.padded]) for x in tensors]
+    def tiles(self, *tensors: torch.Tensor) -> list[_Tiles]:
+        """The tensors as the hardware copies them."""
+        return [_Tiles(tensor, self.size, self.padded) for tensor in tensors]
 
     def groups(self) -> Iterator[tuple[torch.Tensor, int]]:
         """The sequences that run together, (offsets, how many): all of a batch, or as many texts as may have partial results."""
