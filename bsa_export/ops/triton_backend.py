@@ -268,11 +268,11 @@ class _Tiles(TensorDescriptor if triton else object):
 
 @cache
 def _constants(kernel, dtype, head_dim, block, device, biased, varlen) -> tuple[Tile, dict, dict]:
-    """How the scores are cut, and what is constant in the helpers of a kernel and in the kernel itself."""
+    """How the scores are cut, the constants of all kernels of a call, and those of its main one."""
     shape = launch(kernel, dtype, head_dim, block, device)
     tile = shape.tile(block)
-    whole = {"SIZE": tile.size, "UNIT": tile.unit, "DIM": head_dim, "PADDED": _padded(head_dim), "VARLEN": varlen}
-    constants = whole | {
+    common = {"SIZE": tile.size, "UNIT": tile.unit, "DIM": head_dim, "PADDED": _padded(head_dim), "VARLEN": varlen}
+    constants = common | {
         "BIASED": biased,
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "num_warps": shape.warps,
@@ -280,7 +280,7 @@ def _constants(kernel, dtype, head_dim, block, device, biased, varlen) -> tuple[
     }
     if shape.max_registers:
         constants["maxnreg"] = shape.max_registers
-    return tile, whole, constants
+    return tile, common, constants
 
 
 class _Call:
@@ -290,10 +290,10 @@ class _Call:
         if layout.shape[0] != query.shape[1]:
             layout = layout.expand(query.shape[1], -1, -1)
         self.batch, self.heads, self.seq, self.head_dim = query.shape
-        tile, self.whole, self.constants = _constants(
+        tile, self.common, self.constants = _constants(
             kernel, query.dtype, self.head_dim, block, query.device, bias is not None, offsets is not None
         )
-        self.size, self.unit, self.padded = tile.size, tile.unit, self.whole["PADDED"]
+        self.size, self.unit, self.padded = tile.size, tile.unit, self.common["PADDED"]
         sequences = self.batch * self.seq // longest
         self.schedule = _schedules.get(layout, block, longest, tile, query.device, kernel == "key", sequences, site)
         self.longest, self.offsets = longest, offsets
@@ -314,6 +314,12 @@ class _Call:
             n = min(at_once, texts - first)
             yield self.offsets[first : first + n + 1], n
 
+    def units(self, texts: int) -> int:
+        """How many units all sequences have room for, see `first_unit`."""
+        if self.offsets is None:
+            return texts * -(-self.seq // self.unit)
+        return self.seq // self.unit + texts + 1
+
     def partial(self, like: torch.Tensor, texts: int, *shape: int) -> torch.Tensor:
         """Room for the partial results of shared rows, float32 `[texts, slots, *shape]`; `like` where there are none."""
         slots = self.schedule.slots
@@ -326,7 +332,7 @@ class _Call:
             start(
                 kernels.sum_kernel, len(schedule.splits) * texts,
                 target, partial, *(rest or [partial] * 3), schedule.splits, schedule.rows, offsets,
-                *target.stride()[:3], self.heads, self.seq, texts, schedule.slots, factor, CENTERED=bool(rest), **self.whole,
+                *target.stride()[:3], self.heads, self.seq, texts, schedule.slots, factor, CENTERED=bool(rest), **self.common,
             )  # fmt: skip
 
 
@@ -365,7 +371,7 @@ def _forward(query, key, value, layout, bias, offsets, longest, block, scale, si
             start(
                 kernels.combine_kernel, len(schedule.splits) * texts,
                 out, lse, partial, partial_lse, schedule.splits, schedule.rows, offsets, *out.stride()[:3],
-                call.batch, call.heads, call.seq, texts, schedule.slots, BIASED=bias is not None, **call.whole,
+                call.batch, call.heads, call.seq, texts, schedule.slots, BIASED=bias is not None, **call.common,
             )  # fmt: skip
     return out, lse
 
@@ -410,29 +416,27 @@ def _query_gradient(
     call = _Call("query", query, layout, bias, offsets, longest, block, site)
     schedule = call.schedule
     for offsets, texts in call.groups():
-        units, met, *partial_met = _keys_met(call, key, lse, bias, offsets, texts)
+        met, partial_met = _keys_met(call, key, lse, bias, offsets, texts)
         partial, rest = call.partial(lse, texts, call.size, call.padded), call.partial(lse, texts, call.size)
         start(
             kernels.query_gradient_kernel, len(schedule.items) * texts,
             query, key, value, out, d_out, *call.tiles(key, value, d_query), lse if bias is None else bias, *met,
             lse, delta, d_query, partial, rest, schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
-            *_strides(query, key, value, out, d_out, d_query), call.batch, call.heads, call.seq, texts, units, schedule.slots,
+            *_strides(query, key, value, out, d_out, d_query), call.batch, call.heads, call.seq, texts, call.units(texts), schedule.slots,
             scale * LOG2_E, scale, **call.constants,
         )  # fmt: skip
         call.sum(d_query, partial, offsets, texts, scale, rest, *partial_met)
 
 
 def _keys_met(call, key, lse, bias, offsets, texts):
-    """What the rows of the queries meet of the keys, as `keys_met_kernel` tells: how many units there are, sums and weights, and those
-    of shared rows."""
-    schedule = call.schedule
-    units = texts * -(-call.seq // call.unit) if call.offsets is None else call.seq // call.unit + texts + 1
+    """What the rows of the queries meet of the keys, as `keys_met_kernel` tells: (sums, weights), and the same of shared rows."""
+    schedule, units = call.schedule, call.units(texts)
     sums, met = (lse.new_empty(call.heads, units, call.padded) for _ in range(2))
     weights, met_weights = (lse.new_empty(call.heads, units) for _ in range(2))
     across = call.size // call.unit
     partial = call.partial(lse, texts, across, call.padded), call.partial(lse, texts, across)
     keys = max(call.unit, ELEMENTS // call.padded)
-    constants = {name: call.whole[name] for name in ("UNIT", "PADDED", "VARLEN")}
+    constants = {name: call.common[name] for name in ("UNIT", "PADDED", "VARLEN")}
     start(
         kernels.key_sums_kernel, -(-call.longest // keys) * call.heads * texts,
         key, lse if bias is None else bias, sums, weights, offsets, *key.stride()[:3], call.heads, call.seq, texts, units,
@@ -443,7 +447,7 @@ def _keys_met(call, key, lse, bias, offsets, texts):
         sums, weights, met, met_weights, *partial, schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
         call.heads, call.seq, texts, units, schedule.slots, SIZE=call.size, num_warps=1, **constants,
     )  # fmt: skip
-    return units, (met, met_weights), *partial
+    return (met, met_weights), partial
 
 
 def _key_gradient(

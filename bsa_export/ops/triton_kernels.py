@@ -14,11 +14,26 @@ Prefixes: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block of values.
 import triton
 import triton.language as tl
 
+from bsa_export.ops.triton_tiles import (
+    first_unit,
+    load_consecutive,
+    load_rows,
+    load_step,
+    load_tile,
+    row_offsets,
+    row_units,
+    sequence,
+    shared_row,
+    step_columns,
+    step_mask,
+    step_unit,
+    store_rows,
+    store_tile,
+    work_item,
+)
+
 # Arguments whose value must not cause another compilation.
 ANY_VALUE = ["batch", "heads", "seq", "slots", "texts", "units"]
-
-# Items of a list that are read at once where a program looks through its steps.
-CHUNK: tl.constexpr = tl.constexpr(32)
 
 # Units whose sums of keys are read at once.
 LANES: tl.constexpr = tl.constexpr(16)
@@ -29,158 +44,6 @@ PARTS: tl.constexpr = tl.constexpr(8)
 
 # Biases beyond this, in units of log2, count like it where a mean of keys is weighted by them: sums of weights stay in range.
 FARTHEST_BIAS: tl.constexpr = tl.constexpr(30.0)
-
-
-@triton.jit
-def _steps_below(columns, begin, end, limit, SIZE: tl.constexpr, UNIT: tl.constexpr):
-    """How many of the steps `[begin, end)`, whose columns ascend, begin before token `limit`."""
-    count = begin * 0
-    for first in range(begin, end, CHUNK):
-        o_step = first + tl.arange(0, CHUNK)
-        o_column = tl.load(columns + o_step * (SIZE // UNIT), mask=o_step < end, other=0) * UNIT
-        count += tl.sum(((o_step < end) & (o_column < limit)).to(tl.int32), 0)
-    return count
-
-
-@triton.jit
-def _item(items, rows, columns, offsets, texts, seq, SIZE: tl.constexpr, UNIT: tl.constexpr, VARLEN: tl.constexpr):
-    """What this program does, (head, tile, begin, solid, whole, run, end, slot), where its sequence lies, (text, row of the
-    batch, first token, length), and whether there is nothing to do, as the text ends before the tile. Sequences of one item run
-    side by side, long items first."""
-    pid = tl.program_id(0)
-    i_text = pid % texts
-    p_item = items + (pid // texts) * 9
-    i_head, i_tile, begin = tl.load(p_item), tl.load(p_item + 1), tl.load(p_item + 2)
-    solid, whole, run = tl.load(p_item + 3), tl.load(p_item + 4), tl.load(p_item + 5)
-    end, slot = tl.load(p_item + 6), tl.load(p_item + 7)
-    i_b, o_text, length = i_text, i_text * 0, seq
-    beyond = False
-    if VARLEN:
-        i_b = i_text * 0
-        o_text = tl.load(offsets + i_text)
-        length = tl.load(offsets + i_text + 1) - o_text
-        o_first = i_tile * SIZE
-        if UNIT < SIZE:
-            o_first = tl.load(rows + i_tile * (SIZE // UNIT)) * UNIT
-        beyond = o_first >= length
-        if not beyond:
-            # Solid steps read tiles, also of the next text: those that do not end within this one become steps that need a mask.
-            # A tile of several units has its steps in another order than their columns, so that only all of them can be left out.
-            solid = begin + _steps_below(columns, begin, solid, length - SIZE + 1, SIZE, UNIT)
-            if UNIT == SIZE:
-                whole = solid
-                end = begin + _steps_below(columns, begin, end, length, SIZE, UNIT)
-                run = end
-            elif tl.load(p_item + 8) * UNIT >= length:
-                solid, whole, run, end = begin, begin, begin, begin
-    return i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond
-
-
-@triton.jit
-def _unit(columns, i_step, SIZE: tl.constexpr, UNIT: tl.constexpr):
-    """The first unit of a step. Loops read it a step ahead: a copy that has to wait for its address comes late."""
-    return tl.load(columns + i_step * (SIZE // UNIT))
-
-
-@triton.jit
-def _columns(columns, i_step, i_unit, SIZE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr):
-    """Token offsets `[SIZE]` of a step."""
-    o_n = tl.arange(0, SIZE)
-    if RUN:
-        return i_unit * UNIT + o_n
-    else:
-        return tl.load(columns + i_step * (SIZE // UNIT) + o_n // UNIT) * UNIT + o_n % UNIT
-
-
-@triton.jit
-def _row_offsets(rows, i_tile, SIZE: tl.constexpr, UNIT: tl.constexpr):
-    """Token offsets `[SIZE]` of a tile's rows."""
-    o_m = tl.arange(0, SIZE)
-    if UNIT == SIZE:
-        return i_tile * SIZE + o_m
-    else:
-        return tl.load(rows + i_tile * (SIZE // UNIT) + o_m // UNIT) * UNIT + o_m % UNIT
-
-
-@triton.jit
-def _kept(words, i_step, SIZE: tl.constexpr, UNIT: tl.constexpr):
-    """Mask `[SIZE, SIZE]` of a step: the units that its word keeps."""
-    o_unit = tl.arange(0, SIZE) // UNIT
-    bit = o_unit[:, None] * (SIZE // UNIT) + o_unit[None, :]
-    return ((tl.load(words + i_step) >> bit) & 1) == 1
-
-
-@triton.jit
-def _rows(pointer, i_b, i_head, o_row, stride_b, stride_h, stride_n, length, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Rows `o_row` of one head of `[batch, heads, seq, DIM]`, `[len(o_row), PADDED]`; zeros outside of `length` and DIM."""
-    o_dim = tl.arange(0, PADDED)
-    p_rows = (
-        pointer
-        + i_b.to(tl.int64) * stride_b
-        + i_head.to(tl.int64) * stride_h
-        + o_row[:, None].to(tl.int64) * stride_n
-        + o_dim[None, :]
-    )
-    m_rows = (o_row < length)[:, None]
-    if DIM == PADDED:
-        return tl.load(p_rows, mask=m_rows, other=0.0)
-    else:
-        return tl.load(p_rows, mask=m_rows & (o_dim < DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def _tile(tiles, i_b, i_head, i_row, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """Consecutive rows from `i_row` on, `[SIZE, PADDED]`, in one copy by the hardware; zeros outside of the tensor."""
-    return tiles.load([i_b, i_head, i_row, 0]).reshape(SIZE, PADDED)
-
-
-@triton.jit
-def _step_rows(
-    pointer, tiles, i_b, i_head, o_text, o_c, stride_b, stride_h, stride_n, i_unit, length,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, RUN: tl.constexpr,
-):  # fmt: skip
-    """The rows that a step reads, `[SIZE, PADDED]`: a tile of consecutive ones, else gathered."""
-    if RUN:
-        return _tile(tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
-    else:
-        return _rows(pointer, i_b, i_head, o_text + o_c, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)
-
-
-@triton.jit
-def _store_rows(
-    pointer, b_value, i_b, i_head, o_row, stride_b, stride_h, stride_n, length, DIM: tl.constexpr, PADDED: tl.constexpr
-):
-    """Writes `[len(o_row), PADDED]`, but nothing outside of `length` and DIM."""
-    o_dim = tl.arange(0, PADDED)
-    p_head = pointer + i_b.to(tl.int64) * stride_b + i_head.to(tl.int64) * stride_h
-    p_rows = p_head + o_row[:, None].to(tl.int64) * stride_n + o_dim[None, :]
-    tl.store(p_rows, b_value.to(pointer.dtype.element_ty), mask=(o_row < length)[:, None] & (o_dim < DIM)[None, :])
-
-
-@triton.jit
-def _tile_rows(
-    tiles, pointer, i_b, i_head, o_text, i_tile, o_m, stride_b, stride_h, stride_n, length,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """The rows of a tile, `[SIZE, PADDED]`."""
-    if UNIT == SIZE:
-        return _tile(tiles, i_b, i_head, o_text + i_tile * SIZE, SIZE, PADDED)
-    else:
-        return _rows(pointer, i_b, i_head, o_text + o_m, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)
-
-
-@triton.jit
-def _store_tile(
-    tiles, pointer, b_value, i_b, i_head, o_text, i_tile, o_m, stride_b, stride_h, stride_n, length,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
-    """Writes the rows of a tile, in one copy by the hardware where they are consecutive and the tensor ends with the sequence."""
-    if UNIT == SIZE and not VARLEN:
-        tiles.store([i_b, i_head, i_tile * SIZE, 0], b_value.to(pointer.dtype.element_ty).reshape(1, 1, SIZE, PADDED))
-    else:
-        _store_rows(
-            pointer, b_value, i_b, i_head, o_text + o_m, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED
-        )
 
 
 @triton.jit
@@ -220,7 +83,7 @@ def _scores(
     if MASKED:
         b_s = tl.where((o_c < length)[None, :], b_s, float("-inf"))
         if UNIT < SIZE:
-            b_s = tl.where(_kept(words, i_step, SIZE, UNIT), b_s, float("-inf"))
+            b_s = tl.where(step_mask(words, i_step, SIZE, UNIT), b_s, float("-inf"))
     return b_s
 
 
@@ -262,13 +125,13 @@ def _forward_step(
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
     RUN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
-    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
+    o_c = step_columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
+    b_k = load_step(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, MASKED)  # fmt: skip
     b_p = _probabilities(b_s, b_max, scale, BIASED, MASKED)
     b_sum = b_sum * b_alpha[:, None] + _part_sums(b_p, SIZE)
-    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
+    b_v = load_step(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     return _add_product(b_acc * b_alpha[:, None], b_p.to(b_v.dtype), b_v, PRECISION), b_max, b_sum
 
 
@@ -309,11 +172,11 @@ def forward_kernel(
     BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out `[batch, heads, seq, DIM]`, lse the rows' statistics; `partial` float32 `[texts, slots, SIZE, PADDED]`."""
-    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = work_item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
     if beyond:
         return
-    o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
-    b_q = _tile_rows(q_tiles, q, i_b, i_head, o_text, i_tile, o_m, stride_qb, stride_qh, stride_qn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
+    o_m = row_offsets(rows, i_tile, SIZE, UNIT)
+    b_q = load_tile(q_tiles, q, i_b, i_head, o_text, i_tile, o_m, stride_qb, stride_qh, stride_qn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
     p_bias = bias + i_b.to(tl.int64) * seq
 
     b_acc = tl.zeros([SIZE, PADDED], tl.float32)
@@ -322,18 +185,18 @@ def forward_kernel(
     if begin < solid:
         # The scores of a step are computed in the one before it: the copies that they need arrive during its softmax. And the sum
         # shrinks for them there: at the beginning of their own step, it would be carried between them in two layouts.
-        i_unit, i_next = _unit(columns, begin, SIZE, UNIT), _unit(columns, begin + 1, SIZE, UNIT)
+        i_unit, i_next = step_unit(columns, begin, SIZE, UNIT), step_unit(columns, begin + 1, SIZE, UNIT)
         o_n = tl.arange(0, SIZE)
-        b_k = _tile(k_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
+        b_k = load_consecutive(k_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, begin, i_unit * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False)  # fmt: skip
         for i_step in range(begin, solid - 1):
-            i_value, i_key = _unit(columns, i_step + 1, SIZE, UNIT), _unit(columns, i_step + 2, SIZE, UNIT)
+            i_value, i_key = step_unit(columns, i_step + 1, SIZE, UNIT), step_unit(columns, i_step + 2, SIZE, UNIT)
             b_p = _probabilities(b_s, b_max, scale, BIASED, False)
             b_sum += _part_sums(b_p, SIZE)
-            b_v = _tile(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
+            b_v = load_consecutive(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
             b_acc = _add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
-            b_k = _tile(k_tiles, i_b, i_head, o_text + i_next * UNIT, SIZE, PADDED)
+            b_k = load_consecutive(k_tiles, i_b, i_head, o_text + i_next * UNIT, SIZE, PADDED)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
             b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step + 1, i_next * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False)  # fmt: skip
             b_acc *= b_alpha[:, None]
@@ -341,7 +204,7 @@ def forward_kernel(
             i_unit, i_next = i_value, i_key
         b_p = _probabilities(b_s, b_max, scale, BIASED, False)
         b_sum += _part_sums(b_p, SIZE)
-        b_v = _tile(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
+        b_v = load_consecutive(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
         b_acc = _add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
     if UNIT < SIZE:
         for i_step in range(solid, whole):
@@ -351,7 +214,7 @@ def forward_kernel(
                 SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_step in tl.range(whole, run, num_stages=1 if UNIT == SIZE else None):
-        i_unit = _unit(columns, i_step, SIZE, UNIT)
+        i_unit = step_unit(columns, i_step, SIZE, UNIT)
         b_acc, b_max, b_sum = _forward_step(
             b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
@@ -368,28 +231,13 @@ def forward_kernel(
     b_sum = tl.sum(b_sum, 1)
     b_out = b_acc * (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
     if slot < 0:
-        _store_tile(out_tiles, out, b_out, i_b, i_head, o_text, i_tile, o_m, stride_ob, stride_oh, stride_on, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+        store_tile(out_tiles, out, b_out, i_b, i_head, o_text, i_tile, o_m, stride_ob, stride_oh, stride_on, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
         o_stat = (i_b.to(tl.int64) * heads + i_head) * seq + o_text + o_m
         _store_statistics(lse, b_max, b_sum, o_stat, batch.to(tl.int64) * heads * seq, o_m < length, BIASED)
     else:
         o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
         tl.store(partial + o_slot[:, None] * PADDED + tl.arange(0, PADDED)[None, :], b_out)
         _store_statistics(partial_lse, b_max, b_sum, o_slot, texts.to(tl.int64) * slots * SIZE, o_m >= 0, True)
-
-
-@triton.jit
-def _split(splits, offsets, texts, seq, VARLEN: tl.constexpr):
-    """A shared row, (head, tile, slot, number of slots), and where its sequence lies."""
-    pid = tl.program_id(0)
-    i_text = pid % texts
-    p_split = splits + (pid // texts) * 4
-    i_head, i_tile, slot, n = tl.load(p_split), tl.load(p_split + 1), tl.load(p_split + 2), tl.load(p_split + 3)
-    i_b, o_text, length = i_text, i_text * 0, seq
-    if VARLEN:
-        i_b = i_text * 0
-        o_text = tl.load(offsets + i_text)
-        length = tl.load(offsets + i_text + 1) - o_text
-    return i_head, i_tile, slot, n, i_text, i_b, o_text, length
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
@@ -399,7 +247,7 @@ def combine_kernel(
     VARLEN: tl.constexpr,
 ):  # fmt: skip
     """Joins the partial results of one shared row of tiles, each weighted by its share of the sum."""
-    i_head, i_tile, slot, n, i_text, i_b, o_text, length = _split(splits, offsets, texts, seq, VARLEN)
+    i_head, i_tile, slot, n, i_text, i_b, o_text, length = shared_row(splits, offsets, texts, seq, VARLEN)
     o_m = tl.arange(0, SIZE)
     o_dim = tl.arange(0, PADDED)
     b_acc = tl.zeros([SIZE, PADDED], tl.float32)
@@ -417,19 +265,10 @@ def combine_kernel(
         b_sum = b_sum * b_old + b_weight
         b_max = b_new
     b_out = b_acc * (1.0 / tl.where(b_sum == 0.0, 1.0, b_sum))[:, None]
-    o_row = _row_offsets(rows, i_tile, SIZE, UNIT)
-    _store_rows(out, b_out, i_b, i_head, o_text + o_row, stride_ob, stride_oh, stride_on, o_text + length, DIM, PADDED)
+    o_row = row_offsets(rows, i_tile, SIZE, UNIT)
+    store_rows(out, b_out, i_b, i_head, o_text + o_row, stride_ob, stride_oh, stride_on, o_text + length, DIM, PADDED)
     o_stat = (i_b.to(tl.int64) * heads + i_head) * seq + o_text + o_row
     _store_statistics(lse, b_max, b_sum, o_stat, batch.to(tl.int64) * heads * seq, o_row < length, BIASED)
-
-
-@triton.jit
-def _first_unit(i_text, o_text, seq, UNIT: tl.constexpr, VARLEN: tl.constexpr):
-    """Where the units of a sequence begin among those of all; between texts there may be gaps."""
-    if VARLEN:
-        return o_text // UNIT + i_text
-    else:
-        return i_text * ((seq + UNIT - 1) // UNIT)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
@@ -445,11 +284,7 @@ def key_sums_kernel(
     i_text = pid % texts
     i_head = (pid // texts) % heads
     i_tile = pid // texts // heads
-    i_b, o_text, length = i_text, i_text * 0, seq
-    if VARLEN:
-        i_b = i_text * 0
-        o_text = tl.load(offsets + i_text)
-        length = tl.load(offsets + i_text + 1) - o_text
+    i_b, o_text, length = sequence(offsets, i_text, seq, VARLEN)
     # Neighbouring rows are of different units, so that a thread, which has every eighth or sixteenth, sums most of a unit alone.
     o_n = tl.arange(0, KEYS)
     o_m = i_tile * KEYS + o_n % ACROSS * UNIT + o_n // ACROSS
@@ -459,24 +294,15 @@ def key_sums_kernel(
         b_near = tl.minimum(tl.maximum(b_bias, -FARTHEST_BIAS), FARTHEST_BIAS)
         b_weight = tl.where(b_bias == float("-inf"), 0.0, tl.exp2(b_near))
     o_row = o_text + tl.where(b_weight > 0.0, o_m, length)
-    b_k = _rows(k, i_b, i_head, o_row, stride_kb, stride_kh, stride_kn, o_text + length, DIM, PADDED)
+    b_k = load_rows(k, i_b, i_head, o_row, stride_kb, stride_kh, stride_kn, o_text + length, DIM, PADDED)
     b_k = _rounded(b_k.to(tl.float32) * b_weight[:, None])
 
     o_unit = i_tile * ACROSS + tl.arange(0, ACROSS)
     m_unit = o_unit * UNIT < length
-    o_sum = i_head.to(tl.int64) * units + _first_unit(i_text, o_text, seq, UNIT, VARLEN) + o_unit
+    o_sum = i_head.to(tl.int64) * units + first_unit(i_text, o_text, seq, UNIT, VARLEN) + o_unit
     p_sums = sums + o_sum[:, None] * PADDED + tl.arange(0, PADDED)[None, :]
     tl.store(p_sums, tl.sum(tl.reshape(b_k, [UNIT, ACROSS, PADDED]), 0), mask=m_unit[:, None])
     tl.store(weights + o_sum, tl.sum(tl.reshape(b_weight, [UNIT, ACROSS]), 0), mask=m_unit)
-
-
-@triton.jit
-def _unit_rows(rows, i_tile, SIZE: tl.constexpr, UNIT: tl.constexpr):
-    """The unit rows of a tile, `[SIZE / UNIT]`."""
-    if UNIT == SIZE:
-        return i_tile + tl.arange(0, 1)
-    else:
-        return tl.load(rows + i_tile * (SIZE // UNIT) + tl.arange(0, SIZE // UNIT))
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
@@ -488,10 +314,10 @@ def keys_met_kernel(
     """Adds up what each row meets: the sums of the keys, float32 `[heads, units, PADDED]`, and the weights, `[heads, units]`, once for
     the rows of a unit, which meet the same keys. Of shared rows each item's part: `[texts, slots, SIZE / UNIT, PADDED]`."""
     ACROSS: tl.constexpr = SIZE // UNIT
-    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = work_item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
     if beyond:
         return
-    o_first = i_head.to(tl.int64) * units + _first_unit(i_text, o_text, seq, UNIT, VARLEN)
+    o_first = i_head.to(tl.int64) * units + first_unit(i_text, o_text, seq, UNIT, VARLEN)
     o_across = tl.arange(0, ACROSS)
     o_dim = tl.arange(0, PADDED)
     b_met = tl.zeros([ACROSS, PADDED], tl.float32)
@@ -508,7 +334,7 @@ def keys_met_kernel(
         b_met += tl.sum(tl.where(m_kept[:, :, None], b_sums[None, :, :], 0.0), 1)
         b_weight += tl.sum(tl.where(m_kept, b_weights[None, :], 0.0), 1)
     if slot < 0:
-        o_row = _unit_rows(rows, i_tile, SIZE, UNIT)
+        o_row = row_units(rows, i_tile, SIZE, UNIT)
         m_row = o_row * UNIT < length
         tl.store(met + (o_first + o_row)[:, None] * PADDED + o_dim[None, :], b_met, mask=m_row[:, None])
         tl.store(met_weights + o_first + o_row, b_weight, mask=m_row)
@@ -531,9 +357,9 @@ def _query_gradient_step(
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
     RUN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
-    b_k = _step_rows(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
-    b_v = _step_rows(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
+    o_c = step_columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
+    b_k = load_step(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
+    b_v = load_step(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, MASKED)
@@ -566,14 +392,14 @@ def query_gradient_kernel(
     so many run at once that none matters. The parts of a shared row leave rests that are no rounding errors: `sum_kernel` adds
     them up first.
     """
-    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = work_item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
     if beyond:
         return
-    o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
+    o_m = row_offsets(rows, i_tile, SIZE, UNIT)
     # Pointers, not copies by the hardware: those wait for each other.
-    b_q = _rows(q, i_b, i_head, o_text + o_m, stride_qb, stride_qh, stride_qn, o_text + length, DIM, PADDED)
-    b_do = _rows(d_out, i_b, i_head, o_text + o_m, stride_gb, stride_gh, stride_gn, o_text + length, DIM, PADDED)
-    b_o = _rows(out, i_b, i_head, o_text + o_m, stride_ob, stride_oh, stride_on, o_text + length, DIM, PADDED)
+    b_q = load_rows(q, i_b, i_head, o_text + o_m, stride_qb, stride_qh, stride_qn, o_text + length, DIM, PADDED)
+    b_do = load_rows(d_out, i_b, i_head, o_text + o_m, stride_gb, stride_gh, stride_gn, o_text + length, DIM, PADDED)
+    b_o = load_rows(out, i_b, i_head, o_text + o_m, stride_ob, stride_oh, stride_on, o_text + length, DIM, PADDED)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     o_stat = (i_b.to(tl.int64) * heads + i_head) * seq + o_text + o_m
     # every item of a shared row computes the same delta
@@ -583,9 +409,9 @@ def query_gradient_kernel(
 
     b_dq = tl.zeros([SIZE, PADDED], tl.float32)
     b_rest = tl.zeros([SIZE, PARTS], tl.float32)
-    i_next = _unit(columns, begin, SIZE, UNIT)
+    i_next = step_unit(columns, begin, SIZE, UNIT)
     for i_step in range(begin, solid):
-        i_unit, i_next = i_next, _unit(columns, i_step + 1, SIZE, UNIT)
+        i_unit, i_next = i_next, step_unit(columns, i_step + 1, SIZE, UNIT)
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
@@ -599,7 +425,7 @@ def query_gradient_kernel(
                 SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_step in tl.range(whole, run, num_stages=1 if UNIT == SIZE else None):
-        i_unit = _unit(columns, i_step, SIZE, UNIT)
+        i_unit = step_unit(columns, i_step, SIZE, UNIT)
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
@@ -616,11 +442,11 @@ def query_gradient_kernel(
     if slot < 0:
         o_row = i_tile + tl.arange(0, 1) if UNIT == SIZE else o_m // UNIT
         m_row = o_row * UNIT < length
-        o_met = i_head.to(tl.int64) * units + _first_unit(i_text, o_text, seq, UNIT, VARLEN) + o_row
+        o_met = i_head.to(tl.int64) * units + first_unit(i_text, o_text, seq, UNIT, VARLEN) + o_row
         b_met = tl.load(met + o_met[:, None] * PADDED + tl.arange(0, PADDED)[None, :], mask=m_row[:, None], other=0.0)
         b_weight = tl.load(met_weights + o_met, mask=m_row, other=0.0)
         b_dq = _centered(b_dq, b_rest, b_met, b_weight) * grad_scale
-        _store_tile(d_q_tiles, d_q, b_dq, i_b, i_head, o_text, i_tile, o_m, stride_db, stride_dh, stride_dn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+        store_tile(d_q_tiles, d_q, b_dq, i_b, i_head, o_text, i_tile, o_m, stride_db, stride_dh, stride_dn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
     else:
         o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
         tl.store(partial + o_slot[:, None] * PADDED + tl.arange(0, PADDED)[None, :], b_dq)
@@ -634,9 +460,9 @@ def _key_gradient_step(
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
     RUN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_c = _columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
-    b_q = _step_rows(q, q_tiles, i_b, i_head, o_text, o_c, stride_qb, stride_qh, stride_qn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
-    b_do = _step_rows(d_out, d_out_tiles, i_b, i_head, o_text, o_c, stride_gb, stride_gh, stride_gn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
+    o_c = step_columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
+    b_q = load_step(q, q_tiles, i_b, i_head, o_text, o_c, stride_qb, stride_qh, stride_qn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
+    b_do = load_step(d_out, d_out_tiles, i_b, i_head, o_text, o_c, stride_gb, stride_gh, stride_gn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     # queries beyond the sequence get probability 0 from their statistics
     b_max, b_log = _load_statistics(lse, o_stats + o_c, half, o_c < length, BIASED, MASKED)
     if MASKED:
@@ -651,7 +477,7 @@ def _key_gradient_step(
     else:
         b_p = tl.exp2(b_s - b_max[:, None])
     if MASKED and UNIT < SIZE:
-        b_p = tl.where(tl.trans(_kept(words, i_step, SIZE, UNIT)), b_p, 0.0)
+        b_p = tl.where(tl.trans(step_mask(words, i_step, SIZE, UNIT)), b_p, 0.0)
     b_dv = _add_product(b_dv, tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[:, None])
@@ -669,12 +495,12 @@ def key_gradient_kernel(
     BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v; the tiles are key rows and the steps query columns, from the schedule of the transposed layout."""
-    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = _item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
+    i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond = work_item(items, rows, columns, offsets, texts, seq, SIZE, UNIT, VARLEN)  # fmt: skip
     if beyond:
         return
-    o_m = _row_offsets(rows, i_tile, SIZE, UNIT)
-    b_k = _rows(k, i_b, i_head, o_text + o_m, stride_kb, stride_kh, stride_kn, o_text + length, DIM, PADDED)
-    b_v = _rows(v, i_b, i_head, o_text + o_m, stride_vb, stride_vh, stride_vn, o_text + length, DIM, PADDED)
+    o_m = row_offsets(rows, i_tile, SIZE, UNIT)
+    b_k = load_rows(k, i_b, i_head, o_text + o_m, stride_kb, stride_kh, stride_kn, o_text + length, DIM, PADDED)
+    b_v = load_rows(v, i_b, i_head, o_text + o_m, stride_vb, stride_vh, stride_vn, o_text + length, DIM, PADDED)
     if BIASED:
         b_bias = tl.load(bias + i_b.to(tl.int64) * seq + o_m, mask=o_m < length, other=float("-inf"))
     else:
@@ -684,9 +510,9 @@ def key_gradient_kernel(
 
     b_dk = tl.zeros([SIZE, PADDED], tl.float32)
     b_dv = tl.zeros([SIZE, PADDED], tl.float32)
-    i_next = _unit(columns, begin, SIZE, UNIT)
+    i_next = step_unit(columns, begin, SIZE, UNIT)
     for i_step in range(begin, solid):
-        i_unit, i_next = i_next, _unit(columns, i_step + 1, SIZE, UNIT)
+        i_unit, i_next = i_next, step_unit(columns, i_step + 1, SIZE, UNIT)
         b_dk, b_dv = _key_gradient_step(
             b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
             stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, i_unit, scale,
@@ -700,7 +526,7 @@ def key_gradient_kernel(
                 SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_step in tl.range(whole, end, num_stages=1):
-        i_unit = _unit(columns, i_step, SIZE, UNIT)
+        i_unit = step_unit(columns, i_step, SIZE, UNIT)
         b_dk, b_dv = _key_gradient_step(
             b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
             stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, i_unit, scale,
@@ -708,8 +534,8 @@ def key_gradient_kernel(
         )  # fmt: skip
     if slot < 0:
         b_dk = b_dk * grad_scale
-        _store_tile(d_k_tiles, d_k, b_dk, i_b, i_head, o_text, i_tile, o_m, stride_dkb, stride_dkh, stride_dkn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
-        _store_tile(d_v_tiles, d_v, b_dv, i_b, i_head, o_text, i_tile, o_m, stride_dvb, stride_dvh, stride_dvn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+        store_tile(d_k_tiles, d_k, b_dk, i_b, i_head, o_text, i_tile, o_m, stride_dkb, stride_dkh, stride_dkn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
+        store_tile(d_v_tiles, d_v, b_dv, i_b, i_head, o_text, i_tile, o_m, stride_dvb, stride_dvh, stride_dvn, length, SIZE, UNIT, DIM, PADDED, VARLEN)  # fmt: skip
     else:
         o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
         o_dim = tl.arange(0, PADDED)
@@ -726,7 +552,7 @@ def sum_kernel(
 ):  # fmt: skip
     """Adds the partial gradients of one shared row of tiles, in the order of their slots, and multiplies them by `factor`; with
     CENTERED, those of queries, whose rest is taken out of the sum."""
-    i_head, i_tile, slot, n, i_text, i_b, o_text, length = _split(splits, offsets, texts, seq, VARLEN)
+    i_head, i_tile, slot, n, i_text, i_b, o_text, length = shared_row(splits, offsets, texts, seq, VARLEN)
     o_m = tl.arange(0, SIZE)
     o_dim = tl.arange(0, PADDED)
     b_acc = tl.zeros([SIZE, PADDED], tl.float32)
@@ -742,8 +568,8 @@ def sum_kernel(
             b_weight += tl.load(partial_weights + o_slot // UNIT)
     if CENTERED:
         b_acc = _centered(b_acc, b_rest, b_met, b_weight)
-    o_row = o_text + _row_offsets(rows, i_tile, SIZE, UNIT)
-    _store_rows(target, b_acc * factor, i_b, i_head, o_row, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)
+    o_row = o_text + row_offsets(rows, i_tile, SIZE, UNIT)
+    store_rows(target, b_acc * factor, i_b, i_head, o_row, stride_b, stride_h, stride_n, o_text + length, DIM, PADDED)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
@@ -759,4 +585,4 @@ def outside_kernel(
         return
     o_row = tl.where((o_row < begin) | (o_row >= end), o_row, seq)
     b_zero = tl.zeros([SIZE, PADDED], tl.float32)
-    _store_rows(target, b_zero, pid * 0, pid % heads, o_row, stride_b, stride_h, stride_n, seq, DIM, PADDED)
+    store_rows(target, b_zero, pid * 0, pid % heads, o_row, stride_b, stride_h, stride_n, seq, DIM, PADDED)
