@@ -267,9 +267,8 @@ class _Tiles(TensorDescriptor if triton else object):
 
 
 @cache
-def _constants(kernel, dtype, head_dim, block, device, biased, varlen) -> tuple[Tile, dict, dict]:
+def _constants(shape: Launch, dtype, head_dim, block, biased, varlen) -> tuple[Tile, dict, dict]:
     """How the scores are cut, the constants of all kernels of a call, and those of its main one."""
-    shape = launch(kernel, dtype, head_dim, block, device)
     tile = shape.tile(block)
     common = {"SIZE": tile.size, "UNIT": tile.unit, "DIM": head_dim, "PADDED": _padded(head_dim), "VARLEN": varlen}
     constants = common | {
@@ -290,8 +289,9 @@ class _Call:
         if layout.shape[0] != query.shape[1]:
             layout = layout.expand(query.shape[1], -1, -1)
         self.batch, self.heads, self.seq, self.head_dim = query.shape
+        shape = launch(kernel, query.dtype, self.head_dim, block, query.device)
         tile, self.common, self.constants = _constants(
-            kernel, query.dtype, self.head_dim, block, query.device, bias is not None, offsets is not None
+            shape, query.dtype, self.head_dim, block, bias is not None, offsets is not None
         )
         self.size, self.unit, self.padded = tile.size, tile.unit, self.common["PADDED"]
         sequences = self.batch * self.seq // longest

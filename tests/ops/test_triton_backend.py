@@ -203,11 +203,19 @@ class TestCalls:
     @pytest.mark.parametrize("block", [16, 128])
     def test_tiles_of_gpus_that_multiply_from_registers(self, block, dtype, monkeypatch):
         monkeypatch.setattr(triton_backend, "_multiplies_from_shared", lambda _: False)
+        sizes, start = set(), triton_backend.start
+
+        def tell(kernel, programs, *arguments, **constants):
+            sizes.add(constants.get("SIZE"))
+            start(kernel, programs, *arguments, **constants)
+
+        monkeypatch.setattr(triton_backend, "start", tell)
         case = Case(
             pattern="random", block=block, blocks=256 // block, head_dim=16, short=3, padding="bool", dtype=dtype
         )
         found = judge(partial(block_sparse_attention, backend="triton"), make_inputs(case, 0, "cpu"))
         assert all(e.passed for e in found.values()), found
+        assert sizes - {None} == {16 if dtype == "fp32" else 32}
 
 
 class TestTexts:
