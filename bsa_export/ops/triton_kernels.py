@@ -22,6 +22,7 @@ from bsa_export.ops.triton_tiles import (
     load_tile,
     row_offsets,
     row_units,
+    run_columns,
     sequence,
     shared_row,
     step_columns,
@@ -80,10 +81,10 @@ def _scores(
         b_s = b_s * scale + tl.load(p_bias + o_c, mask=o_c < length, other=float("-inf"))[None, :]
     elif BIASED:
         b_s = b_s * scale + tl.load(p_bias + o_c)[None, :]
-    if MASKED:
+    elif MASKED:
         b_s = tl.where((o_c < length)[None, :], b_s, float("-inf"))
-        if UNIT < SIZE:
-            b_s = tl.where(step_mask(words, i_step, SIZE, UNIT), b_s, float("-inf"))
+    if MASKED and UNIT < SIZE:
+        b_s = tl.where(step_mask(words, i_step, SIZE, UNIT), b_s, float("-inf"))
     return b_s
 
 
@@ -121,11 +122,10 @@ def _probabilities(b_s, b_max, scale, BIASED: tl.constexpr, MASKED: tl.constexpr
 @triton.jit
 def _forward_step(
     b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, i_unit, o_c, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
     RUN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_c = step_columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
     b_k = load_step(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, MASKED)  # fmt: skip
@@ -186,10 +186,9 @@ def forward_kernel(
         # The scores of a step are computed in the one before it: the copies that they need arrive during its softmax. And the sum
         # shrinks for them there: at the beginning of their own step, it would be carried between them in two layouts.
         i_unit, i_next = step_unit(columns, begin, SIZE, UNIT), step_unit(columns, begin + 1, SIZE, UNIT)
-        o_n = tl.arange(0, SIZE)
         b_k = load_consecutive(k_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, begin, i_unit * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False)  # fmt: skip
+        b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, begin, run_columns(i_unit, SIZE, UNIT), length, scale, SIZE, UNIT, BIASED, False)  # fmt: skip
         for i_step in range(begin, solid - 1):
             i_value, i_key = step_unit(columns, i_step + 1, SIZE, UNIT), step_unit(columns, i_step + 2, SIZE, UNIT)
             b_p = _probabilities(b_s, b_max, scale, BIASED, False)
@@ -198,7 +197,7 @@ def forward_kernel(
             b_acc = _add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
             b_k = load_consecutive(k_tiles, i_b, i_head, o_text + i_next * UNIT, SIZE, PADDED)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-            b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step + 1, i_next * UNIT + o_n, length, scale, SIZE, UNIT, BIASED, False)  # fmt: skip
+            b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step + 1, run_columns(i_next, SIZE, UNIT), length, scale, SIZE, UNIT, BIASED, False)  # fmt: skip
             b_acc *= b_alpha[:, None]
             b_sum *= b_alpha[:, None]
             i_unit, i_next = i_value, i_key
@@ -207,24 +206,27 @@ def forward_kernel(
         b_v = load_consecutive(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
         b_acc = _add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
     if UNIT < SIZE:
+        o_next = step_columns(columns, solid, SIZE, UNIT)
         for i_step in range(solid, whole):
+            o_c, o_next = o_next, step_columns(columns, i_step + 1, SIZE, UNIT)
             b_acc, b_max, b_sum = _forward_step(
                 b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, 0, o_c, scale,
                 SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_step in tl.range(whole, run, num_stages=1 if UNIT == SIZE else None):
         i_unit = step_unit(columns, i_step, SIZE, UNIT)
         b_acc, b_max, b_sum = _forward_step(
             b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, i_unit, run_columns(i_unit, SIZE, UNIT), scale,
             SIZE, UNIT, DIM, PADDED, BIASED, not VARLEN, True, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
         for i_step in tl.range(run, end, num_stages=1):
+            o_c = step_columns(columns, i_step, SIZE, UNIT)
             b_acc, b_max, b_sum = _forward_step(
                 b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, 0, o_c, scale,
                 SIZE, UNIT, DIM, PADDED, BIASED, False, True, PRECISION,
             )  # fmt: skip
 
@@ -353,11 +355,10 @@ def _centered(b_dq, b_rest, b_met, b_weight):
 @triton.jit
 def _query_gradient_step(
     b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, i_unit, o_c, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
     RUN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_c = step_columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
     b_k = load_step(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     b_v = load_step(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
@@ -414,28 +415,31 @@ def query_gradient_kernel(
         i_unit, i_next = i_next, step_unit(columns, i_step + 1, SIZE, UNIT)
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, i_unit, run_columns(i_unit, SIZE, UNIT), scale,
             SIZE, UNIT, DIM, PADDED, BIASED, True, False, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
+        o_next = step_columns(columns, solid, SIZE, UNIT)
         for i_step in range(solid, whole):
+            o_c, o_next = o_next, step_columns(columns, i_step + 1, SIZE, UNIT)
             b_dq, b_rest = _query_gradient_step(
                 b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, 0, o_c, scale,
                 SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_step in tl.range(whole, run, num_stages=1 if UNIT == SIZE else None):
         i_unit = step_unit(columns, i_step, SIZE, UNIT)
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, i_unit, scale,
+            stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, i_unit, run_columns(i_unit, SIZE, UNIT), scale,
             SIZE, UNIT, DIM, PADDED, BIASED, not VARLEN, True, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
         for i_step in tl.range(run, end, num_stages=1):
+            o_c = step_columns(columns, i_step, SIZE, UNIT)
             b_dq, b_rest = _query_gradient_step(
                 b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
-                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, columns, words, i_step, 0, scale,
+                stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, 0, o_c, scale,
                 SIZE, UNIT, DIM, PADDED, BIASED, False, True, PRECISION,
             )  # fmt: skip
     b_rest = tl.sum(b_rest, 1)
@@ -456,11 +460,10 @@ def query_gradient_kernel(
 @triton.jit
 def _key_gradient_step(
     b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
-    stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, i_unit, scale,
+    stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, words, i_step, i_unit, o_c, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
     RUN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    o_c = step_columns(columns, i_step, i_unit, SIZE, UNIT, RUN)
     b_q = load_step(q, q_tiles, i_b, i_head, o_text, o_c, stride_qb, stride_qh, stride_qn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     b_do = load_step(d_out, d_out_tiles, i_b, i_head, o_text, o_c, stride_gb, stride_gh, stride_gn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     # queries beyond the sequence get probability 0 from their statistics
@@ -515,21 +518,24 @@ def key_gradient_kernel(
         i_unit, i_next = i_next, step_unit(columns, i_step + 1, SIZE, UNIT)
         b_dk, b_dv = _key_gradient_step(
             b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
-            stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, i_unit, scale,
+            stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, words, i_step, i_unit, run_columns(i_unit, SIZE, UNIT), scale,
             SIZE, UNIT, DIM, PADDED, BIASED, True, False, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
+        o_next = step_columns(columns, solid, SIZE, UNIT)
         for i_step in range(solid, whole):
+            o_c, o_next = o_next, step_columns(columns, i_step + 1, SIZE, UNIT)
             b_dk, b_dv = _key_gradient_step(
                 b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
-                stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, 0, scale,
+                stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, words, i_step, 0, o_c, scale,
                 SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_step in tl.range(whole, end, num_stages=1):
         i_unit = step_unit(columns, i_step, SIZE, UNIT)
+        o_c = step_columns(columns, i_step, SIZE, UNIT)
         b_dk, b_dv = _key_gradient_step(
             b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
-            stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, columns, words, i_step, i_unit, scale,
+            stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, words, i_step, i_unit, o_c, scale,
             SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, True, PRECISION,
         )  # fmt: skip
     if slot < 0:

@@ -109,13 +109,16 @@ def step_unit(columns, i_step, SIZE: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
-def step_columns(columns, i_step, i_unit, SIZE: tl.constexpr, UNIT: tl.constexpr, RUN: tl.constexpr):
-    """Token offsets `[SIZE]` of a step."""
+def run_columns(i_unit, SIZE: tl.constexpr, UNIT: tl.constexpr):
+    """Token offsets `[SIZE]` of a step that reads consecutive columns."""
+    return i_unit * UNIT + tl.arange(0, SIZE)
+
+
+@triton.jit
+def step_columns(columns, i_step, SIZE: tl.constexpr, UNIT: tl.constexpr):
+    """Token offsets `[SIZE]` of any step; loops that gather read them a step ahead too."""
     o_n = tl.arange(0, SIZE)
-    if RUN:
-        return i_unit * UNIT + o_n
-    else:
-        return tl.load(columns + i_step * (SIZE // UNIT) + o_n // UNIT) * UNIT + o_n % UNIT
+    return tl.load(columns + i_step * (SIZE // UNIT) + o_n // UNIT) * UNIT + o_n % UNIT
 
 
 @triton.jit
