@@ -11,7 +11,7 @@ import torch
 from attention_cases import Case, make_inputs
 
 from bsa_export.errors import AttentionError
-from bsa_export.ops import backends, block_sparse_attention, schedule, triton_backend
+from bsa_export.ops import backends, block_sparse_attention, schedule, triton_backend, warmup
 from bsa_export.ops.dispatch import block_sparse_attention_varlen
 from bsa_export.ops.schedule import ScheduleCache
 from bsa_export.ops.tolerance import errors, judge, results
@@ -380,6 +380,36 @@ class TestOnAGpu:
             self.step(inputs, layout, grad, **options)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+    def test_launches_of_one_kind_are_one_to_triton(self, monkeypatch):
+        """Those that are remembered, whatever the lengths, strides and alignments of what they work on."""
+        chosen, launches = {}, []
+
+        def check(kernel, programs, *arguments, **constants):
+            compiled = kernel[(programs,)](*arguments, **constants)
+            launches.append(kernel)
+            kind = warmup._kind_of_launch(kernel, arguments, constants)
+            assert chosen.setdefault(kind, compiled) is compiled
+
+        monkeypatch.setattr(triton_backend, "start", check)
+        monkeypatch.setattr(triton_backend, "PARTIAL_BYTES", 1)  # offsets of groups, which are aligned to 4 bytes
+        layout = layout_of("bslongformer", 4096, 2, 64, "cuda")
+        for seq in (1, 64, 100, 1024, 4000, 4096):
+            inputs, grad = (
+                tensors((2, 2, seq, 64), "cuda", torch.float16),
+                torch.randn(2, 2, seq, 64, device="cuda").half(),
+            )
+            padding = torch.rand(2, seq, device="cuda") < 0.9
+            strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
+            row = [x[:1].detach().requires_grad_() for x in inputs]
+            offsets = torch.tensor([0, seq // 3, seq // 2, seq], dtype=torch.int32, device="cuda")
+            for _ in range(2):
+                self.step(inputs, layout, grad)
+                self.step(inputs, layout, grad, key_padding_mask=padding, scale=1)
+                self.step(strided, layout, grad)
+                out = block_sparse_attention_varlen(*row, layout, 64, offsets, seq, backend="triton")
+                torch.autograd.grad(out, row, grad[:1])
+        assert len(chosen) < len(launches) / 2
 
     def test_runs_in_a_cuda_graph(self):
         inputs, layout = self.inputs()
