@@ -9,7 +9,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from sparse_folder import BLOCK, batch, layouts_in, masked_by_layouts, outputs, sparse_folder  # noqa: E402
+from sparse_folder import BLOCK, LONGEST, batch, layouts_in, masked_by_layouts, outputs, sparse_folder  # noqa: E402
 
 import bsa_export  # noqa: E402
 from bsa_export.errors import AttentionError  # noqa: E402
@@ -191,6 +191,19 @@ def test_torch_compile_takes_it_whole_and_gives_the_same(bert, padding):
     torch.compiler.reset()
     found = outputs(torch.compile(model, backend="aot_eager", fullgraph=True), inputs)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_of_a_compiled_model_give_the_same(tmp_path):
+    folder = sparse_folder(tmp_path, hidden_size=64)  # head_dim 16, the least that the fused kernel takes
+    model = bsa_export.load(folder, device="cuda", dtype=torch.float16).requires_grad_(False)
+    exact_model = copy.deepcopy(model).double()
+    torch.compiler.reset()
+    compiled = torch.compile(model, mode="reduce-overhead")
+    for seq in (LONGEST, LONGEST, LONGEST, 50, 50, 50, LONGEST):  # run, recorded, replayed
+        ids = torch.randint(4, 100, (2, seq), device="cuda")
+        exact, plain = exact_model(ids).logits, model(ids).logits
+        assert (compiled(ids).logits - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

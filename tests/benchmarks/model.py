@@ -69,8 +69,11 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", help="also write the rows to this file")
+    parser.add_argument("--compile", action="store_true", help="forward only, by torch.compile with CUDA graphs")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes")
     options = parser.parse_args(argv)
+    if options.compile:
+        options.steps = ["forward"]
     if options.smoke:
         options.sizes, options.lengths, options.peer_lengths, options.tokens = ["smoke"], [512, 1024], [1024], 2048
         options.repeat, options.dtype = 2, "float32"
@@ -341,8 +344,14 @@ class Bench:
             layout = None if row.pattern == "dense" else layout_for(row.size, length, row.pattern)
             model = self.model(row.size)
             attend_by(model, row.engine, layout)
+        if self.options.compile:
+            torch.compiler.reset()
+            model = torch.compile(model, mode="reduce-overhead")
         call = training_step(model, inputs) if row.step == "train" else forward(model, inputs)
         if self.timed(call) < 1:
+            self.timed(call)
+        if self.options.compile:  # compiled, recorded, from now on replayed
+            self.timed(call)
             self.timed(call)
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
