@@ -193,6 +193,16 @@ def test_torch_compile_takes_it_whole_and_gives_the_same(bert, padding):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_torch_compile_compiles_for_a_length_and_once_for_all_others(bert):
+    model = bsa_export.load(bert)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend="aot_eager")
+    for seq in (LONGEST, 50, 17, 90, 64, LONGEST):
+        outputs(compiled, {"input_ids": torch.randint(4, 100, (2, seq)), "attention_mask": torch.ones(2, seq)})
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
 @pytest.mark.gpu
 def test_cuda_graphs_of_a_compiled_model_give_the_same(tmp_path):
     folder = sparse_folder(tmp_path, hidden_size=64)  # head_dim 16, the least that the fused kernel takes
