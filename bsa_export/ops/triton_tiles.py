@@ -117,8 +117,11 @@ def run_columns(i_unit, SIZE: tl.constexpr, UNIT: tl.constexpr):
 @triton.jit
 def step_columns(columns, i_step, SIZE: tl.constexpr, UNIT: tl.constexpr):
     """Token offsets `[SIZE]` of any step; loops that gather read them a step ahead too."""
-    o_n = tl.arange(0, SIZE)
-    return tl.load(columns + i_step * (SIZE // UNIT) + o_n // UNIT) * UNIT + o_n % UNIT
+    if UNIT == SIZE:
+        return run_columns(step_unit(columns, i_step, SIZE, UNIT), SIZE, UNIT)
+    else:
+        o_n = tl.arange(0, SIZE)
+        return tl.load(columns + i_step * (SIZE // UNIT) + o_n // UNIT) * UNIT + o_n % UNIT
 
 
 @triton.jit

@@ -276,6 +276,7 @@ class Bench:
         return (
             f"{name}; torch {torch.__version__}, triton {triton_version}, transformers {transformers.__version__}, "
             f"bsa_export {bsa_export.__version__}; {self.options.dtype}, {self.options.tokens} tokens a batch"
+            f"{', compiled with CUDA graphs' if self.options.compile else ''}"
         )
 
     def model(self, size: str):

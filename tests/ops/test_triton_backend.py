@@ -395,10 +395,8 @@ class TestOnAGpu:
         monkeypatch.setattr(triton_backend, "PARTIAL_BYTES", 1)  # offsets of groups, which are aligned to 4 bytes
         layout = layout_of("bslongformer", 4096, 2, 64, "cuda")
         for seq in (1, 64, 100, 1024, 4000, 4096):
-            inputs, grad = (
-                tensors((2, 2, seq, 64), "cuda", torch.float16),
-                torch.randn(2, 2, seq, 64, device="cuda").half(),
-            )
+            inputs = tensors((2, 2, seq, 64), "cuda", torch.float16)
+            grad = torch.randn(2, 2, seq, 64, device="cuda", dtype=torch.float16)
             padding = torch.rand(2, seq, device="cuda") < 0.9
             strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs]
             row = [x[:1].detach().requires_grad_() for x in inputs]
