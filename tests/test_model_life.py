@@ -14,6 +14,8 @@ from sparse_folder import BLOCK, LONGEST, batch, layouts_in, masked_by_layouts, 
 import bsa_export  # noqa: E402
 from bsa_export.errors import AttentionError  # noqa: E402
 from bsa_export.model import StoredLayout  # noqa: E402
+from bsa_export.ops import triton_backend  # noqa: E402
+from bsa_export.ops.schedule import ScheduleCache  # noqa: E402
 
 AutoModelForMaskedLM = transformers.AutoModelForMaskedLM
 
@@ -205,16 +207,32 @@ def test_torch_compile_compiles_for_a_length_and_once_for_all_others(bert):
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_of_a_compiled_model_give_the_same(tmp_path):
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+def test_cuda_graphs_of_a_compiled_model_give_the_same(tmp_path, monkeypatch, training):
+    monkeypatch.setattr(triton_backend, "_schedules", ScheduleCache())  # no work list is there before the graphs are
     folder = sparse_folder(tmp_path, hidden_size=64)  # head_dim 16, the least that the fused kernel takes
-    model = bsa_export.load(folder, device="cuda", dtype=torch.float16).requires_grad_(False)
+    model = bsa_export.load(folder, device="cuda", dtype=torch.float16).requires_grad_(training)
     exact_model = copy.deepcopy(model).double()
     torch.compiler.reset()
     compiled = torch.compile(model, mode="reduce-overhead")
+    weight, exact_weight = (
+        each.get_submodule("bert.encoder.layer.0.attention.self.query").weight for each in (model, exact_model)
+    )
+
+    def computed(model, weight, ids):
+        """The outputs, or a gradient that comes through every layer."""
+        logits = model(ids).logits
+        if not training:
+            return logits.clone()
+        (logits.float() if logits.dtype == torch.float16 else logits).square().sum().backward()
+        gradient, weight.grad = weight.grad.clone(), None
+        return gradient
+
     for seq in (LONGEST, LONGEST, LONGEST, 50, 50, 50, LONGEST):  # run, recorded, replayed
         ids = torch.randint(4, 100, (2, seq), device="cuda")
-        exact, plain = exact_model(ids).logits, model(ids).logits
-        assert (compiled(ids).logits - exact).abs().max() <= 2 * (plain - exact).abs().max()
+        found = computed(compiled, weight, ids)
+        exact, plain = computed(exact_model, exact_weight, ids), computed(model, weight, ids)
+        assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -8,6 +8,7 @@ step's word says for each (row, column) of units whether it is kept.
 from __future__ import annotations
 
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from threading import Lock
@@ -149,7 +150,15 @@ def build_schedule(
 
     items, splits, slots = _items(first_step, bounds, steps, columns[:-1].min(1), n_tiles, across, head_of, sequences)
     parts = (items, rows.reshape(-1, across), columns, words, splits)
-    return Schedule(*(torch.from_numpy(part.astype(np.int32)).to(device) for part in parts), slots)
+    return Schedule(*_on_device(parts, device), slots)
+
+
+def _on_device(parts: tuple[np.ndarray, ...], device: torch.device) -> list[torch.Tensor]:
+    """`parts` as int32, in memory that is theirs. What this thread allocates may become a CUDA graph's: torch.compile with
+    `mode="reduce-overhead"` first runs what it will record, gives the graph all memory that is allocated meanwhile, and refuses
+    to go on where any of it outlives the run."""
+    with ThreadPoolExecutor(1) as thread:
+        return list(thread.map(lambda part: torch.from_numpy(part.astype(np.int32)).to(device), parts))
 
 
 def _runs(flat, unit, is_whole, across):
