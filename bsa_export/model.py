@@ -179,7 +179,8 @@ def _restore_padding(encoder: nn.Module, args: tuple, kwargs: dict, output):
     if unpadded is None:
         return output
     hidden = output.last_hidden_state[0]
-    padded = hidden.new_zeros(unpadded.batch * unpadded.seq, hidden.shape[-1]).index_copy(0, unpadded.places, hidden)
+    places = unpadded.places.to(hidden.device)  # the last layer may be on another one than the first
+    padded = hidden.new_zeros(unpadded.batch * unpadded.seq, hidden.shape[-1]).index_copy(0, places, hidden)
     output.last_hidden_state = padded.unflatten(0, (unpadded.batch, unpadded.seq))
     return output
 
