@@ -62,6 +62,12 @@ class StoredLayout(nn.Module):
         _refuse_no_layout(layout)
         self.checked = now
 
+    def _replicate_for_data_parallel(self) -> StoredLayout:
+        """For each call, `nn.DataParallel` copies a layout to each device, where it would be read anew: replicas attend by this one."""
+        replica = super()._replicate_for_data_parallel()
+        vars(replica)["replica_of"] = self
+        return replica
+
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if f"{prefix}master_layout" in state_dict:
@@ -293,6 +299,7 @@ def attention(
             "block-sparse attention is self-attention without a cache",
             found=f"{query.shape[2]} queries and {key.shape[2]} keys",
         )
+    stored = vars(stored).get("replica_of", stored)
     stored.check()
 
     if texts is not None:

@@ -236,19 +236,38 @@ def test_cuda_graphs_of_a_compiled_model_give_the_same(tmp_path, monkeypatch, tr
         assert (found - exact).abs().max() <= 2 * (plain - exact).abs().max()
 
 
+def needs_two_gpus():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU on this machine")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
 def test_layers_may_be_on_several_gpus(tmp_path, padding):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("one GPU on this machine")
+    needs_two_gpus()
     folder = sparse_folder(tmp_path, hidden_size=64)
-    devices = {"bert.embeddings": 0, "bert.encoder.layer.0": 0, "bert.encoder.layer.1": 1, "cls": 1}
+    devices = {"bert.embeddings": 0, "bert.encoder.layer.0": 0, "bert.encoder.layer.1": 1, "cls": 0}
     split, whole = (
         AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="block_sparse", device_map=each).eval()
         for each in (devices, {"": 0})
     )
     inputs = {name: x.to("cuda:0") for name, x in batch(padding=padding).items()}
     assert torch.equal(outputs(split, inputs), outputs(whole, inputs))
+
+
+@pytest.mark.gpu
+def test_data_parallel_gives_the_same_and_reads_no_layout_again(tmp_path):
+    needs_two_gpus()
+    model = bsa_export.load(sparse_folder(tmp_path, hidden_size=64), device="cuda:0")
+    ids = torch.randint(4, 100, (4, LONGEST), device="cuda:0")
+    with torch.no_grad():
+        parallel = torch.nn.DataParallel(model, device_ids=[0, 1])
+        assert torch.equal(parallel(ids).logits, torch.cat([model(half).logits for half in ids.chunk(2)]))
+        torch.cuda.set_sync_debug_mode("error")  # to read a layout is to wait for its GPU
+        try:
+            parallel(ids)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
