@@ -276,6 +276,7 @@ def _constants(shape: Launch, dtype, head_dim, block, biased, varlen) -> tuple[T
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "num_warps": shape.warps,
         "num_stages": shape.stages,
+        "enable_fp_fusion": True,  # the default, up to triton 3.9
     }
     if shape.max_registers:
         constants["maxnreg"] = shape.max_registers
