@@ -474,7 +474,7 @@ def _key_gradient_step(
         b_delta = tl.load(delta + o_stats + o_c)
     # Queries are the rows, for a thread holds few rows and many columns, and their statistics with them; and the second product
     # waits until the first one's registers are free.
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+    b_s = tl.dot(b_q, tl.trans(b_k) if PRECISION == "ieee" else b_k, input_precision=PRECISION) * scale
     if BIASED:
         b_p = tl.exp2(((b_s + b_bias[None, :]) - b_max[:, None]) - b_log[:, None])
     else:
@@ -482,7 +482,7 @@ def _key_gradient_step(
     if MASKED and UNIT < SIZE:
         b_p = tl.where(tl.trans(step_mask(words, i_step, SIZE, UNIT)), b_p, 0.0)
     b_dv = _add_product(b_dv, tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_dp = tl.dot(b_do, tl.trans(b_v) if PRECISION == "ieee" else b_v, input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[:, None])
     b_dk = _add_product(b_dk, tl.trans(b_ds.to(b_q.dtype)), b_q, PRECISION)
     return b_dk, b_dv
@@ -504,6 +504,9 @@ def key_gradient_kernel(
     o_m = row_offsets(rows, i_tile, SIZE, UNIT)
     b_k = load_rows(k, i_b, i_head, o_text + o_m, stride_kb, stride_kh, stride_kn, o_text + length, DIM, PADDED)
     b_v = load_rows(v, i_b, i_head, o_text + o_m, stride_vb, stride_vh, stride_vn, o_text + length, DIM, PADDED)
+    if PRECISION != "ieee":
+        # Once, for all steps: triton 3.9 leaves in a loop what it finds there. Without tensor cores, at a step they spill less.
+        b_k, b_v = tl.trans(b_k), tl.trans(b_v)
     if BIASED:
         b_bias = tl.load(bias + i_b.to(tl.int64) * seq + o_m, mask=o_m < length, other=float("-inf"))
     else:
