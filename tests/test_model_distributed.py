@@ -39,7 +39,7 @@ def work(rank, folder, file):
                 assert gradient is None, name
             else:
                 found = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-                torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=1e-4, msg=name)
+                torch.testing.assert_close(found, expected[name], atol=1e-5, rtol=1e-4, msg=(name + ": {}").format)
     distributed.destroy_process_group()
 
 
