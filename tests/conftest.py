@@ -11,6 +11,10 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache"
 # differently, as no GPU does, and so probabilities made of both are not equal. Before numpy is imported.
 os.environ.setdefault("OPENBLAS_CORETYPE", "Nehalem")
 
+# Processes side by side share the cores. Before torch is imported.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+
 
 def _has_gpu() -> bool:
     import torch

@@ -78,8 +78,15 @@ _HALF = {
     ("key", 64): Launch(64, 4, 3, 168),
     ("key", 128): Launch(64, 4, 2),
 }
-# float32: 4 warps take 0.6 of the time of 8 although they spill 0.8 kB a thread; for keys 2.3 times as long.
-_FULL = {"forward": Launch(32, 4, 2), "query": Launch(32, 4, 2), "key": Launch(32, 8, 2)}
+# float32. 255 is what a thread may have: where that does not suffice, ptxas falls back to 32 or 64 registers unless it is told.
+_FULL = {
+    ("forward", 64): Launch(32, 4, 2),
+    ("forward", 128): Launch(16, 4, 2, 255),
+    ("query", 64): Launch(32, 4, 2),
+    ("query", 128): Launch(32, 4, 2, 255),
+    ("key", 64): Launch(32, 4, 2, 255),
+    ("key", 128): Launch(32, 8, 2, 255),
+}
 # Not measured: chosen so that few registers are spilled, which tests/ops/compile_kernels.py tells of any GPU.
 _HALF_FROM_REGISTERS = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2)}
 _FULL_FROM_REGISTERS = Launch(16, 8, 2)
@@ -87,13 +94,11 @@ _FULL_FROM_REGISTERS = Launch(16, 8, 2)
 
 def launch(kernel: str, dtype: torch.dtype, head_dim: int, block: int, device: torch.device) -> Launch:
     """The launch of `kernel` (`forward`, `query`, `key`)."""
-    from_shared = _multiplies_from_shared(device)
-    if dtype == torch.float32:
-        return _FULL[kernel] if from_shared else _FULL_FROM_REGISTERS
     padded = max(64, _padded(head_dim))
-    if not from_shared:
-        return _HALF_FROM_REGISTERS[padded]
-    return _HALF.get((kernel, padded, block)) or _HALF[kernel, padded]
+    if not _multiplies_from_shared(device):
+        return _FULL_FROM_REGISTERS if dtype == torch.float32 else _HALF_FROM_REGISTERS[padded]
+    table = _FULL if dtype == torch.float32 else _HALF
+    return table.get((kernel, padded, block)) or table[kernel, padded]
 
 
 def _padded(head_dim: int) -> int:

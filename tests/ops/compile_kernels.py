@@ -25,7 +25,7 @@ from bsa_export.ops import triton_backend, triton_kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KERNELS = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
-TELLING = ("SIZE", "KEYS", "UNIT", "DIM", "BIASED", "VARLEN", "CENTERED")
+TELLING = ("SIZE", "KEYS", "UNIT", "DIM", "BIASED", "VARLEN", "CENTERED", "PRECISION", "maxnreg")
 # dtype, block, head_dim, whether keys are masked, whether texts lie one after another; every launch of the table.
 CALLS = [
     (torch.float16, 64, 64, False, False),
@@ -33,6 +33,7 @@ CALLS = [
     (torch.bfloat16, 64, 128, True, False),
     (torch.float16, 16, 64, False, True),
     (torch.float32, 64, 64, False, False),
+    (torch.float32, 64, 128, False, False),
 ]
 SEQ = 2048  # long enough for rows that are shared out
 
