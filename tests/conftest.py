@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
@@ -14,6 +15,10 @@ os.environ.setdefault("OPENBLAS_CORETYPE", "Nehalem")
 # Processes side by side share the cores. Before torch is imported.
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))) > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+
+# How long an example takes is a matter of what runs beside it.
+settings.register_profile("any pace", deadline=None)
+settings.load_profile("any pace")
 
 
 def _has_gpu() -> bool:

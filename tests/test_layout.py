@@ -6,7 +6,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -168,7 +168,6 @@ def facts_by_loops(pattern, block, source_length):
     return reach, len(far)
 
 
-@settings(deadline=None)
 @given(
     pattern=st.one_of(
         arrays(np.uint8, st.integers(1, 9).map(lambda n: (n, n)), elements=st.sampled_from([0, 1, 1])),

@@ -106,7 +106,7 @@ def test_layouts_equal_deepspeeds_bit_for_bit(deepspeed, mode):
     always = {"num_heads", "attention"} if mode == "local" else {"num_heads"}
     strategies = COMMON | PARAMETERS[mode]
 
-    @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+    @settings(max_examples=300, suppress_health_check=[HealthCheck.filter_too_much])
     @given(
         parameters=st.fixed_dictionaries(
             {name: strategies[name] for name in strategies if name in always},

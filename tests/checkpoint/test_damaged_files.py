@@ -84,7 +84,6 @@ def check(original: Original, data: bytes) -> str:
 
 FUZZ = settings(
     max_examples=150,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -28,9 +28,9 @@ def test_kernels_compile_and_fit_into_registers(capability, tmp_path):
     found = [json.loads(line) for line in ran.stdout.splitlines()]
     names = {"forward", "query_gradient", "key_gradient", "key_sums", "keys_met", "combine", "sum", "outside"}
     assert {row["kernel"] for row in found} == {f"{name}_kernel" for name in names}
-    spilling = [row for row in found if row["spilled"] > MOST_SPILLED]
-    # float32 tiles are fast all the same, as long as ptxas does not give up, use few registers and spill nearly all
-    full = [row["registers"] == row.get("maxnreg", MOST_REGISTERS) for row in spilling if row.get("PRECISION") == "ieee"]
-    assert len(full) == len(spilling) and all(full), spilling
+    for row in found:
+        # float32 tiles are fast all the same, as long as ptxas does not give up, use few registers and spill nearly all
+        full = row.get("PRECISION") == "ieee" and row["registers"] == row.get("maxnreg", MOST_REGISTERS)
+        assert row["spilled"] <= MOST_SPILLED or full, row
     assert sum(row["exchanged"] for row in found) > 100
     assert not [row for row in found if row["products"]]

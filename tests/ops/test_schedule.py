@@ -64,7 +64,7 @@ def layouts(draw):
     return layout
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(layouts(), st.sampled_from([16, 32, 64, 128]), st.sampled_from([32, 64, 128]), st.booleans(), st.data())
 def test_every_kept_block_is_visited_once(layout, block, size, transposed, data):
     tile = Tile(size, min(block, size))
