@@ -53,7 +53,8 @@ class Schedule:
 
     Attributes:
         items: int32 `[n_items, 9]`, `ITEM_FIELDS`. Steps `[begin, solid)` and `[whole, run)` read consecutive columns; `[begin, whole)`
-            keep all that they read, `[whole, end)` need a mask. `[begin, solid)` ascend, and all do where a tile is one unit.
+            keep all that they read, `[whole, end)` need a mask. `[begin, solid)` ascend, and so do `[solid, whole)`; all do where a
+            tile is one unit.
             `slot` is -1, or where the partial result of a shared row goes; `least` is the lowest unit that the item reads.
         columns: int32 `[n_steps + 1, tile.units]`, the units of a step (repeated where a step is not full); the last is none, for
             those who read ahead.

@@ -33,8 +33,11 @@ LOG2_E = math.log2(math.e)
 # Tokens whose zeros one program writes.
 ROWS = 64
 
-# Elements of the keys that one program sums.
+# Elements of the keys that one program sums, and values of a key mask that one reads at once.
 ELEMENTS = 16384
+MASK_VALUES = 4096
+# A row of what is added to scores has a multiple of these: any tile of keys lies within it, and Triton knows its alignment.
+BIAS_ROW = 128
 
 # Texts share the memory for partial results in groups that fit into this.
 PARTIAL_BYTES = 256 << 20
@@ -70,7 +73,9 @@ class Launch:
 # tests/benchmarks/tune_attention.py: small tiles win, because more of them run on a multiprocessor at once, and each waits for its
 # keys while others compute. Where head_dim leaves room for few of them, a block of 128 is a tile: its keys are read half as often.
 _HALF = {
-    ("forward", 64): Launch(64, 4, 2),
+    ("forward", 64): Launch(64, 4, 2, 96),
+    ("forward", 64, 16): Launch(64, 4, 2, 128),
+    ("forward", 64, 32): Launch(64, 4, 2, 128),
     ("forward", 128): Launch(64, 4, 2),
     ("forward", 128, 128): Launch(128, 8, 2),
     ("query", 64): Launch(64, 4, 3, 168),
@@ -159,9 +164,8 @@ def refuses(query, key, value, layout, block, *, key_padding_mask=None, attn_mas
 
 def attend(query, key, value, layout, block, *, key_padding_mask=None, attn_mask=None, rpe=None, scale=None):
     """`[batch, heads, seq, head_dim]`, in the strides of the query."""
-    if key_padding_mask is not None:
-        key_padding_mask = (key_padding_mask.detach() * LOG2_E).contiguous()
-    return _attend(query, key, value, layout, key_padding_mask, None, query.shape[2], block, scale)
+    mask = None if key_padding_mask is None else key_padding_mask.detach().contiguous()
+    return _attend(query, key, value, layout, mask, None, query.shape[2], block, scale)
 
 
 def attend_texts(query, key, value, layout, block, offsets, longest, scale):
@@ -180,10 +184,10 @@ def _site() -> str:
     return str(next(_sites))
 
 
-def _attend(query, key, value, layout, bias, offsets, longest, block, scale):
+def _attend(query, key, value, layout, mask, offsets, longest, block, scale):
     if scale <= 0:  # the kernels scale a row's largest score after they found it, and what is masked, which is -inf
         query, scale = (-query, -scale) if scale else (query * 0, 1.0)
-    inputs = (query, key, value, layout, bias, offsets, longest, block, scale)
+    inputs = (query, key, value, layout, mask, offsets, longest, block, scale)
     # The operator is for torch.compile: calling it costs more time on the CPU than a short input on the GPU.
     if torch.compiler.is_compiling():
         return _operator(*inputs, _site())[0]
@@ -192,13 +196,13 @@ def _attend(query, key, value, layout, bias, offsets, longest, block, scale):
     return _forward(*inputs)[0]
 
 
-def _warm_up(query, key, value, layout, bias, offsets, longest, block, scale) -> None:
+def _warm_up(query, key, value, layout, mask, offsets, longest, block, scale) -> None:
     """Compiles the kernels of a forward and backward pass, all at once, where a call is the first of its kind."""
-    kind = (query.dtype, query.shape[-1], block, bias is None, offsets is None, query.device)
+    kind = (query.dtype, query.shape[-1], block, mask is None, offsets is None, query.device)
     if kind in _warm or query.device.type != "cuda":
         return
     _warm.add(kind)
-    inputs, options = (query, key, value, layout, bias, offsets), (longest, block, scale)
+    inputs, options = (query, key, value, layout, mask, offsets), (longest, block, scale)
     with warmup(query.device):
         out, lse = _forward(*inputs, *options)
         _backward(out, *inputs, out, lse, *options)
@@ -291,13 +295,13 @@ def _constants(shape: Launch, dtype, head_dim, block, biased, varlen) -> tuple[T
 class _Call:
     """What the launches of one call have in common."""
 
-    def __init__(self, kernel, query, layout, bias, offsets, longest, block, site):
+    def __init__(self, kernel, query, layout, mask, offsets, longest, block, site):
         if layout.shape[0] != query.shape[1]:
             layout = layout.expand(query.shape[1], -1, -1)
         self.batch, self.heads, self.seq, self.head_dim = query.shape
         shape = launch(kernel, query.dtype, self.head_dim, block, query.device)
         tile, self.common, self.constants = _constants(
-            shape, query.dtype, self.head_dim, block, bias is not None, offsets is not None
+            shape, query.dtype, self.head_dim, block, mask is not None, offsets is not None
         )
         self.size, self.unit, self.padded = tile.size, tile.unit, self.common["PADDED"]
         sequences = self.batch * self.seq // longest
@@ -342,6 +346,17 @@ class _Call:
             )  # fmt: skip
 
 
+def _read_mask(mask: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """(bias, spans, values in a row of the bias) of a key mask, see `key_mask_kernel`; `like` stands for both where there is none."""
+    if mask is None:
+        return like, like, BIAS_ROW
+    batch, seq = mask.shape
+    row = -(-seq // BIAS_ROW) * BIAS_ROW
+    bias, spans = mask.new_empty(batch, row), mask.new_empty(batch, 4, dtype=torch.int32)
+    start(kernels.key_mask_kernel, batch, mask, bias, spans, seq, row, KEYS=MASK_VALUES, num_warps=8)
+    return bias, spans, row
+
+
 def _on_its_device(function):
     """Calls `function` with the device of its first argument as the current one, on which Triton launches."""
 
@@ -354,30 +369,31 @@ def _on_its_device(function):
 
 
 @_on_its_device
-def _forward(query, key, value, layout, bias, offsets, longest, block, scale, site=""):
+def _forward(query, key, value, layout, mask, offsets, longest, block, scale, site=""):
     """(out, statistics); see the operator."""
-    out, lse = _empty_outputs(query, bias)
+    out, lse = _empty_outputs(query, mask)
     if query.numel() == 0:
         return out, lse
     if offsets is not None:
         _zero_outside(offsets, out)
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    call = _Call("forward", query, layout, bias, offsets, longest, block, site)
+    call = _Call("forward", query, layout, mask, offsets, longest, block, site)
     schedule = call.schedule
+    bias, spans, row = _read_mask(mask, lse)
     for offsets, texts in call.groups():
         partial = call.partial(lse, texts, call.size, call.padded)
         partial_lse = lse.new_empty(2, texts, schedule.slots, call.size) if schedule.slots else lse
         start(
             kernels.forward_kernel, len(schedule.items) * texts,
-            query, key, value, *call.tiles(query, key, value, out), lse if bias is None else bias, out, lse, partial, partial_lse,
-            schedule.items, schedule.rows, schedule.columns, schedule.words, offsets, *_strides(query, key, value, out),
+            query, key, value, *call.tiles(query, key, value, out), bias, spans, out, lse, partial, partial_lse,
+            schedule.items, schedule.rows, schedule.columns, schedule.words, offsets, *_strides(query, key, value, out), row,
             call.batch, call.heads, call.seq, texts, schedule.slots, scale * LOG2_E, **call.constants,
         )  # fmt: skip
         if schedule.slots:
             start(
                 kernels.combine_kernel, len(schedule.splits) * texts,
                 out, lse, partial, partial_lse, schedule.splits, schedule.rows, offsets, *out.stride()[:3],
-                call.batch, call.heads, call.seq, texts, schedule.slots, BIASED=bias is not None, **call.common,
+                call.batch, call.heads, call.seq, texts, schedule.slots, BIASED=mask is not None, **call.common,
             )  # fmt: skip
     return out, lse
 
@@ -393,14 +409,14 @@ def _zero_outside(offsets, *targets) -> None:
         )  # fmt: skip
 
 
-def _empty_outputs(query, bias):
+def _empty_outputs(query, mask):
     batch, heads, seq, _ = query.shape
-    lse = torch.empty((1 if bias is None else 2, batch, heads, seq), dtype=torch.float32, device=query.device)
+    lse = torch.empty((1 if mask is None else 3, batch, heads, seq), dtype=torch.float32, device=query.device)
     return _empty_like(query), lse
 
 
 @_on_its_device
-def _backward(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale, site=""):
+def _backward(d_out, query, key, value, layout, mask, offsets, out, lse, longest, block, scale, site=""):
     """The gradients of query, key and value."""
     gradients = _empty_like(query), _empty_like(key), _empty_like(value)
     if query.numel() == 0:
@@ -409,32 +425,34 @@ def _backward(d_out, query, key, value, layout, bias, offsets, out, lse, longest
         _zero_outside(offsets, *gradients)
     query, key, value, d_out = _aligned(query), _aligned(key), _aligned(value), _aligned(d_out)
     delta = torch.empty_like(lse[0])
-    inputs = (query, key, value, layout, bias, offsets, longest, block, scale, site, d_out, lse, delta)
+    read = _read_mask(mask, lse)
+    inputs = (query, key, value, layout, mask, read, offsets, longest, block, scale, site, d_out, lse, delta)
     _query_gradient(*inputs, out, gradients[0])
     _key_gradient(*inputs, *gradients[1:])
     return gradients
 
 
 def _query_gradient(
-    query, key, value, layout, bias, offsets, longest, block, scale, site, d_out, lse, delta, out, d_query
+    query, key, value, layout, mask, read, offsets, longest, block, scale, site, d_out, lse, delta, out, d_query
 ) -> None:
     """Writes `d_query`, and `delta` for `_key_gradient`."""
-    call = _Call("query", query, layout, bias, offsets, longest, block, site)
+    call = _Call("query", query, layout, mask, offsets, longest, block, site)
+    bias, spans, row = read
     schedule = call.schedule
     for offsets, texts in call.groups():
-        met, partial_met = _keys_met(call, key, lse, bias, offsets, texts)
+        met, partial_met = _keys_met(call, key, lse, bias, row, mask is not None, offsets, texts)
         partial, rest = call.partial(lse, texts, call.size, call.padded), call.partial(lse, texts, call.size)
         start(
             kernels.query_gradient_kernel, len(schedule.items) * texts,
-            query, key, value, out, d_out, *call.tiles(key, value, d_query), lse if bias is None else bias, *met,
+            query, key, value, out, d_out, *call.tiles(key, value, d_query), bias, spans, *met,
             lse, delta, d_query, partial, rest, schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
-            *_strides(query, key, value, out, d_out, d_query), call.batch, call.heads, call.seq, texts, call.units(texts), schedule.slots,
+            *_strides(query, key, value, out, d_out, d_query), row, call.batch, call.heads, call.seq, texts, call.units(texts), schedule.slots,
             scale * LOG2_E, scale, **call.constants,
         )  # fmt: skip
         call.sum(d_query, partial, offsets, texts, scale, rest, *partial_met)
 
 
-def _keys_met(call, key, lse, bias, offsets, texts):
+def _keys_met(call, key, lse, bias, row, biased, offsets, texts):
     """What the rows of the queries meet of the keys, as `keys_met_kernel` tells: (sums, weights), and the same of shared rows."""
     schedule, units = call.schedule, call.units(texts)
     sums, met = (lse.new_empty(call.heads, units, call.padded) for _ in range(2))
@@ -445,8 +463,8 @@ def _keys_met(call, key, lse, bias, offsets, texts):
     constants = {name: call.common[name] for name in ("UNIT", "PADDED", "VARLEN")}
     start(
         kernels.key_sums_kernel, -(-call.longest // keys) * call.heads * texts,
-        key, lse if bias is None else bias, sums, weights, offsets, *key.stride()[:3], call.heads, call.seq, texts, units,
-        KEYS=keys, DIM=call.head_dim, BIASED=bias is not None, **constants,
+        key, bias, sums, weights, offsets, *key.stride()[:3], row, call.heads, call.seq, texts, units,
+        KEYS=keys, DIM=call.head_dim, BIASED=biased, **constants,
     )  # fmt: skip
     start(
         kernels.keys_met_kernel, len(schedule.items) * texts,
@@ -457,19 +475,20 @@ def _keys_met(call, key, lse, bias, offsets, texts):
 
 
 def _key_gradient(
-    query, key, value, layout, bias, offsets, longest, block, scale, site, d_out, lse, delta, d_key, d_value
+    query, key, value, layout, mask, read, offsets, longest, block, scale, site, d_out, lse, delta, d_key, d_value
 ) -> None:
     """Writes `d_key` and `d_value`."""
-    call = _Call("key", query, layout, bias, offsets, longest, block, site)
+    call = _Call("key", query, layout, mask, offsets, longest, block, site)
+    bias, spans, row = read
     schedule = call.schedule
     for offsets, texts in call.groups():
         partial_key, partial_value = (call.partial(lse, texts, call.size, call.padded) for _ in range(2))
         start(
             kernels.key_gradient_kernel, len(schedule.items) * texts,
-            query, key, value, d_out, *call.tiles(query, d_out, d_key, d_value), lse if bias is None else bias, lse, delta,
+            query, key, value, d_out, *call.tiles(query, d_out, d_key, d_value), bias, spans, lse, delta,
             d_key, d_value, partial_key, partial_value,
             schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
-            *_strides(query, key, value, d_out, d_key, d_value), call.batch, call.heads, call.seq, texts, schedule.slots,
+            *_strides(query, key, value, d_out, d_key, d_value), row, call.batch, call.heads, call.seq, texts, schedule.slots,
             scale * LOG2_E, scale, **call.constants,
         )  # fmt: skip
         call.sum(d_key, partial_key, offsets, texts, scale)
@@ -478,35 +497,35 @@ def _key_gradient(
 
 @torch.library.custom_op("bsa_export::block_sparse_attention", mutates_args=())
 def _operator(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor, bias: torch.Tensor | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor, mask: torch.Tensor | None,
     offsets: torch.Tensor | None, longest: int, block: int, scale: float, site: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(out, statistics of the rows, float32 `[1, batch, heads, seq]`, or `[2, ...]` with a bias; triton_kernels.py tells them)."""
-    return _forward(query, key, value, layout, bias, offsets, longest, block, scale, site)
+    """(out, statistics of the rows, float32 `[1, batch, heads, seq]`, or `[3, ...]` with a mask; triton_kernels.py tells them)."""
+    return _forward(query, key, value, layout, mask, offsets, longest, block, scale, site)
 
 
 @_operator.register_fake
-def _(query, key, value, layout, bias, offsets, longest, block, scale, site):
-    return _empty_outputs(query, bias)
+def _(query, key, value, layout, mask, offsets, longest, block, scale, site):
+    return _empty_outputs(query, mask)
 
 
 @torch.library.custom_op("bsa_export::block_sparse_attention_backward", mutates_args=())
 def _backward_operator(
     d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor,
-    bias: torch.Tensor | None, offsets: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, longest: int, block: int,
+    mask: torch.Tensor | None, offsets: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, longest: int, block: int,
     scale: float, site: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _backward(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale, site)
+    return _backward(d_out, query, key, value, layout, mask, offsets, out, lse, longest, block, scale, site)
 
 
 @_backward_operator.register_fake
-def _(d_out, query, key, value, layout, bias, offsets, out, lse, longest, block, scale, site):
+def _(d_out, query, key, value, layout, mask, offsets, out, lse, longest, block, scale, site):
     return _empty_like(query), _empty_like(key), _empty_like(value)
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, layout, bias, offsets, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, layout, bias, offsets, *output)
+    query, key, value, layout, mask, offsets, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, layout, mask, offsets, *output)
 
 
 def _gradients(ctx, d_out, backward):

@@ -5,11 +5,17 @@ from saved statistics of the rows. Scores are in units of log2, so that exp2 ser
 one item of one sequence. No atomics: each output is written by one program, partial results are summed in a fixed order.
 
 Sequences are the rows of a batch, or, with VARLEN, texts one after another in the only row, text i at `[offsets[i], offsets[i + 1])`.
-Statistics are float32 `[2 or 1, batch, heads, seq]`: log2 of each row's sum of exponentials; with a bias, whose values may be so low
-that the sum would vanish beside them, the row's maximum and the log2 of the sum relative to it.
+Statistics are float32 `[3 or 1, batch, heads, seq]`: log2 of each row's sum of exponentials; with a bias, whose values may be so low
+that the sum would vanish beside them, also the row's maximum and the log2 of the sum relative to it.
+
+A key mask costs time where it changes something only: steps whose keys all take part unchanged, the plain ones, are computed as
+without it, those of keys that all are removed are left out. `key_mask_kernel` finds where they are, if these are the keys at the
+beginning or the end of a sequence; where there are others, their steps pass through the loops of those that need a mask.
 
 Prefixes: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block of values.
 """
+
+import math
 
 import triton
 import triton.language as tl
@@ -20,11 +26,14 @@ from bsa_export.ops.triton_tiles import (
     load_rows,
     load_step,
     load_tile,
+    masked_step,
     row_offsets,
     row_units,
     run_columns,
     sequence,
     shared_row,
+    span_of_rows,
+    split_steps,
     step_columns,
     step_mask,
     step_unit,
@@ -45,6 +54,8 @@ PARTS: tl.constexpr = tl.constexpr(8)
 
 # Biases beyond this, in units of log2, count like it where a mean of keys is weighted by them: sums of weights stay in range.
 FARTHEST_BIAS: tl.constexpr = tl.constexpr(30.0)
+
+LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -72,14 +83,13 @@ def _add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
 
 @triton.jit
 def _scores(
-    b_s, p_bias, words, i_step, o_c, length, scale,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr,
+    b_q, b_k, p_bias, words, i_step, o_c, length, scale,
+    SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores `[SIZE, SIZE]` of queries (rows) and keys (columns), -inf where there is none; in units of log2 if BIASED, else still
     without `scale`."""
-    if BIASED and MASKED:
-        b_s = b_s * scale + tl.load(p_bias + o_c, mask=o_c < length, other=float("-inf"))[None, :]
-    elif BIASED:
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if BIASED:
         b_s = b_s * scale + tl.load(p_bias + o_c)[None, :]
     elif MASKED:
         b_s = tl.where((o_c < length)[None, :], b_s, float("-inf"))
@@ -89,17 +99,13 @@ def _scores(
 
 
 @triton.jit
-def _next_maximum(
-    b_s, b_max, p_bias, words, i_step, o_c, length, scale,
-    SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """A step's `_scores`, the maximum with them in units of log2, and by what earlier probabilities shrink."""
-    b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, MASKED)
+def _next_maximum(b_s, b_max, scale, BIASED: tl.constexpr, MASKED: tl.constexpr):
+    """The maximum with a step's `_scores` in units of log2, and by what earlier probabilities shrink."""
     b_new = tl.max(b_s, 1)
     if not BIASED:
         b_new *= scale
     b_new = tl.maximum(b_max, b_new)
-    return b_s, b_new, tl.exp2(b_max - _reference(b_new, BIASED or MASKED))
+    return b_new, tl.exp2(b_max - _reference(b_new, BIASED or MASKED))
 
 
 @triton.jit
@@ -113,7 +119,7 @@ def _reference(b_max, ALSO_NONE: tl.constexpr):
 
 @triton.jit
 def _probabilities(b_s, b_max, scale, BIASED: tl.constexpr, MASKED: tl.constexpr):
-    """The probabilities of a step's scores relative to the maximum, both from `_next_maximum`."""
+    """The probabilities of a step's `_scores` relative to the maximum."""
     if not BIASED:
         b_s *= scale
     return tl.exp2(b_s - _reference(b_max, BIASED or MASKED)[:, None])
@@ -127,8 +133,8 @@ def _forward_step(
     RUN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     b_k = load_step(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, MASKED)  # fmt: skip
+    b_s = _scores(b_q, b_k, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, MASKED, PRECISION)
+    b_max, b_alpha = _next_maximum(b_s, b_max, scale, BIASED, MASKED)
     b_p = _probabilities(b_s, b_max, scale, BIASED, MASKED)
     b_sum = b_sum * b_alpha[:, None] + _part_sums(b_p, SIZE)
     b_v = load_step(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
@@ -136,28 +142,30 @@ def _forward_step(
 
 
 @triton.jit
-def _store_statistics(lse, b_max, b_sum, o_stat, half, m_row, BIASED: tl.constexpr):
-    b_log = tl.where(b_sum == 0.0, float("-inf"), tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
-    if BIASED:
-        tl.store(lse + o_stat, b_max, mask=m_row)
-        tl.store(lse + half + o_stat, b_log, mask=m_row)
-    else:
-        tl.store(lse + o_stat, b_max + b_log, mask=m_row)
+def _log_sum(b_sum):
+    return tl.where(b_sum == 0.0, float("-inf"), tl.log2(tl.where(b_sum == 0.0, 1.0, b_sum)))
 
 
 @triton.jit
-def _load_statistics(lse, o_stat, half, m_row, BIASED: tl.constexpr, MASKED: tl.constexpr):
-    """The statistics by which probabilities are made again, (maximum, log2 of the sum): exp2((score - maximum) - log). A row
-    without any key gets (inf, 0), which makes them 0."""
-    if MASKED:
-        b_max = tl.load(lse + o_stat, mask=m_row, other=float("inf"))
-    else:
-        b_max = tl.load(lse + o_stat)
+def _store_statistics(lse, b_max, b_sum, o_stat, plane, m_row, BIASED: tl.constexpr):
+    b_log = _log_sum(b_sum)
+    tl.store(lse + o_stat, b_max + b_log, mask=m_row)
+    if BIASED:
+        tl.store(lse + plane + o_stat, b_max, mask=m_row)
+        tl.store(lse + 2 * plane + o_stat, b_log, mask=m_row)
+
+
+@triton.jit
+def _load_statistics(lse, o_stat, plane, m_row, BIASED: tl.constexpr, MASKED: tl.constexpr):
+    """The statistics by which probabilities are made again, (maximum, log2 of the sum): exp2((score - maximum) - log), the log 0 if
+    not BIASED. A row without any key gets (inf, 0), which makes them 0."""
+    p_max = lse + plane + o_stat if BIASED else lse + o_stat
+    b_max = tl.load(p_max, mask=m_row, other=float("inf")) if MASKED else tl.load(p_max)
     b_log = tl.zeros_like(b_max)
     if BIASED:
-        b_log = tl.load(lse + half + o_stat, mask=m_row, other=0.0)
+        b_log = tl.load(lse + 2 * plane + o_stat, mask=m_row, other=0.0)
         b_log = tl.where(b_max == float("-inf"), 0.0, b_log)
-    # without a bias a row has a key, or no program meets it
+    # a step without a bias or a mask has a key for each of its rows
     if BIASED or MASKED:
         b_max = tl.where(b_max == float("-inf"), float("inf"), b_max)
     return b_max, b_log
@@ -165,9 +173,10 @@ def _load_statistics(lse, o_stat, half, m_row, BIASED: tl.constexpr, MASKED: tl.
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def forward_kernel(
-    q, k, v, q_tiles, k_tiles, v_tiles, out_tiles, bias, out, lse, partial, partial_lse, items, rows, columns, words, offsets,
+    q, k, v, q_tiles, k_tiles, v_tiles, out_tiles, bias, spans, out, lse, partial, partial_lse,
+    items, rows, columns, words, offsets,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_on, batch, heads, seq, texts, slots, scale,
+    stride_ob, stride_oh, stride_on, stride_bias, batch, heads, seq, texts, slots, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -177,44 +186,53 @@ def forward_kernel(
         return
     o_m = row_offsets(rows, i_tile, SIZE, UNIT)
     b_q = load_tile(q_tiles, q, i_b, i_head, o_text, i_tile, o_m, stride_qb, stride_qh, stride_qn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
-    p_bias = bias + i_b.to(tl.int64) * seq
 
+    p_bias = bias + i_b.to(tl.int64) * stride_bias
     b_acc = tl.zeros([SIZE, PADDED], tl.float32)
     b_max = tl.full([SIZE], float("-inf"), tl.float32)
     b_sum = tl.zeros([SIZE, PARTS], tl.float32)
-    if begin < solid:
+    first, last, live, start = begin, solid, solid, whole
+    if BIASED:
+        first, last, live, start = split_steps(columns, spans, i_b, begin, solid, whole, seq, SIZE, UNIT)
+    if first < last:
         # The scores of a step are computed in the one before it: the copies that they need arrive during its softmax. And the sum
         # shrinks for them there: at the beginning of their own step, it would be carried between them in two layouts.
-        i_unit, i_next = step_unit(columns, begin, SIZE, UNIT), step_unit(columns, begin + 1, SIZE, UNIT)
+        i_unit, i_next = step_unit(columns, first, SIZE, UNIT), step_unit(columns, first + 1, SIZE, UNIT)
         b_k = load_consecutive(k_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, begin, run_columns(i_unit, SIZE, UNIT), length, scale, SIZE, UNIT, BIASED, False)  # fmt: skip
-        for i_step in range(begin, solid - 1):
+        b_max, b_alpha = _next_maximum(b_s, b_max, scale, False, False)
+        for i_step in range(first, last - 1):
             i_value, i_key = step_unit(columns, i_step + 1, SIZE, UNIT), step_unit(columns, i_step + 2, SIZE, UNIT)
-            b_p = _probabilities(b_s, b_max, scale, BIASED, False)
+            b_p = _probabilities(b_s, b_max, scale, False, False)
             b_sum += _part_sums(b_p, SIZE)
             b_v = load_consecutive(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
             b_acc = _add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
             b_k = load_consecutive(k_tiles, i_b, i_head, o_text + i_next * UNIT, SIZE, PADDED)
             b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-            b_s, b_max, b_alpha = _next_maximum(b_s, b_max, p_bias, words, i_step + 1, run_columns(i_next, SIZE, UNIT), length, scale, SIZE, UNIT, BIASED, False)  # fmt: skip
+            b_max, b_alpha = _next_maximum(b_s, b_max, scale, False, False)
             b_acc *= b_alpha[:, None]
             b_sum *= b_alpha[:, None]
             i_unit, i_next = i_value, i_key
-        b_p = _probabilities(b_s, b_max, scale, BIASED, False)
+        b_p = _probabilities(b_s, b_max, scale, False, False)
         b_sum += _part_sums(b_p, SIZE)
         b_v = load_consecutive(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
         b_acc = _add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
+    first_apart, last_apart, live_apart, start_apart = solid, whole, whole, run
     if UNIT < SIZE:
-        o_next = step_columns(columns, solid, SIZE, UNIT)
-        for i_step in range(solid, whole):
+        if BIASED:
+            first_apart, last_apart, live_apart, start_apart = split_steps(
+                columns, spans, i_b, solid, whole, run, seq, SIZE, UNIT
+            )
+        o_next = step_columns(columns, first_apart, SIZE, UNIT)
+        for i_step in range(first_apart, last_apart):
             o_c, o_next = o_next, step_columns(columns, i_step + 1, SIZE, UNIT)
             b_acc, b_max, b_sum = _forward_step(
                 b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
                 stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, 0, o_c, scale,
-                SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
+                SIZE, UNIT, DIM, PADDED, False, False, VARLEN, PRECISION,
             )  # fmt: skip
-    for i_step in tl.range(whole, run, num_stages=1 if UNIT == SIZE else None):
+    for i_masked in tl.range(start, run, num_stages=1 if UNIT == SIZE and not BIASED else None):
+        i_step = masked_step(i_masked, first, last, live, whole) if BIASED else i_masked
         i_unit = step_unit(columns, i_step, SIZE, UNIT)
         b_acc, b_max, b_sum = _forward_step(
             b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
@@ -222,7 +240,8 @@ def forward_kernel(
             SIZE, UNIT, DIM, PADDED, BIASED, not VARLEN, True, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
-        for i_step in tl.range(run, end, num_stages=1):
+        for i_masked in tl.range(start_apart, end, num_stages=1):
+            i_step = masked_step(i_masked, first_apart, last_apart, live_apart, run) if BIASED else i_masked
             o_c = step_columns(columns, i_step, SIZE, UNIT)
             b_acc, b_max, b_sum = _forward_step(
                 b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
@@ -239,7 +258,8 @@ def forward_kernel(
     else:
         o_slot = (i_text.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
         tl.store(partial + o_slot[:, None] * PADDED + tl.arange(0, PADDED)[None, :], b_out)
-        _store_statistics(partial_lse, b_max, b_sum, o_slot, texts.to(tl.int64) * slots * SIZE, o_m >= 0, True)
+        tl.store(partial_lse + o_slot, b_max)
+        tl.store(partial_lse + texts.to(tl.int64) * slots * SIZE + o_slot, _log_sum(b_sum))
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
@@ -274,8 +294,36 @@ def combine_kernel(
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
+def key_mask_kernel(mask, bias, spans, seq, stride_bias, KEYS: tl.constexpr):
+    """A key mask, float32 `[batch, seq]`, in units of log2, -inf behind `seq` (bias `[batch, stride_bias]`); and int32 `[batch, 4]`, where
+    the longer of the spans begins and ends that are at the beginning or the end of a sequence and whose keys all are plain (0), and
+    where those that are not removed (-inf)."""
+    i_b = tl.program_id(0)
+    b_first = tl.full([KEYS], 0, tl.int32) + seq
+    b_last = tl.full([KEYS], -1, tl.int32)
+    b_live, b_live_last = b_first, b_last
+    for begin in range(0, stride_bias, KEYS):
+        o_n = begin + tl.arange(0, KEYS)
+        m_n = o_n < seq
+        b_mask = tl.load(mask + i_b.to(tl.int64) * seq + o_n, mask=m_n, other=float("-inf"))
+        tl.store(bias + i_b.to(tl.int64) * stride_bias + o_n, b_mask * LOG2_E, mask=o_n < stride_bias)
+        m_changed, m_live = m_n & (b_mask != 0.0), b_mask != float("-inf")
+        b_first = tl.where(m_changed, tl.minimum(b_first, o_n), b_first)
+        b_last = tl.where(m_changed, o_n, b_last)
+        b_live = tl.where(m_live, tl.minimum(b_live, o_n), b_live)
+        b_live_last = tl.where(m_live, o_n, b_live_last)
+    first, end = tl.min(b_first, 0), tl.max(b_last, 0) + 1
+    at_begin = first >= seq - end
+    p_span = spans + i_b * 4
+    tl.store(p_span, tl.where(at_begin, 0, end))
+    tl.store(p_span + 1, tl.where(at_begin, first, seq))
+    tl.store(p_span + 2, tl.min(b_live, 0))
+    tl.store(p_span + 3, tl.max(b_live_last, 0) + 1)
+
+
+@triton.jit(do_not_specialize=ANY_VALUE)
 def key_sums_kernel(
-    k, bias, sums, weights, offsets, stride_kb, stride_kh, stride_kn, heads, seq, texts, units,
+    k, bias, sums, weights, offsets, stride_kb, stride_kh, stride_kn, stride_bias, heads, seq, texts, units,
     KEYS: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     BIASED: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
@@ -292,7 +340,7 @@ def key_sums_kernel(
     o_m = i_tile * KEYS + o_n % ACROSS * UNIT + o_n // ACROSS
     b_weight = (o_m < length).to(tl.float32)
     if BIASED:
-        b_bias = tl.load(bias + i_b.to(tl.int64) * seq + o_m, mask=o_m < length, other=float("-inf"))
+        b_bias = tl.load(bias + i_b.to(tl.int64) * stride_bias + o_m, mask=o_m < length, other=float("-inf"))
         b_near = tl.minimum(tl.maximum(b_bias, -FARTHEST_BIAS), FARTHEST_BIAS)
         b_weight = tl.where(b_bias == float("-inf"), 0.0, tl.exp2(b_near))
     o_row = o_text + tl.where(b_weight > 0.0, o_m, length)
@@ -361,9 +409,8 @@ def _query_gradient_step(
 ):  # fmt: skip
     b_k = load_step(k, k_tiles, i_b, i_head, o_text, o_c, stride_kb, stride_kh, stride_kn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     b_v = load_step(v, v_tiles, i_b, i_head, o_text, o_c, stride_vb, stride_vh, stride_vn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_s = _scores(b_q, b_k, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, MASKED, PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-    b_s = _scores(b_s, p_bias, words, i_step, o_c, length, scale, SIZE, UNIT, BIASED, MASKED)
     if BIASED:
         b_p = tl.exp2((b_s - b_max[:, None]) - b_log[:, None])
     else:
@@ -376,10 +423,10 @@ def _query_gradient_step(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def query_gradient_kernel(
-    q, k, v, out, d_out, k_tiles, v_tiles, d_q_tiles, bias, met, met_weights, lse, delta, d_q, partial, partial_rest,
+    q, k, v, out, d_out, k_tiles, v_tiles, d_q_tiles, bias, spans, met, met_weights, lse, delta, d_q, partial, partial_rest,
     items, rows, columns, words, offsets,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, stride_db, stride_dh, stride_dn,
+    stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, stride_db, stride_dh, stride_dn, stride_bias,
     batch, heads, seq, texts, units, slots, scale, grad_scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -405,29 +452,40 @@ def query_gradient_kernel(
     o_stat = (i_b.to(tl.int64) * heads + i_head) * seq + o_text + o_m
     # every item of a shared row computes the same delta
     tl.store(delta + o_stat, b_delta, mask=o_m < length)
-    b_max, b_log = _load_statistics(lse, o_stat, batch.to(tl.int64) * heads * seq, o_m < length, BIASED, True)
-    p_bias = bias + i_b.to(tl.int64) * seq
+    plane = batch.to(tl.int64) * heads * seq
+    b_max, b_log = _load_statistics(lse, o_stat, plane, o_m < length, BIASED, True)
+    b_lse, b_none = _load_statistics(lse, o_stat, plane, o_m < length, False, True)
 
+    p_bias = bias + i_b.to(tl.int64) * stride_bias
     b_dq = tl.zeros([SIZE, PADDED], tl.float32)
     b_rest = tl.zeros([SIZE, PARTS], tl.float32)
-    i_next = step_unit(columns, begin, SIZE, UNIT)
-    for i_step in range(begin, solid):
+    first, last, live, start = begin, solid, solid, whole
+    if BIASED:
+        first, last, live, start = split_steps(columns, spans, i_b, begin, solid, whole, seq, SIZE, UNIT)
+    i_next = step_unit(columns, first, SIZE, UNIT)
+    for i_step in range(first, last):
         i_unit, i_next = i_next, step_unit(columns, i_step + 1, SIZE, UNIT)
         b_dq, b_rest = _query_gradient_step(
-            b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+            b_q, b_do, b_lse, b_none, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, i_unit, run_columns(i_unit, SIZE, UNIT), scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, True, False, PRECISION,
+            SIZE, UNIT, DIM, PADDED, False, True, False, PRECISION,
         )  # fmt: skip
+    first_apart, last_apart, live_apart, start_apart = solid, whole, whole, run
     if UNIT < SIZE:
-        o_next = step_columns(columns, solid, SIZE, UNIT)
-        for i_step in range(solid, whole):
+        if BIASED:
+            first_apart, last_apart, live_apart, start_apart = split_steps(
+                columns, spans, i_b, solid, whole, run, seq, SIZE, UNIT
+            )
+        o_next = step_columns(columns, first_apart, SIZE, UNIT)
+        for i_step in range(first_apart, last_apart):
             o_c, o_next = o_next, step_columns(columns, i_step + 1, SIZE, UNIT)
             b_dq, b_rest = _query_gradient_step(
-                b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
+                b_q, b_do, b_lse, b_none, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
                 stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, 0, o_c, scale,
-                SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
+                SIZE, UNIT, DIM, PADDED, False, False, VARLEN, PRECISION,
             )  # fmt: skip
-    for i_step in tl.range(whole, run, num_stages=1 if UNIT == SIZE else None):
+    for i_masked in tl.range(start, run, num_stages=1 if UNIT == SIZE and not BIASED else None):
+        i_step = masked_step(i_masked, first, last, live, whole) if BIASED else i_masked
         i_unit = step_unit(columns, i_step, SIZE, UNIT)
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
@@ -435,7 +493,8 @@ def query_gradient_kernel(
             SIZE, UNIT, DIM, PADDED, BIASED, not VARLEN, True, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
-        for i_step in tl.range(run, end, num_stages=1):
+        for i_masked in tl.range(start_apart, end, num_stages=1):
+            i_step = masked_step(i_masked, first_apart, last_apart, live_apart, run) if BIASED else i_masked
             o_c = step_columns(columns, i_step, SIZE, UNIT)
             b_dq, b_rest = _query_gradient_step(
                 b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
@@ -459,7 +518,7 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_gradient_step(
-    b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
+    b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, plane, i_b, i_head, o_text, length,
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, words, i_step, i_unit, o_c, scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BIASED: tl.constexpr,
     RUN: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -467,7 +526,7 @@ def _key_gradient_step(
     b_q = load_step(q, q_tiles, i_b, i_head, o_text, o_c, stride_qb, stride_qh, stride_qn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     b_do = load_step(d_out, d_out_tiles, i_b, i_head, o_text, o_c, stride_gb, stride_gh, stride_gn, i_unit, length, SIZE, UNIT, DIM, PADDED, RUN)  # fmt: skip
     # queries beyond the sequence get probability 0 from their statistics
-    b_max, b_log = _load_statistics(lse, o_stats + o_c, half, o_c < length, BIASED, MASKED)
+    b_max, b_log = _load_statistics(lse, o_stats + o_c, plane, o_c < length, BIASED, MASKED)
     if MASKED:
         b_delta = tl.load(delta + o_stats + o_c, mask=o_c < length, other=0.0)
     else:
@@ -490,9 +549,9 @@ def _key_gradient_step(
 
 @triton.jit(do_not_specialize=ANY_VALUE)
 def key_gradient_kernel(
-    q, k, v, d_out, q_tiles, d_out_tiles, d_k_tiles, d_v_tiles, bias, lse, delta, d_k, d_v, partial_k, partial_v,
+    q, k, v, d_out, q_tiles, d_out_tiles, d_k_tiles, d_v_tiles, bias, spans, lse, delta, d_k, d_v, partial_k, partial_v,
     items, rows, columns, words, offsets,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gn, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, stride_bias,
     batch, heads, seq, texts, slots, scale, grad_scale,
     SIZE: tl.constexpr, UNIT: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr,
     BIASED: tl.constexpr, VARLEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -507,12 +566,19 @@ def key_gradient_kernel(
     if PRECISION != "ieee":
         # Once, for all steps: triton 3.9 leaves in a loop what it finds there. Without tensor cores, at a step they spill less.
         b_k, b_v = tl.trans(b_k), tl.trans(b_v)
+    b_none = tl.zeros([SIZE], tl.float32)
+    # Where the loops of steps that the mask changes begin and end: of consecutive queries `[begin, runs)`, of any `[masked, end)`.
+    runs, masked = begin, whole
     if BIASED:
-        b_bias = tl.load(bias + i_b.to(tl.int64) * seq + o_m, mask=o_m < length, other=float("-inf"))
-    else:
-        b_bias = tl.zeros([SIZE], tl.float32)
+        plain, live = span_of_rows(spans, i_b, o_m, length)
+        if not live:
+            solid, whole, masked, end = begin, begin, begin, begin
+        elif not plain:
+            if UNIT < SIZE:
+                runs = solid
+            solid, whole, masked = begin, begin, runs
     o_stats = (i_b.to(tl.int64) * heads + i_head) * seq + o_text
-    half = batch.to(tl.int64) * heads * seq
+    plane = batch.to(tl.int64) * heads * seq
 
     b_dk = tl.zeros([SIZE, PADDED], tl.float32)
     b_dv = tl.zeros([SIZE, PADDED], tl.float32)
@@ -520,24 +586,35 @@ def key_gradient_kernel(
     for i_step in range(begin, solid):
         i_unit, i_next = i_next, step_unit(columns, i_step + 1, SIZE, UNIT)
         b_dk, b_dv = _key_gradient_step(
-            b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
+            b_k, b_v, b_none, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, plane, i_b, i_head, o_text, length,
             stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, words, i_step, i_unit, run_columns(i_unit, SIZE, UNIT), scale,
-            SIZE, UNIT, DIM, PADDED, BIASED, True, False, PRECISION,
+            SIZE, UNIT, DIM, PADDED, False, True, False, PRECISION,
         )  # fmt: skip
     if UNIT < SIZE:
         o_next = step_columns(columns, solid, SIZE, UNIT)
         for i_step in range(solid, whole):
             o_c, o_next = o_next, step_columns(columns, i_step + 1, SIZE, UNIT)
             b_dk, b_dv = _key_gradient_step(
-                b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
+                b_k, b_v, b_none, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, plane, i_b, i_head, o_text, length,
                 stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, words, i_step, 0, o_c, scale,
-                SIZE, UNIT, DIM, PADDED, BIASED, False, VARLEN, PRECISION,
+                SIZE, UNIT, DIM, PADDED, False, False, VARLEN, PRECISION,
             )  # fmt: skip
-    for i_step in tl.range(whole, end, num_stages=1):
+    b_bias = b_none
+    if BIASED:
+        b_bias = tl.load(bias + i_b.to(tl.int64) * stride_bias + o_m, mask=o_m < length, other=float("-inf"))
+    if BIASED and UNIT < SIZE:
+        for i_step in range(begin, runs):
+            i_unit = step_unit(columns, i_step, SIZE, UNIT)
+            b_dk, b_dv = _key_gradient_step(
+                b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, plane, i_b, i_head, o_text, length,
+                stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, words, i_step, i_unit, run_columns(i_unit, SIZE, UNIT), scale,
+                SIZE, UNIT, DIM, PADDED, True, True, False, PRECISION,
+            )  # fmt: skip
+    for i_step in tl.range(masked, end, num_stages=None if BIASED else 1):
         i_unit = step_unit(columns, i_step, SIZE, UNIT)
         o_c = step_columns(columns, i_step, SIZE, UNIT)
         b_dk, b_dv = _key_gradient_step(
-            b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, half, i_b, i_head, o_text, length,
+            b_k, b_v, b_bias, b_dk, b_dv, q, d_out, q_tiles, d_out_tiles, lse, delta, o_stats, plane, i_b, i_head, o_text, length,
             stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, words, i_step, i_unit, o_c, scale,
             SIZE, UNIT, DIM, PADDED, BIASED, UNIT == SIZE and not VARLEN, True, PRECISION,
         )  # fmt: skip

@@ -54,7 +54,7 @@ def runner(kernel: str, block: int, layout, batch: int, heads: int, seq: int, he
         return lambda: backend._forward(q, k, v, layout, None, None, seq, block, scale)
     out, lse = backend._forward(q, k, v, layout, None, None, seq, block, scale)
     delta = (out.float() * g.float()).sum(-1).contiguous()
-    inputs = (q, k, v, layout, None, None, seq, block, scale, "", g, lse, delta)
+    inputs = (q, k, v, layout, None, backend._read_mask(None, lse), None, seq, block, scale, "", g, lse, delta)
     if kernel == "query":
         return lambda: backend._query_gradient(*inputs, out, torch.empty_like(q))
     return lambda: backend._key_gradient(*inputs, torch.empty_like(k), torch.empty_like(v))

@@ -59,6 +59,8 @@ def cases() -> list[Case]:
         replace(plain, padding="bool", short=5, block=32, blocks=5),
         *(replace(plain, padding=p, pattern=pattern) for p in padding for pattern in ("bigbird", "one")),
         replace(plain, padding="whole", dtype="bf16", block=64, blocks=3),
+        *(replace(plain, padding=p, pattern="random", block=b) for p in ("left", "both") for b in (16, 32, 64, 128)),
+        *(replace(plain, padding=p, pattern="all", short=9) for p in ("left", "both")),
         *(replace(plain, strides=s, heads=3, padding="bool") for s in STRIDES if s != plain.strides),
         replace(plain, strides="surrounded", short=7, block=32, blocks=3, dtype="bf16", padding="bool"),
         *(replace(plain, attn_mask=m, padding="bool") for m in ("bool", "additive")),
@@ -194,12 +196,21 @@ def _added(kept: torch.Tensor, removed: float = float("-inf")) -> torch.Tensor:
 
 
 def _padding(case: Case, rng: random.Random) -> torch.Tensor:
-    """Every second sequence is padded, at the end, by whole blocks and more, with `whole` from its first token on; one hole in
-    the others, and in additive masks random numbers elsewhere."""
+    """Every second sequence is padded by whole blocks and more: at its end, with `left` at its beginning, with `both` at both, with
+    `whole` from its first token to its last. One hole is in the others, and in additive masks random numbers are elsewhere."""
     kept = torch.ones(case.batch, case.seq, dtype=torch.bool)
     kept[0::2, rng.randrange(case.seq)] = False
-    kept[1::2, 0 if case.padding.startswith("whole") else rng.randrange(1, max(2, case.seq // 2)) :] = False
-    if case.padding in ("bool", "whole"):
+    padded = kept[1::2]
+    if case.padding in ("left", "both"):
+        padded[:, : rng.randrange(1, case.seq // 2)] = False
+    if case.padding != "left":
+        end = (
+            rng.randrange(case.seq // 2, case.seq)
+            if case.padding == "both"
+            else rng.randrange(1, max(2, case.seq // 2))
+        )
+        padded[:, 0 if case.padding.startswith("whole") else end :] = False
+    if case.padding in ("bool", "left", "both", "whole"):
         return kept
     if case.padding == "additive":
         generator = torch.Generator().manual_seed(rng.randrange(2**31))

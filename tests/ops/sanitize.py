@@ -13,6 +13,8 @@ CASES = [
     Case(block=64, blocks=5, short=37),
     Case(block=64, blocks=36, pattern="bigbird", batch=1),
     Case(block=128, blocks=3, short=65, head_dim=128, padding="whole"),
+    Case(block=32, blocks=20, short=9, pattern="random", padding="both"),
+    Case(block=64, blocks=8, short=37, pattern="all", padding="left"),
     Case(dtype="fp32", blocks=5, short=3),
 ]
 TEXTS_BLOCKS = (16, 64)

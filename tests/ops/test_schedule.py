@@ -33,6 +33,8 @@ def visited(made, heads: int, units: int, tile: Tile, seq: int) -> np.ndarray:
         assert fields["least"] == (columns.min().item() if columns.numel() else 0)
         ascending = made.columns[fields["begin"] : fields["end" if across == 1 else "solid"], 0]
         assert torch.equal(ascending, ascending.sort().values)
+        apart = made.columns[fields["solid"] : fields["whole"]].reshape(-1)
+        assert torch.equal(apart, apart.sort().values)
         if across == 1:
             assert (fields["whole"], fields["run"]) == (fields["solid"], fields["end"]), "a unit is a run"
         for step in range(fields["begin"], fields["end"]):
