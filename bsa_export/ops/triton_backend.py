@@ -33,8 +33,10 @@ LOG2_E = math.log2(math.e)
 # Tokens whose zeros one program writes.
 ROWS = 64
 
-# Elements of the keys that one program sums, and values of a key mask that one reads at once.
-ELEMENTS = 16384
+# Elements of the keys that one program sums, with so many warps; with a mask, as keys and weights need twice the registers.
+ELEMENTS, WARPS = 32768, 2
+MASKED_ELEMENTS, MASKED_WARPS = 16384, 4
+# Values of a key mask that a program reads at once.
 MASK_VALUES = 4096
 # A row of what is added to scores has a multiple of these: any tile of keys lies within it, and Triton knows its alignment.
 BIAS_ROW = 128
@@ -459,12 +461,13 @@ def _keys_met(call, key, lse, bias, row, biased, offsets, texts):
     weights, met_weights = (lse.new_empty(call.heads, units) for _ in range(2))
     across = call.size // call.unit
     partial = call.partial(lse, texts, across, call.padded), call.partial(lse, texts, across)
-    keys = max(call.unit, ELEMENTS // call.padded)
+    elements, warps = (MASKED_ELEMENTS, MASKED_WARPS) if biased else (ELEMENTS, WARPS)
+    keys = max(call.unit, elements // call.padded)
     constants = {name: call.common[name] for name in ("UNIT", "PADDED", "VARLEN")}
     start(
         kernels.key_sums_kernel, -(-call.longest // keys) * call.heads * texts,
         key, bias, sums, weights, offsets, *key.stride()[:3], row, call.heads, call.seq, texts, units,
-        KEYS=keys, DIM=call.head_dim, BIASED=biased, **constants,
+        KEYS=keys, DIM=call.head_dim, BIASED=biased, num_warps=warps, **constants,
     )  # fmt: skip
     start(
         kernels.keys_met_kernel, len(schedule.items) * texts,
