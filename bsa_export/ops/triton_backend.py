@@ -20,6 +20,7 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from bsa_export.ops import triton_kernels as kernels
+    from bsa_export.ops.triton_masks import key_mask_kernel
 except ImportError as error:
     triton = None
     _NO_TRITON = f"triton is not installed ({error})"
@@ -355,7 +356,7 @@ def _read_mask(mask: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Ten
     batch, seq = mask.shape
     row = -(-seq // BIAS_ROW) * BIAS_ROW
     bias, spans = mask.new_empty(batch, row), mask.new_empty(batch, 4, dtype=torch.int32)
-    start(kernels.key_mask_kernel, batch, mask, bias, spans, seq, row, KEYS=MASK_VALUES, num_warps=8)
+    start(key_mask_kernel, batch, mask, bias, spans, seq, row, KEYS=MASK_VALUES, num_warps=8)
     return bias, spans, row
 
 

@@ -8,32 +8,24 @@ Sequences are the rows of a batch, or, with VARLEN, texts one after another in t
 Statistics are float32 `[3 or 1, batch, heads, seq]`: log2 of each row's sum of exponentials; with a bias, whose values may be so low
 that the sum would vanish beside them, also the row's maximum and the log2 of the sum relative to it.
 
-A key mask costs time where it changes something only: steps whose keys all take part unchanged, the plain ones, are computed as
-without it, those of keys that all are removed are left out. `key_mask_kernel` finds where they are, if these are the keys at the
-beginning or the end of a sequence; where there are others, their steps pass through the loops of those that need a mask.
-
 Prefixes: i_ index, o_ offsets, m_ mask, p_ pointer, b_ block of values.
 """
-
-import math
 
 import triton
 import triton.language as tl
 
+from bsa_export.ops.triton_masks import masked_step, span_of_rows, split_steps
 from bsa_export.ops.triton_tiles import (
     first_unit,
     load_consecutive,
     load_rows,
     load_step,
     load_tile,
-    masked_step,
     row_offsets,
     row_units,
     run_columns,
     sequence,
     shared_row,
-    span_of_rows,
-    split_steps,
     step_columns,
     step_mask,
     step_unit,
@@ -54,8 +46,6 @@ PARTS: tl.constexpr = tl.constexpr(8)
 
 # Biases beyond this, in units of log2, count like it where a mean of keys is weighted by them: sums of weights stay in range.
 FARTHEST_BIAS: tl.constexpr = tl.constexpr(30.0)
-
-LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -291,34 +281,6 @@ def combine_kernel(
     store_rows(out, b_out, i_b, i_head, o_text + o_row, stride_ob, stride_oh, stride_on, o_text + length, DIM, PADDED)
     o_stat = (i_b.to(tl.int64) * heads + i_head) * seq + o_text + o_row
     _store_statistics(lse, b_max, b_sum, o_stat, batch.to(tl.int64) * heads * seq, o_row < length, BIASED)
-
-
-@triton.jit(do_not_specialize=ANY_VALUE)
-def key_mask_kernel(mask, bias, spans, seq, stride_bias, KEYS: tl.constexpr):
-    """A key mask, float32 `[batch, seq]`, in units of log2, -inf behind `seq` (bias `[batch, stride_bias]`); and int32 `[batch, 4]`, where
-    the longer of the spans begins and ends that are at the beginning or the end of a sequence and whose keys all are plain (0), and
-    where those that are not removed (-inf)."""
-    i_b = tl.program_id(0)
-    b_first = tl.full([KEYS], 0, tl.int32) + seq
-    b_last = tl.full([KEYS], -1, tl.int32)
-    b_live, b_live_last = b_first, b_last
-    for begin in range(0, stride_bias, KEYS):
-        o_n = begin + tl.arange(0, KEYS)
-        m_n = o_n < seq
-        b_mask = tl.load(mask + i_b.to(tl.int64) * seq + o_n, mask=m_n, other=float("-inf"))
-        tl.store(bias + i_b.to(tl.int64) * stride_bias + o_n, b_mask * LOG2_E, mask=o_n < stride_bias)
-        m_changed, m_live = m_n & (b_mask != 0.0), b_mask != float("-inf")
-        b_first = tl.where(m_changed, tl.minimum(b_first, o_n), b_first)
-        b_last = tl.where(m_changed, o_n, b_last)
-        b_live = tl.where(m_live, tl.minimum(b_live, o_n), b_live)
-        b_live_last = tl.where(m_live, o_n, b_live_last)
-    first, end = tl.min(b_first, 0), tl.max(b_last, 0) + 1
-    at_begin = first >= seq - end
-    p_span = spans + i_b * 4
-    tl.store(p_span, tl.where(at_begin, 0, end))
-    tl.store(p_span + 1, tl.where(at_begin, first, seq))
-    tl.store(p_span + 2, tl.min(b_live, 0))
-    tl.store(p_span + 3, tl.max(b_live_last, 0) + 1)
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)

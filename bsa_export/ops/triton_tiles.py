@@ -22,7 +22,7 @@ def sequence(offsets, i_text, seq, VARLEN: tl.constexpr):
 
 
 @triton.jit
-def _steps_below(columns, begin, end, limit, SIZE: tl.constexpr, UNIT: tl.constexpr, LANE: tl.constexpr = 0):
+def steps_below(columns, begin, end, limit, SIZE: tl.constexpr, UNIT: tl.constexpr, LANE: tl.constexpr = 0):
     """How many of the steps `[begin, end)`, whose columns ascend, have their unit LANE begin before token `limit`."""
     count = begin * 0
     for first in range(begin, end, CHUNK):
@@ -53,56 +53,14 @@ def work_item(items, rows, columns, offsets, texts, seq, SIZE: tl.constexpr, UNI
         if not beyond:
             # Solid steps read tiles, also of the next text: those that do not end within this one become steps that need a mask.
             # A tile of several units has its steps in another order than their columns, so that only all of them can be left out.
-            solid = begin + _steps_below(columns, begin, solid, length - SIZE + 1, SIZE, UNIT)
+            solid = begin + steps_below(columns, begin, solid, length - SIZE + 1, SIZE, UNIT)
             if UNIT == SIZE:
                 whole = solid
-                end = begin + _steps_below(columns, begin, end, length, SIZE, UNIT)
+                end = begin + steps_below(columns, begin, end, length, SIZE, UNIT)
                 run = end
             elif tl.load(p_item + 8) * UNIT >= length:
                 solid, whole, run, end = begin, begin, begin, begin
     return i_head, i_tile, begin, solid, whole, run, end, slot, i_text, i_b, o_text, length, beyond
-
-
-@triton.jit
-def split_steps(columns, spans, i_b, begin, end, masked, seq, SIZE: tl.constexpr, UNIT: tl.constexpr):
-    """What a key mask makes of the steps `[begin, end)`, whose columns ascend: `[first, last)` are plain. Those before and behind them,
-    up to `live`, pass through the loop of masked steps, which has its own from `masked` on: with them it begins at `start`, see
-    `masked_step`. Those of keys that all are removed are left out."""
-    p_span = spans + i_b * 4
-    plain, plain_end, o_live, o_live_end = (
-        tl.load(p_span),
-        tl.load(p_span + 1),
-        tl.load(p_span + 2),
-        tl.load(p_span + 3),
-    )
-    first, last, live, start = begin, end, end, masked
-    if (plain > 0) | (plain_end < seq):
-        LAST: tl.constexpr = SIZE // UNIT - 1
-        first_live = begin + _steps_below(columns, begin, end, o_live - UNIT + 1, SIZE, UNIT, LAST)
-        live = tl.maximum(begin + _steps_below(columns, begin, end, o_live_end, SIZE, UNIT), first_live)
-        first = begin + _steps_below(columns, begin, end, plain, SIZE, UNIT)
-        first = tl.minimum(tl.maximum(first, first_live), live)
-        last = begin + _steps_below(columns, begin, end, plain_end - UNIT + 1, SIZE, UNIT, LAST)
-        last = tl.minimum(tl.maximum(last, first), live)
-        start = masked - (first - first_live) - (live - last)
-    return first, last, live, start
-
-
-@triton.jit
-def span_of_rows(spans, i_b, o_m, length):
-    """Whether a key mask leaves all rows of a tile as they are, and whether it leaves any."""
-    p_span = spans + i_b * 4
-    first, last = tl.min(o_m, 0), tl.minimum(tl.max(o_m, 0) + 1, length)
-    plain = (first >= tl.load(p_span)) & (last <= tl.load(p_span + 1))
-    return plain, (first < tl.load(p_span + 3)) & (last > tl.load(p_span + 2))
-
-
-@triton.jit
-def masked_step(i_step, first, last, live, masked):
-    """The step that comes at `i_step` of the loop of masked ones: before its own what `split_steps` left to it, `[last, live)` and, at
-    the beginning, what lies before `first`."""
-    i_early = i_step - (masked - (live - last))
-    return tl.where(i_step >= masked, i_step, tl.where(i_early >= 0, last + i_early, first + i_early))
 
 
 @triton.jit

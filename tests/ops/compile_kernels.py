@@ -21,10 +21,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from bsa_export.ops import triton_backend, triton_kernels
+from bsa_export.ops import triton_backend
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-KERNELS = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
 TELLING = ("SIZE", "KEYS", "UNIT", "DIM", "BIASED", "VARLEN", "CENTERED", "PRECISION", "maxnreg")
 # dtype, block, head_dim, whether keys are masked, whether texts lie one after another; every launch of the table.
 CALLS = [
@@ -54,19 +53,11 @@ class Compiler:
         return 0
 
 
-class Launches:
-    """Stands for a kernel: what is launched is compiled and told."""
-
-    def __init__(self, kernel):
-        self.kernel = kernel
-
-    def __getitem__(self, grid):
-        def compile_it(*arguments, **constants):
-            compiled = self.kernel.warmup(*arguments, grid=grid, **constants)
-            told = {name: constants[name] for name in TELLING if name in constants}
-            print(json.dumps({"kernel": self.kernel.fn.__name__} | told | usage(compiled)), flush=True)
-
-        return compile_it
+def compile_it(kernel, programs: int, *arguments, **constants) -> None:
+    """Stands for `warmup.start`: what is launched is compiled and told."""
+    compiled = kernel.warmup(*arguments, grid=(programs,), **constants)
+    told = {name: constants[name] for name in TELLING if name in constants}
+    print(json.dumps({"kernel": kernel.fn.__name__} | told | usage(compiled)), flush=True)
 
 
 def usage(compiled) -> dict[str, int]:
@@ -96,8 +87,7 @@ def main(capability: int) -> None:
     driver.set_active(Compiler(capability))
     torch.cuda.device_of = lambda _: contextlib.nullcontext()
     triton_backend._multiplies_from_shared = lambda _: capability // 10 in (9, 10)
-    for name in KERNELS:
-        setattr(triton_kernels, name, Launches(getattr(triton_kernels, name)))
+    triton_backend.start = compile_it
     for dtype, block, head_dim, masked, texts in CALLS:
         n = SEQ // block
         layout = torch.eye(n, dtype=torch.uint8)[None].repeat(2, 1, 1)

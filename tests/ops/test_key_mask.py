@@ -11,7 +11,7 @@ if backends()["triton"] is not None:
 import triton
 import triton.language as tl
 
-from bsa_export.ops.triton_tiles import masked_step, span_of_rows, split_steps
+from bsa_export.ops.triton_masks import masked_step, span_of_rows, split_steps
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INF = float("inf")
