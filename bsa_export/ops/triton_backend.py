@@ -443,7 +443,7 @@ def _query_gradient(
     bias, spans, row = read
     schedule = call.schedule
     for offsets, texts in call.groups():
-        met, partial_met = _keys_met(call, key, lse, bias, row, mask is not None, offsets, texts)
+        met, partial_met = _keys_met(call, key, lse, bias, row, offsets, texts)
         partial, rest = call.partial(lse, texts, call.size, call.padded), call.partial(lse, texts, call.size)
         start(
             kernels.query_gradient_kernel, len(schedule.items) * texts,
@@ -455,13 +455,14 @@ def _query_gradient(
         call.sum(d_query, partial, offsets, texts, scale, rest, *partial_met)
 
 
-def _keys_met(call, key, lse, bias, row, biased, offsets, texts):
+def _keys_met(call, key, lse, bias, row, offsets, texts):
     """What the rows of the queries meet of the keys, as `keys_met_kernel` tells: (sums, weights), and the same of shared rows."""
     schedule, units = call.schedule, call.units(texts)
     sums, met = (lse.new_empty(call.heads, units, call.padded) for _ in range(2))
     weights, met_weights = (lse.new_empty(call.heads, units) for _ in range(2))
     across = call.size // call.unit
     partial = call.partial(lse, texts, across, call.padded), call.partial(lse, texts, across)
+    biased = call.constants["BIASED"]
     elements, warps = (MASKED_ELEMENTS, MASKED_WARPS) if biased else (ELEMENTS, WARPS)
     keys = max(call.unit, elements // call.padded)
     constants = {name: call.common[name] for name in ("UNIT", "PADDED", "VARLEN")}

@@ -176,14 +176,12 @@ def forward_kernel(
         return
     o_m = row_offsets(rows, i_tile, SIZE, UNIT)
     b_q = load_tile(q_tiles, q, i_b, i_head, o_text, i_tile, o_m, stride_qb, stride_qh, stride_qn, length, SIZE, UNIT, DIM, PADDED)  # fmt: skip
-
     p_bias = bias + i_b.to(tl.int64) * stride_bias
+
     b_acc = tl.zeros([SIZE, PADDED], tl.float32)
     b_max = tl.full([SIZE], float("-inf"), tl.float32)
     b_sum = tl.zeros([SIZE, PARTS], tl.float32)
-    first, last, live, start = begin, solid, solid, whole
-    if BIASED:
-        first, last, live, start = split_steps(columns, spans, i_b, begin, solid, whole, seq, SIZE, UNIT)
+    first, last, live, start = split_steps(columns, spans, i_b, begin, solid, whole, seq, SIZE, UNIT, BIASED)
     if first < last:
         # The scores of a step are computed in the one before it: the copies that they need arrive during its softmax. And the sum
         # shrinks for them there: at the beginning of their own step, it would be carried between them in two layouts.
@@ -207,12 +205,8 @@ def forward_kernel(
         b_sum += _part_sums(b_p, SIZE)
         b_v = load_consecutive(v_tiles, i_b, i_head, o_text + i_unit * UNIT, SIZE, PADDED)
         b_acc = _add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
-    first_apart, last_apart, live_apart, start_apart = solid, whole, whole, run
     if UNIT < SIZE:
-        if BIASED:
-            first_apart, last_apart, live_apart, start_apart = split_steps(
-                columns, spans, i_b, solid, whole, run, seq, SIZE, UNIT
-            )
+        first_apart, last_apart, live_apart, start_apart = split_steps(columns, spans, i_b, solid, whole, run, seq, SIZE, UNIT, BIASED)  # fmt: skip
         o_next = step_columns(columns, first_apart, SIZE, UNIT)
         for i_step in range(first_apart, last_apart):
             o_c, o_next = o_next, step_columns(columns, i_step + 1, SIZE, UNIT)
@@ -222,7 +216,7 @@ def forward_kernel(
                 SIZE, UNIT, DIM, PADDED, False, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_masked in tl.range(start, run, num_stages=1 if UNIT == SIZE and not BIASED else None):
-        i_step = masked_step(i_masked, first, last, live, whole) if BIASED else i_masked
+        i_step = masked_step(i_masked, first, last, live, whole, BIASED)
         i_unit = step_unit(columns, i_step, SIZE, UNIT)
         b_acc, b_max, b_sum = _forward_step(
             b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
@@ -231,7 +225,7 @@ def forward_kernel(
         )  # fmt: skip
     if UNIT < SIZE:
         for i_masked in tl.range(start_apart, end, num_stages=1):
-            i_step = masked_step(i_masked, first_apart, last_apart, live_apart, run) if BIASED else i_masked
+            i_step = masked_step(i_masked, first_apart, last_apart, live_apart, run, BIASED)
             o_c = step_columns(columns, i_step, SIZE, UNIT)
             b_acc, b_max, b_sum = _forward_step(
                 b_q, b_acc, b_max, b_sum, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
@@ -417,13 +411,11 @@ def query_gradient_kernel(
     plane = batch.to(tl.int64) * heads * seq
     b_max, b_log = _load_statistics(lse, o_stat, plane, o_m < length, BIASED, True)
     b_lse, b_none = _load_statistics(lse, o_stat, plane, o_m < length, False, True)
-
     p_bias = bias + i_b.to(tl.int64) * stride_bias
+
     b_dq = tl.zeros([SIZE, PADDED], tl.float32)
     b_rest = tl.zeros([SIZE, PARTS], tl.float32)
-    first, last, live, start = begin, solid, solid, whole
-    if BIASED:
-        first, last, live, start = split_steps(columns, spans, i_b, begin, solid, whole, seq, SIZE, UNIT)
+    first, last, live, start = split_steps(columns, spans, i_b, begin, solid, whole, seq, SIZE, UNIT, BIASED)
     i_next = step_unit(columns, first, SIZE, UNIT)
     for i_step in range(first, last):
         i_unit, i_next = i_next, step_unit(columns, i_step + 1, SIZE, UNIT)
@@ -432,12 +424,8 @@ def query_gradient_kernel(
             stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, words, i_step, i_unit, run_columns(i_unit, SIZE, UNIT), scale,
             SIZE, UNIT, DIM, PADDED, False, True, False, PRECISION,
         )  # fmt: skip
-    first_apart, last_apart, live_apart, start_apart = solid, whole, whole, run
     if UNIT < SIZE:
-        if BIASED:
-            first_apart, last_apart, live_apart, start_apart = split_steps(
-                columns, spans, i_b, solid, whole, run, seq, SIZE, UNIT
-            )
+        first_apart, last_apart, live_apart, start_apart = split_steps(columns, spans, i_b, solid, whole, run, seq, SIZE, UNIT, BIASED)  # fmt: skip
         o_next = step_columns(columns, first_apart, SIZE, UNIT)
         for i_step in range(first_apart, last_apart):
             o_c, o_next = o_next, step_columns(columns, i_step + 1, SIZE, UNIT)
@@ -447,7 +435,7 @@ def query_gradient_kernel(
                 SIZE, UNIT, DIM, PADDED, False, False, VARLEN, PRECISION,
             )  # fmt: skip
     for i_masked in tl.range(start, run, num_stages=1 if UNIT == SIZE and not BIASED else None):
-        i_step = masked_step(i_masked, first, last, live, whole) if BIASED else i_masked
+        i_step = masked_step(i_masked, first, last, live, whole, BIASED)
         i_unit = step_unit(columns, i_step, SIZE, UNIT)
         b_dq, b_rest = _query_gradient_step(
             b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,
@@ -456,7 +444,7 @@ def query_gradient_kernel(
         )  # fmt: skip
     if UNIT < SIZE:
         for i_masked in tl.range(start_apart, end, num_stages=1):
-            i_step = masked_step(i_masked, first_apart, last_apart, live_apart, run) if BIASED else i_masked
+            i_step = masked_step(i_masked, first_apart, last_apart, live_apart, run, BIASED)
             o_c = step_columns(columns, i_step, SIZE, UNIT)
             b_dq, b_rest = _query_gradient_step(
                 b_q, b_do, b_max, b_log, b_delta, b_dq, b_rest, k, v, k_tiles, v_tiles, p_bias, i_b, i_head, o_text, length,

@@ -44,18 +44,18 @@ def key_mask_kernel(mask, bias, spans, seq, stride_bias, KEYS: tl.constexpr):
 
 
 @triton.jit
-def split_steps(columns, spans, i_b, begin, end, masked, seq, SIZE: tl.constexpr, UNIT: tl.constexpr):
+def split_steps(
+    columns, spans, i_b, begin, end, masked, seq, SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr
+):
     """What a key mask makes of the steps `[begin, end)`, whose columns ascend: `[first, last)` are plain. Those before and behind them,
     up to `live`, pass through the loop of masked steps, which has its own from `masked` on: with them it begins at `start`, see
-    `masked_step`. Those of keys that all are removed are left out."""
-    p_span = spans + i_b * 4
-    plain, plain_end, o_live, o_live_end = (
-        tl.load(p_span),
-        tl.load(p_span + 1),
-        tl.load(p_span + 2),
-        tl.load(p_span + 3),
-    )
+    `masked_step`. Those of keys that all are removed are left out. Without a mask, not BIASED, all are plain."""
     first, last, live, start = begin, end, end, masked
+    if not BIASED:
+        return first, last, live, start
+    p_span = spans + i_b * 4
+    plain, plain_end = tl.load(p_span), tl.load(p_span + 1)
+    o_live, o_live_end = tl.load(p_span + 2), tl.load(p_span + 3)
     if (plain > 0) | (plain_end < seq):
         LAST: tl.constexpr = SIZE // UNIT - 1
         first_live = begin + steps_below(columns, begin, end, o_live - UNIT + 1, SIZE, UNIT, LAST)
@@ -78,8 +78,10 @@ def span_of_rows(spans, i_b, o_m, length):
 
 
 @triton.jit
-def masked_step(i_step, first, last, live, masked):
+def masked_step(i_step, first, last, live, masked, BIASED: tl.constexpr):
     """The step that comes at `i_step` of the loop of masked ones: before its own what `split_steps` left to it, `[last, live)` and, at
     the beginning, what lies before `first`."""
+    if not BIASED:
+        return i_step
     i_early = i_step - (masked - (live - last))
     return tl.where(i_step >= masked, i_step, tl.where(i_early >= 0, last + i_early, first + i_early))

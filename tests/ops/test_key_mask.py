@@ -44,11 +44,11 @@ def test_spans(device, further):
 @triton.jit
 def visit_kernel(columns, spans, visits, begin, end, masked, behind, seq, SIZE: tl.constexpr, UNIT: tl.constexpr):
     """Adds 1 for each step that is computed as plain, 100 for each that is computed with the mask."""
-    first, last, live, start = split_steps(columns, spans, 0, begin, end, masked, seq, SIZE, UNIT)
+    first, last, live, start = split_steps(columns, spans, 0, begin, end, masked, seq, SIZE, UNIT, True)
     for i_step in range(first, last):
         tl.store(visits + i_step, tl.load(visits + i_step) + 1)
     for i_masked in range(start, behind):
-        i_step = masked_step(i_masked, first, last, live, masked)
+        i_step = masked_step(i_masked, first, last, live, masked, True)
         tl.store(visits + i_step, tl.load(visits + i_step) + 100)
 
 
