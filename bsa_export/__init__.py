@@ -1,29 +1,63 @@
 """Block-sparse attention for BERT checkpoints: convert, verify, publish, run.
 
 Importing this package imports neither torch nor triton nor deepspeed nor transformers; the names below are loaded when they
-are first used.
+are first used. It does register the attention function `block_sparse` with transformers as soon as that is imported:
+docs/running.md says what this changes in a process, and `unregister()` undoes it.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from bsa_export.registration import register_with_transformers
+from bsa_export.hf.import_hook import register_with_transformers
+from bsa_export.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from bsa_export.attention import BertSparseSelfAttention, SparseSelfAttention
+    from bsa_export.conversion.convert import convert
+    from bsa_export.conversion.to_dense import to_dense
+    from bsa_export.hf.load import load
+    from bsa_export.hub import pull, push
+    from bsa_export.ops import block_sparse_attention
+    from bsa_export.verify.run import verify
 
+__all__ = [
+    "BertSparseSelfAttention",
+    "SparseSelfAttention",
+    "__version__",
+    "block_sparse_attention",
+    "convert",
+    "load",
+    "pull",
+    "push",
+    "to_dense",
+    "verify",
+]
+
+# Where each name is; `verify` is a package that can be called.
 _HOMES = {
-    "block_sparse_attention": "bsa_export.ops",
-    "SparseSelfAttention": "bsa_export.attention",
     "BertSparseSelfAttention": "bsa_export.attention",
-    "load": "bsa_export.model",
+    "SparseSelfAttention": "bsa_export.attention",
+    "block_sparse_attention": "bsa_export.ops",
+    "convert": "bsa_export.conversion.convert",
+    "load": "bsa_export.hf.load",
+    "pull": "bsa_export.hub",
+    "push": "bsa_export.hub",
+    "to_dense": "bsa_export.conversion.to_dense",
 }
 
-__all__ = ["__version__", *_HOMES]
 
-
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
+    if name == "verify":
+        return import_module("bsa_export.verify")
     if name not in _HOMES:
         raise AttributeError(f"module 'bsa_export' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 register_with_transformers()

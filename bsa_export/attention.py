@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from bsa_export.errors import AttentionError
-from bsa_export.layout import check_layout
 from bsa_export.ops import block_sparse_attention
-from bsa_export.sparsity import FixedSparsityConfig
+from bsa_export.sparsity.configs import FixedSparsityConfig
+from bsa_export.sparsity.facts import check_layout
 
 MASK_MODES = ("add", "mul")
 
@@ -25,7 +25,7 @@ class SparseSelfAttention(nn.Module):
     top-left slice.
 
     Args:
-        sparsity_config: one of `bsa_export.sparsity` or of DeepSpeed: `block`, and `make_layout(seq_len)` as an array or tensor.
+        sparsity_config: one of `bsa_export.sparsity.configs` or of DeepSpeed: `block`, and `make_layout(seq_len)` as an array or tensor.
         key_padding_mask_mode: `add` (added to the scores) or `mul` (0 takes the key out, all else leaves it).
         attn_mask_mode: the same for pairs of query and key.
         max_seq_length: tokens of the longest sequence.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bsa_export.text import printable
+
 
 class BsaError(Exception):
-    """Something the user can understand and act on, in one sentence.
+    """Something the user can understand and act on, in one sentence, safe to print whatever a file put into it.
 
     Args:
         message: what is wrong, or what was expected.
@@ -14,12 +16,12 @@ class BsaError(Exception):
     """
 
     def __init__(self, message: str, *, found: object = None, where: object = None, hint: str | None = None):
-        text = message if where is None else f"{where}: {message}"
+        text = message if where is None else f"{printable(where, 500)}: {message}"
         if found is not None:
-            text += f", found {found}"
+            text += f", found {printable(found, 500)}"
         if hint is not None:
             text += f"; {hint}"
-        super().__init__(text)
+        super().__init__(printable(text))
 
 
 class CheckpointError(BsaError):
@@ -27,7 +29,7 @@ class CheckpointError(BsaError):
 
 
 class UnsafePickleError(CheckpointError):
-    """A pickle names a global that rebuilding tensors does not need. Nothing was executed."""
+    """A pickle calls a function that rebuilding tensors does not need. Nothing was executed."""
 
 
 class FamilyError(BsaError):

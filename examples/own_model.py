@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bsa_export import BertSparseSelfAttention
-from bsa_export.sparsity import WindowedSparsityConfig
+from bsa_export.sparsity.configs import WindowedSparsityConfig
 
 LENGTH, GAP = 1024, 256  # bytes in a text; the number that stands for a hidden byte
 

@@ -7,8 +7,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from bsa_export.convert import Source, convert
-from bsa_export.plan import Options
+from bsa_export.conversion.convert import convert_source as convert
+from bsa_export.conversion.options import Options
+from bsa_export.hub.source import Source
 
 BLOCK, HEADS, LAYERS = 16, 4, 2
 SHORT, LONGEST = 64, 128  # tokens that the source reads, and the converted model

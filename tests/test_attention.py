@@ -15,7 +15,7 @@ from bsa_export import BertSparseSelfAttention, SparseSelfAttention
 from bsa_export.deepspeed_compat import sparsity_config as configs
 from bsa_export.errors import AttentionError, SparsityError
 from bsa_export.ops import block_sparse_attention, deepspeed_kernels
-from bsa_export.sparsity import (
+from bsa_export.sparsity.configs import (
     BigBirdSparsityConfig,
     CustomSparsityConfig,
     DenseSparsityConfig,

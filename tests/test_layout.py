@@ -11,17 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from bsa_export.errors import BsaError, SparsityError
-from bsa_export.layout import (
-    attention_flops,
-    check_layout,
-    density,
-    distinct_heads,
-    kept_share,
-    layout_facts,
-    layout_hash,
-    load_layouts,
-)
-from bsa_export.sparsity import (
+from bsa_export.sparsity.configs import (
     BigBirdSparsityConfig,
     BSLongformerSparsityConfig,
     DenseSparsityConfig,
@@ -31,6 +21,16 @@ from bsa_export.sparsity import (
     make_layouts,
     windowed_for,
 )
+from bsa_export.sparsity.facts import (
+    attention_flops,
+    check_layout,
+    density,
+    distinct_heads,
+    kept_share,
+    layout_facts,
+    layout_hash,
+)
+from bsa_export.sparsity.layout_file import load_layouts
 
 UNCHANGED = {"short_inputs_differ": False, "repeats_positions": False, "needs_training": False}
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from bsa_export.errors import BsaError
-from bsa_export.report import DROPPED, KEPT, layout_figure, plot_layouts
-from bsa_export.sparsity import (
+from bsa_export.sparsity.configs import (
     BigBirdSparsityConfig,
     BSLongformerSparsityConfig,
     FixedSparsityConfig,
     make_layouts,
     windowed_for,
 )
+from bsa_export.sparsity.pictures import DROPPED, KEPT, layout_figure, plot_layouts
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra [plot]")
 

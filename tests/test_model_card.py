@@ -8,10 +8,10 @@ import pytest
 from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 
-from bsa_export import model_card
+from bsa_export.converted import card as model_card
 from bsa_export.errors import CheckpointError
-from bsa_export.layout import layout_facts
-from bsa_export.sparsity import make_layouts, sparsity_config, windowed_for
+from bsa_export.sparsity.configs import make_layouts, sparsity_config, windowed_for
+from bsa_export.sparsity.facts import layout_facts
 
 CONVERSION = {
     "bsa_export": "0.1.0",

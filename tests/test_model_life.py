@@ -13,7 +13,7 @@ from sparse_folder import BLOCK, LONGEST, batch, layouts_in, masked_by_layouts, 
 
 import bsa_export  # noqa: E402
 from bsa_export.errors import AttentionError  # noqa: E402
-from bsa_export.model import StoredLayout  # noqa: E402
+from bsa_export.hf.stored_layout import StoredLayout  # noqa: E402
 from bsa_export.ops import triton_backend  # noqa: E402
 from bsa_export.ops.schedule import ScheduleCache  # noqa: E402
 

@@ -136,13 +136,13 @@ def test_it_says_which_transformers_it_needs(tmp_path, monkeypatch):
         bsa_export.load(tmp_path)
 
 
-@pytest.mark.parametrize("then", ["import transformers.modeling_utils", "bsa_export.model.register()"])
+@pytest.mark.parametrize("then", ["import transformers.modeling_utils", "bsa_export.hf.load.register()"])
 def test_importing_it_first_registers_once_and_imports_nothing_heavy(then):
     code = f"""
         import sys, bsa_export
         assert not {{"torch", "transformers"}} & set(sys.modules)
         if "register" in {then!r}:
-            import bsa_export.model
+            import bsa_export.hf.load
         {then}
         from torch.nn.modules.module import _global_module_registration_hooks as hooks
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -155,7 +155,7 @@ def test_importing_it_first_registers_once_and_imports_nothing_heavy(then):
 def test_looking_for_transformers_does_not_use_the_registration_up():
     code = """
         import sys, importlib.util, bsa_export
-        from bsa_export.registration import _AfterTransformers
+        from bsa_export.hf.import_hook import _AfterTransformers
         for _ in range(2):
             assert importlib.util.find_spec("transformers.modeling_utils").origin.endswith("modeling_utils.py")
         from transformers.modeling_utils import AttentionInterface

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 from sparse_folder import assert_as_good_as_dense, converted, layouts_in, masked_by_layouts, outputs  # noqa: E402
 
 import bsa_export  # noqa: E402
-from bsa_export.model import StoredLayout  # noqa: E402
+from bsa_export.hf.stored_layout import StoredLayout  # noqa: E402
 
 
 @pytest.fixture(scope="module")

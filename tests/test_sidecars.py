@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bsa_export import sidecars
+from bsa_export.conversion import tokenizer_files as sidecars
 from bsa_export.errors import CheckpointError, UnsafePickleError
 
 

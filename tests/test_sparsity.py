@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from bsa_export.errors import BsaError, SparsityError
-from bsa_export.sparsity import (
+from bsa_export.sparsity.configs import (
     MODES,
     BigBirdSparsityConfig,
     BSLongformerSparsityConfig,
@@ -482,7 +482,7 @@ def test_65536_tokens_at_block_64_take_under_200_ms(mode, heads_differ):
 
 
 def test_sparsity_and_layout_import_no_heavy_library():
-    code = "import sys, bsa_export.sparsity, bsa_export.layout, bsa_export.report; print(sorted(sys.modules))"
+    code = "import sys, bsa_export.sparsity.configs, bsa_export.sparsity.facts, bsa_export.conversion.summary; print(sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not [
         name for name in ("torch", "triton", "deepspeed", "transformers", "matplotlib") if f"'{name}'" in loaded

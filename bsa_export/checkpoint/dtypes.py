@@ -21,6 +21,9 @@ NUMPY_DTYPE = {
     "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8",
 }  # fmt: skip
 CASTS = ("F32", "F16", "BF16")
+# What --dtype calls them, and what torch does.
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Bits of infinity; a larger magnitude is a NaN.
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
 

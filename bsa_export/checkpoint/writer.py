@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from bsa_export.checkpoint.atomic_folder import plain_error
 from bsa_export.checkpoint.checksum import PIECE_BYTES, Checksum
 from bsa_export.checkpoint.dtypes import not_finite, pieces
-from bsa_export.checkpoint.folder import plain_error
 from bsa_export.checkpoint.safetensors_file import read_safetensors
 from bsa_export.checkpoint.table import ITEM_SIZE, Computed, FileRange, Tensor, file_stamp
 from bsa_export.errors import CheckpointError

@@ -18,8 +18,8 @@ from collections.abc import Callable
 
 import click
 
-from bsa_export import __version__
 from bsa_export.errors import BsaError
+from bsa_export.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

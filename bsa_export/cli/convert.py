@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bsa_export.cli import command
+from bsa_export.cli.progress import Progress, is_watched
+from bsa_export.text import aligned, size
+
+if TYPE_CHECKING:
+    from bsa_export.conversion.options import Options
 
 COUNTS = {
     "--num-local-blocks": "windowed, fixed: blocks of an aligned window.",
@@ -48,7 +52,7 @@ def _size(_, parameter: click.Parameter, text: str | None) -> int | None:
 
 def _list_families(context: click.Context, _, wanted: bool) -> None:
     if wanted:
-        from bsa_export.families import FAMILIES
+        from bsa_export.bert.families import FAMILIES
 
         click.echo("\n".join(FAMILIES))
         context.exit()
@@ -143,81 +147,89 @@ def main(context: click.Context, source: str, target: Path | None, to_dense: boo
     if target is None and not choices["dry_run"]:
         raise click.UsageError("Missing argument 'TARGET'.")
     if to_dense:
+        if target is None:
+            raise click.UsageError("Missing argument 'TARGET'.")
         _to_dense(context, source, target, as_json, choices)
     else:
         _convert(source, target, as_json, choices)
 
 
-def _convert(source: str, target: Path | None, as_json: bool, choices: dict) -> None:
-    options = _options(choices)
-    from bsa_export import convert, report
-    from bsa_export.checkpoint.folder import AtomicFolder
+def _convert(source: str, target: Path | None, as_json: bool, choices: dict[str, Any]) -> None:
+    from bsa_export.checkpoint.atomic_folder import AtomicFolder
+    from bsa_export.conversion import convert, summary
+    from bsa_export.converted.records import to_json
+    from bsa_export.hub.source import find_source
+    from bsa_export.sparsity import pictures
 
+    options = _options(choices)
     if choices["plot"]:
-        report.check_picture(choices["plot"])
-    found = convert.find_source(source, progress=_is_watched())
-    if choices["dry_run"]:
+        pictures.check_picture(choices["plot"])
+    found = find_source(source, progress=is_watched())
+    if target is None or choices["dry_run"]:
         if target is not None:
             AtomicFolder(target, overwrite=choices["overwrite"]).refuse_target()
         _, planned = convert.plan_source(found, options, choices["config_path"])
-        content, lines = report.plan_content(planned), report.plan_lines(planned)
+        content, lines = summary.plan_content(planned), summary.plan_lines(planned)
     else:
-        with _progress() as progress:
-            done = convert.convert(
+        with Progress() as progress:
+            done = convert.convert_source(
                 found,
                 target,
                 options,
                 config_path=choices["config_path"],
                 max_shard_size=choices["max_shard_size"],
                 overwrite=choices["overwrite"],
-                progress=progress,
+                progress=progress.begin(unit="B"),
             )
         planned = done.plan
-        content = report.plan_content(planned) | done.record | {"seconds": done.seconds}
-        lines = report.conversion_lines(done, target)
-    click.echo(json.dumps(content, indent=2) if as_json else report.aligned(lines))
+        content = summary.plan_content(planned) | to_json(done.record) | {"seconds": done.seconds}
+        lines = summary.conversion_lines(done)
+    click.echo(json.dumps(content, indent=2) if as_json else aligned(lines))
     if choices["plot"]:
         title = f"{planned.sparsity.mode}, block {planned.sparsity.block}, {planned.max_length:,} tokens"
-        report.plot_layouts(choices["plot"], planned.layouts, planned.sparsity.block, title, planned.source_length)
+        pictures.plot_layouts(choices["plot"], planned.layouts, planned.sparsity.block, title, planned.source_length)
 
 
-def _to_dense(context: click.Context, source: str, target: Path, as_json: bool, choices: dict) -> None:
+def _to_dense(context: click.Context, source: str, target: Path, as_json: bool, choices: dict[str, Any]) -> None:
     allowed = {"to_dense", "source", "target", "max_length", "max_shard_size", "overwrite", "as_json"}
     for name in context.params:
         if name not in allowed and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--to-dense takes no --{name.replace('_', '-')}.")
-    from bsa_export import report
-    from bsa_export.convert import find_source
-    from bsa_export.to_dense import to_dense
+    from bsa_export.conversion.to_dense import to_dense
 
-    with _progress() as progress:
-        dense, seconds = to_dense(
-            find_source(source).path,
+    with Progress() as progress:
+        done = to_dense(
+            source,
             target,
             max_length=choices["max_length"],
             max_shard_size=choices["max_shard_size"],
             overwrite=choices["overwrite"],
-            progress=progress,
+            progress=progress.begin(unit="B"),
         )
+    dense = done.plan
     nbytes = sum(row.nbytes for row in dense.tensors.values())
     content = {
         "tensors": len(dense.tensors),
         "bytes": nbytes,
         "max_length": dense.max_length,
         "notes": dense.notes,
-        "seconds": seconds,
+        "seconds": done.seconds,
     }
     lines = [
-        ("tensors", f"{len(dense.tensors)}, {report.size(nbytes)}"),
+        ("tensors", f"{len(dense.tensors)}, {size(nbytes)}"),
         ("longest input", f"{dense.max_length:,} tokens"),
         *(("note", note) for note in dense.notes),
-        ("written", f"{target} in {seconds:.2f} s"),
+        ("written", f"{target} in {done.seconds:.2f} s"),
     ]
-    click.echo(json.dumps(content, indent=2) if as_json else report.aligned(lines))
+    click.echo(json.dumps(content, indent=2) if as_json else aligned(lines))
 
 
-def _options(choices: dict):
+def _options(choices: dict[str, Any]) -> Options:
     """The options of a conversion. Raises click.UsageError for those that do not go together."""
+    from bsa_export.conversion.convert import sparsity_section
+    from bsa_export.conversion.options import Options
+    from bsa_export.sparsity.configs import MODES as CONFIGS
+
     names = [option.removeprefix("--").replace("-", "_") for option in (*COUNTS, *LISTS, *FLAGS, "--attention")]
     given = {name: choices[name] for name in names if choices[name] is not None}
     section = None
@@ -226,10 +238,7 @@ def _options(choices: dict):
         clash = next((name for name in ("mode", "block", *given) if choices[name] is not None), None)
         if clash:
             raise click.UsageError(f"--sparsity holds what --{clash.replace('_', '-')} says: give one of them.")
-        section = _section(choices["sparsity"])
-    from bsa_export.plan import Options
-    from bsa_export.sparsity import MODES as CONFIGS
-
+        section = sparsity_section(choices["sparsity"])
     allowed = CONFIGS[mode].parameter_names()
     wrong = next((name for name in given if name not in allowed), None)
     if wrong:
@@ -246,47 +255,3 @@ def _options(choices: dict):
         positions=choices["positions"],
         dtype=choices["dtype"],
     )
-
-
-def _section(path: Path) -> dict:
-    """The `sparse_attention` section of a DeepSpeed config, or the file itself where it is that section."""
-    from bsa_export.errors import SparsityError
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SparsityError(f"expected JSON ({error})", where=path) from None
-    section = (
-        content.get("sparse_attention", content if "mode" in content else None) if isinstance(content, dict) else None
-    )
-    if not isinstance(section, dict):
-        raise SparsityError('expected a "sparse_attention" section with a mode', found="none", where=path)
-    # A config.json in GENA-LM's form names the class in the place of the mode.
-    return {key: content[key] for key in ("sparse_config_cls",) if key in content} | section
-
-
-def _is_watched() -> bool:
-    return sys.stderr.isatty()
-
-
-class _progress:
-    """A bar on stderr for what takes longer than a second, if a person looks; gives what `convert` calls, or None."""
-
-    def __enter__(self):
-        self.bar = None
-        if not _is_watched():
-            return None
-        from tqdm import tqdm
-
-        columns, rows = shutil.get_terminal_size()  # 80 x 24 where a terminal has no size; tqdm would draw nothing
-        self.bar = tqdm(unit="B", unit_scale=True, delay=1, leave=False, ncols=columns - 1, nrows=rows)
-
-        def update(done: int, total: int) -> None:
-            self.bar.total = total
-            self.bar.update(done - self.bar.n)
-
-        return update
-
-    def __exit__(self, *_):
-        if self.bar is not None:
-            self.bar.close()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import click
 
 from bsa_export.cli import command
+from bsa_export.cli.progress import Progress, is_watched
 from bsa_export.errors import BsaError, HubError
 
 BACKENDS = click.Choice(["torch", "triton", "deepspeed"])
@@ -62,16 +62,16 @@ def main(
     # torch's threads wait for each other by spinning, which starves the interpreter's process beside them; read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if report is not None:
-        from bsa_export.verify.report_html import check_matplotlib
+        from bsa_export.verify.report import check_matplotlib
 
         _refuse_report(report, folder)
         check_matplotlib()
     backends = (
         tuple(dict.fromkeys([*choices["backends"], *choices["require"]])) if choices["backends"] else BACKENDS.choices
     )
-    from bsa_export.hub.names import VERIFICATION_RECORD
-    from bsa_export.verify.run import Wanted, verify
-    from bsa_export.verify.words import line
+    from bsa_export.converted.check_lines import line
+    from bsa_export.converted.names import VERIFICATION_RECORD
+    from bsa_export.verify.run import Wanted, run_checks
 
     if (text := choices["text"]) is not None:
         _checked_text(text)
@@ -86,15 +86,19 @@ def main(
         text,
         None if source is None or os.path.lexists(source) else source,
     )
-    with _Progress() as progress:
-        run = verify(wanted, None if as_json else lambda check: progress.write(line(check)), progress.begin)
+    with Progress() as progress:
+        run = run_checks(
+            wanted,
+            None if as_json else lambda check: progress.write(line(check)),
+            lambda what: progress.begin(what, "B" if what == "weights" else ""),
+        )
     click.echo(json.dumps(run.to_dict(), indent=2) if as_json else f"{run.sentence} ({run.seconds:.1f} s)")
     if run.unrecorded:
         record = folder / VERIFICATION_RECORD
         then = "still reads that of an earlier run" if record.exists() else "will want one"
         click.echo(f"Warning: {record}: it cannot be written ({run.unrecorded}); bsa-push {then}", err=True)
     if report is not None:
-        from bsa_export.verify.report_html import write_report
+        from bsa_export.verify.report import write_report
 
         write_report(report, wanted, run)
     context.exit(run.exit_code)
@@ -109,7 +113,7 @@ def _refuse_report(report: Path, folder: Path) -> None:
 
 
 def _checked_text(path: Path) -> None:
-    from bsa_export.verify.text import documents
+    from bsa_export.verify.documents import documents
 
     try:
         documents(path)
@@ -119,11 +123,11 @@ def _checked_text(path: Path) -> None:
 
 def _found_source(source: str, config: Path | None) -> Path:
     """Where the source lies. One that is no checkpoint is no reason to call the folder wrong."""
-    from bsa_export.convert import find_source
+    from bsa_export.hub.source import find_source
     from bsa_export.verify.run import open_source
 
     try:
-        found = find_source(source, progress=_is_watched()).path
+        found = find_source(source, progress=is_watched()).path
         open_source(found, config)
     except HubError:
         raise
@@ -133,55 +137,9 @@ def _found_source(source: str, config: Path | None) -> Path:
 
 
 def _device(choice: str) -> str:
-    if choice == "cpu":
-        return choice
+    from bsa_export.verify.run import find_device
+
     try:
-        import torch
-    except ImportError:
-        return "cpu"
-    if torch.cuda.is_available():
-        return "cuda"
-    if choice == "cuda":
-        raise click.UsageError("--device cuda: torch finds no CUDA GPU here.")
-    return "cpu"
-
-
-def _is_watched() -> bool:
-    return sys.stderr.isatty()
-
-
-class _Progress:
-    """A bar on stderr for what takes longer than a second, if a person looks; lines on stdout above it."""
-
-    def __enter__(self):
-        self.bar = None
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def begin(self, what: str):
-        """Gives what is called with (done, in all), or None if nobody looks."""
-        self.close()
-        if not _is_watched():
-            return None
-        from tqdm import tqdm
-
-        unit = "B" if what == "weights" else ""
-        self.bar = tqdm(desc=what, unit=unit, unit_scale=bool(unit), delay=1, leave=False)
-
-        def update(done: int, total: int) -> None:
-            self.bar.total = total
-            self.bar.update(done - self.bar.n)
-
-        return update
-
-    def write(self, text: str) -> None:
-        """Prints a line."""
-        self.close()
-        click.echo(text)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        return find_device(choice)
+    except BsaError as error:
+        raise click.UsageError(f"--device {choice}: {error}") from None

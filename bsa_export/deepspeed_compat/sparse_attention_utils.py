@@ -96,7 +96,7 @@ class SparseAttentionUtils:
         SparseAttentionUtils.replace_self_attention_layer_with_sparse_self_attention_layer(
             model.config, encoder.encoder.layer, sparsity_config, max_seq_length=max_position
         )
-        from bsa_export.model import IN_MEMORY, register  # with torch._dynamo, which takes a second
+        from bsa_export.hf.load import IN_MEMORY, register  # with torch._dynamo, which takes a second
 
         # No layer is dense now: the tokenizer's mask reaches them as it is, not as [batch, 1, seq, seq].
         config = getattr(encoder, "config", None)

@@ -4,10 +4,10 @@
 that huggingface_hub finds, in the environment or in the stored login; it is shown to nobody.
 """
 
-from bsa_export.hub.folder import PlannedFile
+from bsa_export.hub.download import Fetched, PullResult, fetch, pull
 from bsa_export.hub.names import is_branch, parse_repo
-from bsa_export.hub.pull import Fetched, PullResult, fetch, pull
-from bsa_export.hub.push import Plan, PushResult, plan, push, upload
+from bsa_export.hub.publish import Plan, PushResult, plan, push, upload
+from bsa_export.hub.pushed_files import PlannedFile
 
 __all__ = [
     "Fetched",

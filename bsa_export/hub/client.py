@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from bsa_export import __version__
 from bsa_export.errors import BsaError, HubError
 from bsa_export.hub.errors import endpoint, is_transient, sentence, status_of
+from bsa_export.version import __version__
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bsa_export.checkpoint.folder import plain_error
+from bsa_export.checkpoint.atomic_folder import plain_error
 from bsa_export.errors import BsaError, HubError
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}

@@ -11,9 +11,9 @@ from itertools import count
 
 import torch
 
+from bsa_export.ops.launch import start, warmup
 from bsa_export.ops.once import second_derivative
 from bsa_export.ops.schedule import ScheduleCache, Tile
-from bsa_export.ops.warmup import start, warmup
 
 try:
     import triton

@@ -14,13 +14,13 @@ from bsa_export.checkpoint.checksum import PIECE_BYTES, Checksum
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.table import Computed
 from bsa_export.checkpoint.table import Tensor as Row
+from bsa_export.converted.checks import Check, Kind, result, skipped
+from bsa_export.converted.folder import ConvertedFolder
+from bsa_export.converted.integrity import differences
 from bsa_export.errors import AttentionError, SparsityError
-from bsa_export.layout import check_layout
-from bsa_export.verify.checks import Check, result, skipped
-from bsa_export.verify.folder import ConvertedFolder
-from bsa_export.verify.layout import differences
+from bsa_export.sparsity.facts import check_layout
+from bsa_export.verify.attention_inputs import Projections, tensor
 from bsa_export.verify.outputs import Call, excerpt, pick
-from bsa_export.verify.projections import Projections, tensor
 from bsa_export.verify.weights import first_difference
 
 BROKEN = "the verifier is broken: it did not find"
@@ -49,7 +49,7 @@ def file_controls(folder: ConvertedFolder) -> Check:
         not any(differences(0, layout, [layout]))
         and first_difference(Row(weight.dtype, weight.shape, Computed(lambda: iter([data]))), weight) is None
     )
-    return _judged("controls: file", found, clean)
+    return _judged("file", found, clean)
 
 
 def _refuses(layout: np.ndarray) -> bool:
@@ -66,15 +66,16 @@ def _checksum(data: np.ndarray) -> str:
     return checksum.hexdigest()
 
 
-def _judged(name: str, found: dict[str, bool], clean: bool) -> Check:
+def _judged(part: str, found: dict[str, bool], clean: bool) -> Check:
     faults = [f"{BROKEN} {what}" for what, seen in found.items() if not seen]
     if not clean:
         faults.append("the verifier is broken: it found a fault where none was planted")
     return result(
-        name,
+        Kind.CONTROLS,
         faults,
         {"planted": len(found), "found": sum(found.values())},
         [{"planted": w, "found": s} for w, s in found.items()],
+        part=part,
     )
 
 
@@ -85,23 +86,24 @@ def backend_control(folder: ConvertedFolder, device: str, backend: str, dtype: s
     The inputs are those of a layer's own weights on a few blocks of its layout, brought to scores of size 1 and values around 0, so
     that attention depends on what is damaged.
     """
-    name = f"controls: {backend}"
     call = _control_call(folder, device, dtype)
     if what := call.not_finite():
-        return skipped(name, f"the weights of layer {folder.layers // 2} give {what}, and nothing can be planted there")
+        reason = f"the weights of layer {folder.layers // 2} give {what}, and nothing can be planted there"
+        return skipped(Kind.CONTROLS, reason, backend)
     try:
         actual = call.computed(backend)
     except AttentionError as error:
-        return skipped(name, str(error))
+        return skipped(Kind.CONTROLS, str(error), backend)
     if not call.errors_of(actual)["output"].passed:
-        return result(name, [f"{backend} is off without any planted fault: nothing can be planted"])
+        fault = f"{backend} is off without any planted fault: nothing can be planted"
+        return result(Kind.CONTROLS, [fault], part=backend)
     found, rows = {}, torch.arange(0, actual["output"].shape[2], 3, device=actual["output"].device)
     for what, changes in _faults(call).items():
         damaged = Call(call.inputs | changes, call.dtype)
         some = replace(damaged, rows=rows)
         found[what] = not damaged.errors_of(actual)["output"].passed
         found[f"{what}, in some rows"] = not some.errors_of({"output": actual["output"][:, :, rows]})["output"].passed
-    return _judged(name, found, True)
+    return _judged(backend, found, True)
 
 
 def _control_call(folder: ConvertedFolder, device: str, dtype: str) -> Call:

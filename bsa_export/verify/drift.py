@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from bsa_export.converted.checks import Check, Kind, Status
 from bsa_export.errors import BsaError
-from bsa_export.verify.checks import TOLD, Check
-from bsa_export.verify.text import documents
+from bsa_export.verify.documents import documents
 from bsa_export.verify.whole_model import EndToEnd, Inputs, attending, make_inputs
 
-NAME = "drift"
 MASKED = 0.15
 CPU_TOKENS = 40_000  # documents are taken until there are so many
 NO_TARGET = -100
@@ -49,11 +48,11 @@ def measure_drift(runs: EndToEnd, text: Path | None = None, progress: Progress |
         try:
             losses, read = _losses(runs, text, progress)
         except BsaError as error:
-            return Check(NAME, TOLD, "", figures | {"no loss": str(error)}, details)
+            return Check(Kind.DRIFT, Status.INFO, figures=figures | {"no loss": str(error)}, details=details)
         details += losses
         figures |= {f"loss {row['attention']} at {row['window']:,}": row["loss"] for row in losses}
         figures |= {"masked tokens": losses[0]["masked tokens"], "text": read}
-    return Check(NAME, TOLD, "", figures, details)
+    return Check(Kind.DRIFT, Status.INFO, figures=figures, details=details)
 
 
 @torch.no_grad()

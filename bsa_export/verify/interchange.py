@@ -12,12 +12,10 @@ import torch
 from torch import nn
 
 from bsa_export.attention import BertSparseSelfAttention
-from bsa_export.verify.checks import Check, result, skipped
-from bsa_export.verify.folder import ConvertedFolder
-from bsa_export.verify.layout import expected_layouts
-from bsa_export.verify.projections import tensor
-
-NAME = "interchange"
+from bsa_export.converted.checks import Check, Kind, result, skipped
+from bsa_export.converted.folder import ConvertedFolder
+from bsa_export.converted.integrity import expected_layouts
+from bsa_export.verify.attention_inputs import tensor
 
 
 def check_interchange(folder: ConvertedFolder) -> list[Check]:
@@ -26,12 +24,12 @@ def check_interchange(folder: ConvertedFolder) -> list[Check]:
     DeepSpeed's classes are read from the installed package's files: the package itself, which takes seconds, is not imported. Where
     DeepSpeed has a class for the sparsity config, the layout that it makes is compared with the stored one too.
     """
-    sizes = SimpleNamespace(hidden_size=folder.config["hidden_size"], num_attention_heads=folder.heads)
+    sizes = SimpleNamespace(hidden_size=folder.encoder.sizes.hidden_size, num_attention_heads=folder.heads)
     ours = BertSparseSelfAttention(sizes, _EveryBlock(folder), max_seq_length=folder.longest)
-    checks = [result(f"{NAME}: bsa_export", list(_load_faults(folder, ours)), {"layers": folder.layers})]
+    checks = [result(Kind.INTERCHANGE, list(_load_faults(folder, ours)), {"layers": folder.layers}, part="bsa_export")]
     theirs = deepspeed_classes()
     if isinstance(theirs, str):
-        return [*checks, skipped(f"{NAME}: deepspeed", theirs)]
+        return [*checks, skipped(Kind.INTERCHANGE, theirs, "deepspeed")]
     module = theirs.BertSparseSelfAttention(sizes)
     # Its Bert class has 2048 tokens; longer ones are made by exchanging the attention inside.
     module.sparse_self_attention = theirs.SparseSelfAttention(_EveryBlock(folder), max_seq_length=folder.longest)
@@ -43,7 +41,7 @@ def check_interchange(folder: ConvertedFolder) -> list[Check]:
             if not torch.equal(layout, tensor(folder.tensors[folder.layout_name(layer)]).to(layout.dtype)):
                 figures["layouts made by it"] = "different"
                 faults.append(f"layer {layer}: DeepSpeed makes another layout from the same sparsity config and seed")
-    return [*checks, result(f"{NAME}: deepspeed", faults, figures)]
+    return [*checks, result(Kind.INTERCHANGE, faults, figures, part="deepspeed")]
 
 
 class _EveryBlock:
@@ -82,11 +80,11 @@ def _deepspeed_layouts(folder: ConvertedFolder, theirs: SimpleNamespace) -> Iter
     if made is None or expected is None or folder.record is None:
         return None
     config, record = made(**folder.sparsity.to_parameters()), folder.record
-    differ = record["options"].get("different_layout_per_layer")
+    differ = record.options.different_layout_per_layer
 
     def layouts():
         state = random.getstate()
-        random.seed(record["seed"])
+        random.seed(record.seed)
         try:
             first = config.make_layout(folder.longest)
             for layer in range(folder.layers):

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bsa_export.converted.checks import Check, Kind, result, skipped, worst
+from bsa_export.converted.folder import ConvertedFolder
 from bsa_export.errors import AttentionError
 from bsa_export.ops.dispatch import backends, block_sparse_attention
-from bsa_export.ops.tolerance import FACTOR, Errors, errors, in_half, plain_beside, reference, results
-from bsa_export.verify.checks import Check, result, skipped, worst
-from bsa_export.verify.folder import ConvertedFolder
-from bsa_export.verify.projections import Projections, tensor
+from bsa_export.verify.attention_inputs import Projections, tensor
+from bsa_export.verify.tolerance import FACTOR, Errors, errors, in_half, plain_beside, reference, results
 
 # What each computes here; the first is that of every comparison.
 DTYPES = {
@@ -99,8 +99,8 @@ def excerpt(layout: Tensor, blocks: tuple[int, ...]) -> Tensor:
 
 def _work(folder: ConvertedFolder, length: int) -> float:
     """Operations of one layer at a length: projections and attention."""
-    hidden = folder.config["hidden_size"]
-    kept = folder.record["density"] if folder.record else 0.2
+    hidden = folder.encoder.sizes.hidden_size
+    kept = folder.record.density if folder.record else 0.2
     return 6.0 * length * hidden**2 + 4.0 * length**2 * hidden * kept
 
 
@@ -114,7 +114,7 @@ def _rows_for(folder: ConvertedFolder, length: int, layers: int, device: str) ->
     """How many queries plain PyTorch computes: all, or one of each block row and 64 at least, or what the budget allows."""
     if length <= WHOLE:
         return None
-    each = 16.0 * length * folder.config["hidden_size"] * layers  # float64, at a quarter of the speed of float32
+    each = 16.0 * length * folder.encoder.sizes.hidden_size * layers  # float64, at a quarter of the speed of float32
     return int(max(8, min(max(64, -(-length // folder.block)), BUDGET[device] / 4 // each)))
 
 
@@ -322,7 +322,7 @@ def check_outputs(
         if name in ledger:
             yield ledger[name].check(plan)
         elif name in dtypes:
-            yield skipped(f"outputs: {name}", reasons[name])
+            yield skipped(Kind.OUTPUTS, reasons[name] or "", name)
 
 
 def compare(
@@ -420,9 +420,9 @@ class Ledger:
 
     def check(self, plan: list[Situation], how: str | None = None) -> Check:
         """The check of this backend."""
-        name = f"outputs: {self.backend}"
         if not self.rows and not self.faults:
-            return skipped(name, next((reason for _, reason in self.refused), "nothing was compared"))
+            reason = next((reason for _, reason in self.refused), "nothing was compared")
+            return skipped(Kind.OUTPUTS, reason, self.backend)
         ran = {row["situation"] for row in self.rows}
         figures = {"device": how or self.device}
         if self.rows:
@@ -447,7 +447,7 @@ class Ledger:
                 f"{situation}, {_layers(layers)}": reason for (situation, reason), layers in self.refused.items()
             }
         broken = [{"backend": self.backend, "layer": layer, "gives": what} for layer, what in self.broken.items()]
-        return result(name, self.faults, figures, [*self.rows, *broken], numerical=True)
+        return result(Kind.OUTPUTS, self.faults, figures, [*self.rows, *broken], part=self.backend, numerical=True)
 
 
 def _layers(layers: list[int]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import platform
 import time
 import traceback
@@ -10,25 +10,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-from bsa_export import __version__
-from bsa_export.checkpoint.source import open_checkpoint
+from bsa_export.bert.expected_tensors import compare
+from bsa_export.bert.families import read_config
+from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint
+from bsa_export.converted.checks import Check, Kind, Status, result, skipped
+from bsa_export.converted.folder import ConvertedFolder, open_folder
+from bsa_export.converted.integrity import check_file, check_layout, digests
+from bsa_export.converted.records import Verdict, VerificationRecord, to_json, write_verification
 from bsa_export.errors import BsaError
-from bsa_export.families import read_config
-from bsa_export.state_dict import compare, sparse_spec
-from bsa_export.verify import interpreter
-from bsa_export.verify.checks import FAILED, PASSED, SKIPPED, Check, result, skipped
-from bsa_export.verify.file import check_file
-from bsa_export.verify.folder import ConvertedFolder, open_folder
-from bsa_export.verify.layout import check_layout
-from bsa_export.verify.record import digests, write_record
+from bsa_export.hub.source import find_source
+from bsa_export.verify import interpreted as interpreter
 from bsa_export.verify.weights import check_weights
+from bsa_export.version import __version__
 
 BACKENDS = ("torch", "triton", "deepspeed")
 PACKAGES = ("torch", "triton", "deepspeed", "transformers", "numpy", "safetensors")
-INCOMPLETE = "incomplete"
-EXIT_CODES = {PASSED: 0, FAILED: 1, INCOMPLETE: 3}
+EXIT_CODES = {Verdict.PASSED: 0, Verdict.FAILED: 1, Verdict.INCOMPLETE: 3}
 
 Progress = Callable[[int, int], None]
 
@@ -70,12 +70,12 @@ class Verification:
     unrecorded: str | None = None  # why verification.json could not be written
 
     @property
-    def verdict(self) -> str:
+    def verdict(self) -> Verdict:
         """`failed` if anything failed, `passed` if outputs were compared and nothing failed, else `incomplete`."""
         if any(check.failed for check in self.checks):
-            return FAILED
+            return Verdict.FAILED
         compared = any(check.passed and check.numerical for check in self.checks)
-        return PASSED if self.finished and compared else INCOMPLETE
+        return Verdict.PASSED if self.finished and compared else Verdict.INCOMPLETE
 
     @property
     def exit_code(self) -> int:
@@ -85,35 +85,35 @@ class Verification:
     def sentence(self) -> str:
         """The verdict in one line."""
         counts = [
-            f"{sum(check.status == status for check in self.checks)} {status}" for status in (PASSED, FAILED, SKIPPED)
+            f"{sum(check.status is status for check in self.checks)} {status}"
+            for status in (Status.PASSED, Status.FAILED, Status.SKIPPED)
         ]
         told = ", ".join(count for count in counts if not count.startswith("0 ")) or "nothing was checked"
-        if any(check.failed and check.name.startswith("controls") for check in self.checks):
+        if any(check.failed and check.kind is Kind.CONTROLS for check in self.checks):
             told += "; the verifier is broken: do not trust what passed"
-        if self.verdict == INCOMPLETE:
+        if self.verdict is Verdict.INCOMPLETE:
             told += "; " + ("no outputs could be compared" if self.finished else "it was interrupted")
         return f"{self.verdict}: {told}"
 
-    def to_dict(self) -> dict:
-        """All of it, as JSON holds it."""
-        return finite(
-            {
-                "verdict": self.verdict,
-                "sentence": self.sentence,
-                "checks": [check.to_dict() for check in self.checks],
-                "files": self.files,
-                "device": self.device,
-                "seconds": self.seconds,
-                "versions": versions(),
-            }
-        )
+    def raise_if_failed(self) -> None:
+        """Raises BsaError unless the verdict is `passed`, with what failed or why nothing could be compared."""
+        if self.verdict is not Verdict.PASSED:
+            failed = [f"{check.name}: {check.reason}" for check in self.checks if check.failed]
+            raise BsaError(failed[0] if failed else self.sentence, where="bsa-verify")
 
-    def record(self) -> dict:
-        """The content of verification.json; docs/architecture.md describes it."""
-        kept = ("name", "status", "reason", "figures")
-        checks = [{name: value for name, value in check.to_dict().items() if name in kept} for check in self.checks]
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON holds it."""
+        content = to_json(self.record())
+        for check, shown in zip(self.checks, content["checks"], strict=True):
+            shown["name"] = check.name
+        return content
+
+    def record(self) -> VerificationRecord:
+        """What verification.json keeps."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return self.to_dict() | {"checks": finite(checks), "finished": now}
+        return VerificationRecord(
+            self.verdict, self.checks, self.files, self.sentence, self.device, self.seconds, versions(), now
+        )
 
 
 def versions() -> dict[str, str]:
@@ -127,20 +127,71 @@ def versions() -> dict[str, str]:
     return found
 
 
-def finite(value: object) -> object:
-    """A value with what JSON has no number for as text."""
-    match value:
-        case dict():
-            return {str(name): finite(item) for name, item in value.items()}
-        case list() | tuple():
-            return [finite(item) for item in value]
-        case float() if not math.isfinite(value):
-            return str(value)
-        case _:
-            return value
-
-
 def verify(
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    config: str | Path | None = None,
+    device: str = "auto",
+    backend: Sequence[str] = (),
+    require: Sequence[str] = (),
+    text: str | Path | None = None,
+    on_check: Callable[[Check], None] | None = None,
+    progress: Callable[[str], Progress | None] | None = None,
+) -> Verification:
+    """Proves that a converted folder is right: the command bsa-verify. Leaves verification.json in it.
+
+    Args:
+        folder: what bsa-convert wrote or bsa-pull fetched.
+        source: what it was converted from: a path, or a repository of the Hub (`org/name[@revision]`).
+        config: the source's config.json, if it is not stored next to its weights.
+        device: where to compute: `auto`, `cpu` or `cuda`.
+        backend: compares these backends only, of BACKENDS; all unless given.
+        require: backends whose check fails where they cannot run here.
+        text: a file whose masked tokens are predicted: plain text, or `.jsonl` with a `text` in each line.
+        on_check: called with each check when it is done.
+        progress: called with the name of what begins; returns what is called with (done, in all), or None.
+
+    Returns:
+        What was found; `verdict` sums it up, `raise_if_failed()` raises.
+
+    Raises:
+        BsaError: the source or the text cannot be read; nothing is recorded then.
+    """
+    found = None
+    if source is not None:
+        found = source if isinstance(source, Path) else find_source(source, progress=progress is not None).path
+    wanted = Wanted(
+        Path(folder),
+        found,
+        None if config is None else Path(config),
+        find_device(device),
+        tuple(dict.fromkeys([*backend, *require])) if backend else BACKENDS,
+        require,
+        None if text is None else Path(text),
+        None if source is None or isinstance(source, Path) or os.path.lexists(source) else source,
+    )
+    return run_checks(wanted, on_check, progress)
+
+
+def find_device(choice: str) -> str:
+    """`cpu` or `cuda` for a choice of `auto`, `cpu` or `cuda`. Raises BsaError where torch finds no GPU for `cuda`."""
+    if choice not in ("auto", "cpu", "cuda"):
+        raise BsaError("expected auto, cpu or cuda", found=repr(choice), where="device")
+    if choice == "cpu":
+        return choice
+    try:
+        import torch
+    except ImportError:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if choice == "cuda":
+        raise BsaError("torch finds no CUDA GPU here", where="device cuda")
+    return "cpu"
+
+
+def run_checks(
     wanted: Wanted,
     on_check: Callable[[Check], None] | None = None,
     progress: Callable[[str], Progress | None] | None = None,
@@ -165,13 +216,13 @@ def verify(
     run = Verification()
     if wanted.source is not None:
         open_source(wanted.source, wanted.config)
-    write_record(wanted.folder, run.record())
+    write_verification(wanted.folder, run.record())
     show = progress or (lambda _: None)
     try:
         run.files = digests(wanted.folder)
         for check in _checks(wanted, run, show):
-            if check.name.removeprefix("outputs: ") in wanted.require and check.status == SKIPPED:
-                check = replace(check, status=FAILED, reason=f"it is required, and was skipped: {check.reason}")
+            if check.kind is Kind.OUTPUTS and check.part in wanted.require and check.status is Status.SKIPPED:
+                check = replace(check, status=Status.FAILED, reason=f"it is required, and was skipped: {check.reason}")
             run.seconds, before = time.perf_counter() - started, run.seconds
             run.checks.append(check := replace(check, seconds=run.seconds - before))
             if on_check:
@@ -179,7 +230,7 @@ def verify(
         run.finished = True
     finally:
         run.seconds = time.perf_counter() - started
-        run.unrecorded = write_record(wanted.folder, run.record())
+        run.unrecorded = write_verification(wanted.folder, run.record())
     return run
 
 
@@ -198,47 +249,47 @@ def _checks(wanted: Wanted, run: Verification, show: Callable[[str], Progress | 
     try:
         folder = open_folder(wanted.folder)
     except BsaError:
-        yield from (skipped(name, "the folder cannot be opened") for name in _later(wanted))
+        yield from (skipped(kind, "the folder cannot be opened", part) for kind, part in _later(wanted))
         return
     checkpoint = None
     if wanted.source is None:
-        yield skipped("weights", "no --source to compare with: " + _covered(folder))
+        yield skipped(Kind.WEIGHTS, "no --source to compare with: " + _covered(folder))
     else:
         weights = check_weights(folder, wanted.source, wanted.config, show("weights"), wanted.source_name)
         yield weights
         checkpoint = open_checkpoint(wanted.source) if weights.passed else None
     if reason := _cannot_compute(folder, run.checks):
-        yield from (skipped(name, reason) for name in _later(wanted)[1:])
+        yield from (skipped(kind, reason, part) for kind, part in _later(wanted)[1:])
         return
     yield from _computed(wanted, run, folder, checkpoint, show)
 
 
-def _later(wanted: Wanted) -> list[str]:
-    """The checks after the layout check, by name."""
+def _later(wanted: Wanted) -> list[tuple[Kind, str]]:
+    """The checks after the layout check: kind and part."""
     return [
-        "weights",
-        "interchange",
-        *(f"outputs: {name}" for name in wanted.backends),
-        "whole model",
-        "drift",
-        "controls",
+        (Kind.WEIGHTS, ""),
+        (Kind.INTERCHANGE, ""),
+        *((Kind.OUTPUTS, name) for name in wanted.backends),
+        (Kind.WHOLE_MODEL, ""),
+        (Kind.DRIFT, ""),
+        (Kind.CONTROLS, ""),
     ]
 
 
 def _covered(folder: ConvertedFolder) -> str:
     """What stands in for a comparison with the source."""
-    recorded = folder.record["files"] if folder.record else {}
-    weights = [recorded.get(file.name, {}) for file in folder.checkpoint.files]
-    if all(file.get("sha256") or file.get("checksum") for file in weights):
+    recorded = folder.record.files if folder.record else {}
+    weights = [recorded.get(file.name) for file in folder.checkpoint.files]
+    if all(entry and (entry.sha256 or entry.checksum) for entry in weights):
         return "the file check compares the digests of conversion.json in its place"
     return "and conversion.json has no digest of the weights"
 
 
 def _cannot_compute(folder: ConvertedFolder, checks: Iterable[Check]) -> str | None:
     """Why nothing can be computed with the folder, or None."""
-    if any(check.failed and check.name == "layout" for check in checks):
+    if any(check.failed and check.kind is Kind.LAYOUT for check in checks):
         return "the layout check failed"
-    misfits = compare(folder.tensors, sparse_spec(folder.family, folder.config, folder.prefix))
+    misfits = compare(folder.tensors, folder.encoder.sparse_spec())
     if misfits.missing or misfits.mismatched:
         return "the file check failed"
     try:
@@ -258,17 +309,17 @@ def _computed(
     process = interpreter.start(wanted.folder, interpreted) if interpreted else None
     try:
         run.device = device_name(wanted.device)
-        yield from _guarded("interchange", lambda: _interchange(folder))
+        yield from _guarded(Kind.INTERCHANGE, lambda: _interchange(folder))
         own = tuple(name for name in wanted.backends if name not in interpreted)
-        yield from _guarded("outputs", lambda: _outputs(folder, wanted.device, own, show("outputs")))
+        yield from _guarded(Kind.OUTPUTS, lambda: _outputs(folder, wanted.device, own, show("outputs")))
         runs = []
-        yield from _guarded("whole model", lambda: _whole_model(folder, wanted.device, checkpoint, runs))
-        yield from _guarded("drift", lambda: [_drift(runs, wanted.text, show("drift"))])
-        controls = [*_guarded("controls", lambda: _controls(folder, wanted.device, own))]
+        yield from _guarded(Kind.WHOLE_MODEL, lambda: _whole_model(folder, wanted.device, checkpoint, runs))
+        yield from _guarded(Kind.DRIFT, lambda: [_drift(runs, wanted.text, show("drift"))])
+        controls = [*_guarded(Kind.CONTROLS, lambda: _controls(folder, wanted.device, own))]
         if process is not None:
             found = interpreter.finish(process, interpreted)
-            yield from (check for check in found if not check.name.startswith("controls"))
-            controls += [check for check in found if check.name.startswith("controls")]
+            yield from (check for check in found if check.kind is not Kind.CONTROLS)
+            controls += [check for check in found if check.kind is Kind.CONTROLS]
         yield from controls
     finally:
         if process is not None and process.poll() is None:
@@ -276,7 +327,7 @@ def _computed(
             process.wait()
 
 
-def _guarded(name: str, checks: Callable[[], Iterable[Check]]) -> Iterator[Check]:
+def _guarded(kind: Kind, checks: Callable[[], Iterable[Check]]) -> Iterator[Check]:
     try:
         yield from checks()
     except (
@@ -284,7 +335,7 @@ def _guarded(name: str, checks: Callable[[], Iterable[Check]]) -> Iterator[Check
     ) as error:  # a kernel that does not compile, a full GPU, another release of a package: the verdict is failed
         words = " ".join(str(error).split())[:300]
         details = [{"traceback": traceback.format_exc()}]
-        yield result(name, [f"it died: {type(error).__name__}: {words}"], {}, details)
+        yield result(kind, [f"it died: {type(error).__name__}: {words}"], {}, details)
 
 
 def _interchange(folder: ConvertedFolder) -> Iterable[Check]:
@@ -312,7 +363,7 @@ def _whole_model(folder: ConvertedFolder, device: str, checkpoint: Checkpoint | 
 
 def _drift(runs: list, text: Path | None, progress: Progress | None) -> Check:
     if not runs:
-        return skipped("drift", "the whole model did not run")
+        return skipped(Kind.DRIFT, "the whole model did not run")
     from bsa_export.verify.drift import measure_drift
 
     return measure_drift(runs[0], text, progress)

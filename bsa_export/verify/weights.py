@@ -12,29 +12,28 @@ from pathlib import Path
 
 import numpy as np
 
-from bsa_export import sidecars
-from bsa_export.checkpoint.dtypes import cast, pieces, read
-from bsa_export.checkpoint.source import open_checkpoint
-from bsa_export.checkpoint.table import ITEM_SIZE, Checkpoint, FileRange, Tensor
-from bsa_export.errors import BsaError
-from bsa_export.families import (
+from bsa_export.bert.families import (
     BUFFERS,
     FAMILIES,
     POSITIONS,
+    STORED_LAYOUT,
     TOKEN_TYPES,
     encoder_prefix,
     read_config,
     reserved_rows,
     written_name,
-    written_prefix,
 )
-from bsa_export.plan import DTYPES, STORED_LAYOUT
-from bsa_export.position import extend
-from bsa_export.verify.checks import Check, result
-from bsa_export.verify.folder import ConvertedFolder
-from bsa_export.verify.formulas import bits_of, is_interpolated, is_rounded, is_tiled
+from bsa_export.bert.positions import extend
+from bsa_export.checkpoint.dtypes import DTYPES, cast, pieces, read
+from bsa_export.checkpoint.open import open_checkpoint
+from bsa_export.checkpoint.table import ITEM_SIZE, Checkpoint, FileRange, Tensor
+from bsa_export.conversion import tokenizer_files
+from bsa_export.converted.checks import Check, Kind, result
+from bsa_export.converted.folder import ConvertedFolder
+from bsa_export.converted.names import MODULE_PICKLE
+from bsa_export.errors import BsaError
+from bsa_export.verify.rules import bits_of, is_interpolated, is_rounded, is_tiled
 
-NAME = "weights"
 FLOATS = ("F64", "F32", "F16", "BF16")
 ROWS = 1024  # position rows judged at once
 # What of a config.json makes another model, by the names of BERT and DistilBERT.
@@ -65,11 +64,13 @@ def check_weights(
         source_name: what a person calls the source.
     """
     if folder.record is None:
-        return result(NAME, ["there is no conversion.json: nothing tells what was done to the source's tensors"])
+        return result(
+            Kind.WEIGHTS, ["there is no conversion.json: nothing tells what was done to the source's tensors"]
+        )
     try:
         checkpoint = open_checkpoint(source)
         if other := _other_model(folder, checkpoint, config_path):
-            return result(NAME, [f"this is not the source: {other}{_revision_hint(folder, source_name)}"])
+            return result(Kind.WEIGHTS, [f"this is not the source: {other}{_revision_hint(folder, source_name)}"])
         comparison = _Comparison(folder, checkpoint, progress)
         found = list(comparison.faults())
         if found and (hint := _revision_hint(folder, source_name)):
@@ -81,8 +82,8 @@ def check_weights(
         ]
         checkpoint.check_unchanged()
     except BsaError as error:
-        return result(NAME, [str(error)])
-    return result(NAME, faults, comparison.counts | {"bytes": comparison.done})
+        return result(Kind.WEIGHTS, [str(error)])
+    return result(Kind.WEIGHTS, faults, comparison.counts | {"bytes": comparison.done})
 
 
 def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: Path | None) -> Iterator[str]:
@@ -90,7 +91,7 @@ def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path:
     path = config_path or checkpoint.folder / "config.json"
     if not path.is_file():
         return
-    config, recorded = read_config(path), folder.record["source"]["config"]
+    config, recorded = read_config(path), folder.record.source.config
     for name in [*recorded, *(name for name in config if name not in recorded)]:
         if recorded.get(name) != config.get(name):
             yield (
@@ -101,7 +102,7 @@ def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path:
 
 def _other_model(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: Path | None) -> str | None:
     """Why the source is another model than the one that was converted, of which no tensor need be compared; None if it is not."""
-    path, recorded = config_path or checkpoint.folder / "config.json", folder.record["source"]["config"]
+    path, recorded = config_path or checkpoint.folder / "config.json", folder.record.source.config
     config = read_config(path) if path.is_file() else recorded
     for name in SIZES:
         if recorded.get(name) != config.get(name):
@@ -115,10 +116,10 @@ def _other_model(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: P
 
 def _revision_hint(folder: ConvertedFolder, source_name: str | None) -> str:
     """The recorded revision, for who names a repository without one."""
-    origin = folder.record["source"]
-    if source_name is None or source_name != origin.get("repo") or not origin.get("revision"):
+    origin = folder.record.source
+    if source_name is None or source_name != origin.repo or not origin.revision:
         return ""
-    return f"; the conversion was made of --source {source_name}@{origin['revision']}"
+    return f"; the conversion was made of --source {source_name}@{origin.revision}"
 
 
 @dataclass
@@ -133,11 +134,11 @@ class _Comparison:
 
     def __post_init__(self):
         record = self.folder.record
-        self.family = FAMILIES[record["family"]]
+        self.family = FAMILIES[record.family]
         self.prefix = encoder_prefix(self.checkpoint.tensors)
-        self.reserved = reserved_rows(self.family, record["source"]["config"])
-        self.positions = written_prefix(self.family, self.prefix) + POSITIONS
-        self.dtype = DTYPES.get(record["options"].get("dtype"))
+        self.reserved = reserved_rows(self.family, record.source.config)
+        self.positions = (f"{self.family.written_prefix}." if self.prefix else "") + POSITIONS
+        self.dtype = DTYPES.get(record.options.dtype)
         self.total = sum(row.nbytes for row in self.folder.tensors.values())
 
     def faults(self) -> Iterator[str]:
@@ -145,13 +146,13 @@ class _Comparison:
         record, written = self.folder.record, self.folder.tensors
         accounted = set()
         for old, row in self.checkpoint.tensors.items():
-            if old in record["dropped"]:
+            if old in record.dropped:
                 self.count("dropped")
                 if old.removeprefix(self.prefix) not in BUFFERS:
                     yield f"{old}: lost: conversion.json drops it, and no model makes it itself"
                 continue
             new, kind = self.destination(old)
-            stated = record["tied"].get(old) or record["renamed"].get(old, old)
+            stated = record.tied.get(old) or record.renamed.get(old, old)
             if stated != new:
                 yield f"{old}: expected it as {new}, and conversion.json has it as {stated}"
             if new not in written:
@@ -174,7 +175,7 @@ class _Comparison:
         """Whether the folder has room for a source's tensor: its name, and its shape but for the length."""
         new, kind = self.destination(old)
         found = self.folder.tensors.get(new)
-        if old in self.folder.record["dropped"] or kind == "layout":
+        if old in self.folder.record.dropped or kind == "layout":
             return True
         return found is not None and found.shape[new == self.positions :] == row.shape[new == self.positions :]
 
@@ -182,18 +183,18 @@ class _Comparison:
         """Where a source's tensor is to be found, and how it comes there: `own` name, `tied` to another, a stored `layout`."""
         if match := STORED_LAYOUT.fullmatch(old):
             return self.folder.layout_name(int(match[2])), "layout"
-        if holder := self.folder.record["tied"].get(old):
+        if holder := self.folder.record.tied.get(old):
             return holder, "tied"
         return written_name(self.family, self.prefix, old), "own"
 
     def compare(self, old: str, row: Tensor, new: str, kind: str) -> str | None:
         found, record = self.folder.tensors[new], self.folder.record
-        positions = new == self.positions and record["positions"] is not None
+        positions = new == self.positions and record.positions is not None
         casts = kind != "layout" and self.dtype is not None and row.dtype in FLOATS and row.dtype != self.dtype
         changed = positions or casts or kind == "layout"
         if kind != "tied":
             self.count("changed" if changed else "copied")
-        if changed != (new in record["changed"]):
+        if changed != (new in record.changed):
             return f"{new}: it {'is' if changed else 'is not'} to be changed, and conversion.json says otherwise"
         if kind == "layout":
             return self.stored_layout(old, row, new, found)
@@ -218,16 +219,16 @@ class _Comparison:
         return f"{name}: it is not what the source gives, from element {where} on"
 
     def extended(self, row: Tensor, name: str, found: Tensor) -> str | None:
-        stated = self.folder.record["positions"]
+        stated = self.folder.record.positions
         length = self.folder.longest
         expected = {"reserved": self.reserved, "source_rows": row.shape[0], "rows": self.reserved + length}
         for key, value in expected.items():
-            if stated[key] != value:
-                return f"{name}: expected {key} {value}, and conversion.json says {stated[key]}"
-        method = self.folder.record["options"].get("positions")
+            if getattr(stated, key) != value:
+                return f"{name}: expected {key} {value}, and conversion.json says {getattr(stated, key)}"
+        method = self.folder.record.options.positions
         shrinks = length < row.shape[0] - self.reserved
-        if stated.get("method") != ("tile" if shrinks else method):
-            return f"{name}: conversion.json states two ways to extend it, {method} and {stated.get('method')}"
+        if stated.method != ("tile" if shrinks else method):
+            return f"{name}: conversion.json states two ways to extend it, {method} and {stated.method}"
         wide = extend(name, row, length, self.reserved, method)
         if fault := self.differs(name, wide if self.dtype is None else cast(name, wide, self.dtype), found):
             return fault
@@ -235,12 +236,12 @@ class _Comparison:
         for start in range(0, found.shape[0], ROWS):
             rows = min(ROWS, found.shape[0] - start)
             bits = bits_of(read(_rows(found, start, rows)), found.dtype).reshape(rows, -1)
-            if stated["method"] == "interpolate":
+            if stated.interpolated:
                 right = is_interpolated(source_bits, bits, start, length, self.reserved, row.dtype, found.dtype)
             else:
                 right = is_tiled(source_bits, bits, start, self.reserved, row.dtype, found.dtype)
             if not right.all():
-                return f"{name}: row {start + int(np.argmin(right))} is not what {stated['method']} gives"
+                return f"{name}: row {start + int(np.argmin(right))} is not what {stated.method} gives"
         return None
 
     def stored_layout(self, old: str, row: Tensor, name: str, found: Tensor) -> str | None:
@@ -260,9 +261,9 @@ class _Comparison:
     def added(self, name: str, row: Tensor) -> str | None:
         """A tensor that no source's tensor stands behind: a layout, which the layout check judges, or token types of zeros."""
         self.advance(row.nbytes)
-        if STORED_LAYOUT.fullmatch(name) and name in self.folder.record["added"]:
+        if STORED_LAYOUT.fullmatch(name) and name in self.folder.record.added:
             return None
-        if name in self.folder.record["added"] and self.family.name == "distilbert" and name.endswith(TOKEN_TYPES):
+        if name in self.folder.record.added and self.family.lacks_token_types and name.endswith(TOKEN_TYPES):
             return (
                 f"{name}: expected zeros"
                 if any(np.any(np.frombuffer(piece, np.uint8)) for piece in pieces(row))
@@ -332,11 +333,11 @@ def both(source: Tensor, found: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray
 def sidecar_faults(folder: ConvertedFolder, checkpoint: Checkpoint) -> Iterator[str]:
     """The tokenizer and sentence-transformers files that are not those of the source with their lengths edited."""
     record = folder.record
-    for planned in sidecars.plan(checkpoint.folder, record["source_length"], record["max_length"]):
+    for planned in tokenizer_files.plan(checkpoint.folder, record.source_length, record.max_length):
         path = folder.path / planned.name
         if not path.is_file():
             yield f"{planned.name}: lost: the source has it"
-        elif planned.source.name == sidecars.MODULE_PICKLE:
+        elif planned.source.name == MODULE_PICKLE:
             theirs, mine = open_checkpoint(planned.source).tensors, open_checkpoint(path).tensors
             if theirs.keys() != mine.keys() or any(
                 (row.dtype, row.shape) != (mine[name].dtype, mine[name].shape)

@@ -17,18 +17,17 @@ from importlib import import_module
 import torch
 from torch import Tensor, nn
 
+from bsa_export.bert.families import POSITIONS, STORED_LAYOUT, encoder_prefix
+from bsa_export.checkpoint.dtypes import TORCH_NAMES
 from bsa_export.checkpoint.table import Checkpoint
+from bsa_export.converted.checks import Check, Kind, result, skipped, worst
+from bsa_export.converted.folder import ConvertedFolder
 from bsa_export.errors import BsaError
-from bsa_export.families import POSITIONS, encoder_prefix
 from bsa_export.ops.dispatch import AUTO, MODULES, backends, block_sparse_attention
-from bsa_export.ops.tolerance import FACTOR, errors
-from bsa_export.plan import STORED_LAYOUT, TORCH_NAMES
-from bsa_export.verify.checks import Check, result, skipped, worst
-from bsa_export.verify.folder import ConvertedFolder
+from bsa_export.verify.attention_inputs import tensor
 from bsa_export.verify.outputs import ORDERS, larger
-from bsa_export.verify.projections import tensor
+from bsa_export.verify.tolerance import FACTOR, errors
 
-NAME = "whole model"
 REFERENCE = "bsa_export_reference"
 _order: ContextVar[int | None] = ContextVar(
     "order", default=None
@@ -72,11 +71,12 @@ def load_model(folder: ConvertedFolder, device: str) -> nn.Module | str:
     try:
         import transformers
 
-        from bsa_export.model import MIN_TRANSFORMERS, _version, load
-        from bsa_export.model import NAME as SPARSE
+        from bsa_export.hf.load import load
+        from bsa_export.hf.register import MIN_TRANSFORMERS, version_of
+        from bsa_export.hf.stored_layout import NAME as SPARSE
     except ImportError as error:
         return f'transformers is not installed ({error}): pip install "bsa_export[transformers]"'
-    if _version(transformers) < MIN_TRANSFORMERS:
+    if version_of(transformers) < MIN_TRANSFORMERS:
         return f"transformers {transformers.__version__} is older than 5.0"
     _register_reference()
     transformers.utils.logging.disable_progress_bar()
@@ -102,7 +102,7 @@ def _register_reference() -> None:
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    from bsa_export.model import key_padding_mask
+    from bsa_export.hf.attention import key_padding_mask
 
     def attention(module, query, key, value, attention_mask, scaling=None, **_):
         stored, order = module.sparse_self_attention, torch.arange(query.shape[-1])
@@ -191,7 +191,7 @@ class EndToEnd:
         Args:
             checkpoint: the source's weights, which then run in the source's own class; else the folder's run in its dense class.
         """
-        name = f"{NAME}, every block kept"
+        part = "every block kept"
         inputs = make_inputs(self.folder, 2, self.short, self.device)
         with every_block_kept(self.model):
             actual = outputs(self.model, inputs)
@@ -212,7 +212,7 @@ class EndToEnd:
             with every_block_kept(self.model):
                 return self._reference(inputs, seed)
 
-        return self._judged(name, actual, plain, exact, again, self.short, {"against": what})
+        return self._judged(part, actual, plain, exact, again, self.short, {"against": what})
 
     def against_reference(self) -> Check:
         """With the real layout, the model's outputs are those of the same model on `reference`."""
@@ -221,9 +221,9 @@ class EndToEnd:
         plain = self._reference(inputs)
         with attending(self.exact, REFERENCE):
             exact = outputs(self.exact, inputs)
-        name = f"{NAME}, its own layout"
+        part = "its own layout"
         again = partial(self._reference, inputs)
-        return self._judged(name, actual, plain, exact, again, self.long, {"against": "reference"})
+        return self._judged(part, actual, plain, exact, again, self.long, {"against": "reference"})
 
     def _reference(self, inputs: Inputs, order: int | None = None) -> dict[str, Tensor]:
         """What the model makes of the inputs on `reference`, which sums in another order for each seed `order`."""
@@ -236,7 +236,7 @@ class EndToEnd:
 
     def _judged(
         self,
-        name: str,
+        part: str,
         actual: Mapping[str, Tensor],
         plain: Mapping[str, Tensor],
         exact: Mapping[str, Tensor],
@@ -279,12 +279,12 @@ class EndToEnd:
             "backend": self._backend(),
         }
         figures = error | compared | figures
-        return result(name, faults, figures, details, numerical=True)
+        return result(Kind.WHOLE_MODEL, faults, figures, details, part=part, numerical=True)
 
     def _backend(self) -> str:
         """The backend that the model's attention takes here, which is left to choose."""
         head = torch.empty(
-            (1, 1, self.folder.block, self.folder.config["hidden_size"] // self.folder.heads),
+            (1, 1, self.folder.block, self.folder.encoder.head_dim),
             dtype=next(self.model.parameters()).dtype, device=self.device,
         )  # fmt: skip
         layout = torch.ones(1, 1, 1, dtype=torch.uint8, device=self.device)
@@ -297,12 +297,12 @@ class EndToEnd:
         return "none"
 
     def _interpolated(self) -> bool:
-        positions = self.folder.record["positions"]
-        return positions is not None and positions["method"] == "interpolate"
+        record = self.folder.record
+        return record is not None and record.positions is not None and record.positions.interpolated
 
     def _rules(self) -> str:
         """What the conversion changed of the source, and the source's model therefore gets too."""
-        dtype = self.folder.record["options"].get("dtype")
+        dtype = self.folder.record.options.dtype
         rules = [f"rounded to {dtype}"] if dtype in TORCH_NAMES else []
         rules += ["with the interpolated positions"] if self._interpolated() else []
         return "".join(f", {rule}" for rule in rules)
@@ -313,13 +313,13 @@ class EndToEnd:
         from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
         record = self.folder.record
-        config = {"model_type": record["family"]} | record["source"]["config"]
+        config = {"model_type": record.family} | record.source.config
         kind = transformers.CONFIG_MAPPING[config["model_type"]]
         names = config.get("architectures") or [None]
         model_class = getattr(transformers, str(names[0]), None) or MODEL_MAPPING[kind]
         state = {name: tensor(row) for name, row in checkpoint.tensors.items() if not STORED_LAYOUT.fullmatch(name)}
-        if record["options"].get("dtype") in TORCH_NAMES:
-            rounded = getattr(torch, TORCH_NAMES[record["options"]["dtype"]])
+        if record.options.dtype in TORCH_NAMES:
+            rounded = getattr(torch, TORCH_NAMES[record.options.dtype])
             state = {name: x.to(rounded) if x.is_floating_point() else x for name, x in state.items()}
         if self._interpolated():
             table = self.folder.tensors[self.folder.prefix + POSITIONS]
@@ -345,9 +345,9 @@ def check_whole_model(
     """Runs the model. Returns the checks and, where it ran, what the drift is measured with."""
     model = load_model_or_reason(folder, device)
     if isinstance(model, str):
-        return [skipped(NAME, model)], None
+        return [skipped(Kind.WHOLE_MODEL, model)], None
     if isinstance(model, BsaError):
-        return [result(NAME, [str(model)])], None
+        return [result(Kind.WHOLE_MODEL, [str(model)])], None
     runs = EndToEnd(folder, model, device)
     return runs.check(checkpoint), runs
 

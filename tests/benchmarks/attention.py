@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from bsa_export.ops import backends, block_sparse_attention
-from bsa_export.ops.tolerance import errors
-from bsa_export.sparsity import MODES
+from bsa_export.sparsity.configs import MODES
+from bsa_export.verify.tolerance import errors
 
 # The windows of a model that read 512 tokens; elsewhere what shared measurements of DeepSpeed's patterns use.
 OPTIONS = {
@@ -147,7 +147,7 @@ def dense(q, k, v, grad, kept, dtype, in_half=False) -> dict[str, torch.Tensor]:
 
 
 def check(attention, inputs, grad, layout, block, in_half=False) -> None:
-    """Raises AssertionError unless the result and its gradients are right, by the rule of `bsa_export.ops.tolerance`, where the
+    """Raises AssertionError unless the result and its gradients are right, by the rule of `bsa_export.verify.tolerance`, where the
     gradient of the result is that of some rows and 0 elsewhere: rows of the first, the middle and the last block, and others."""
     batch, heads, seq, _ = inputs[0].shape
     part = CHECKED_ROWS // 4

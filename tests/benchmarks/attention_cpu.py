@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from bsa_export.ops import block_sparse_attention
-from bsa_export.sparsity import BigBirdSparsityConfig, SparsityConfig, windowed_for
+from bsa_export.sparsity.configs import BigBirdSparsityConfig, SparsityConfig, windowed_for
 
 HEADS, HEAD_DIM = 12, 64
 DENSE_LENGTH, LONG = 4096, 16384
@@ -87,7 +87,7 @@ config = BertConfig(max_position_embeddings={seq}, sparse_attention=section, att
 model = BertModel(config, add_pooling_layer=False).eval()
 if {attention!r} == "block_sparse":
     import torch
-    from bsa_export.sparsity import windowed_for
+    from bsa_export.sparsity.configs import windowed_for
     layout = torch.from_numpy(windowed_for(512, 12).make_layout({seq}))
     for layer in model.encoder.layer:
         layer.attention.self.sparse_self_attention.master_layout = layout

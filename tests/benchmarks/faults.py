@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "verify"))
 
 from planted import KINDS, planted, without_digests  # noqa: E402
 
-from bsa_export.convert import Source, convert  # noqa: E402
-from bsa_export.plan import Options  # noqa: E402
+from bsa_export.conversion.convert import Source, convert  # noqa: E402
+from bsa_export.conversion.plan import Options  # noqa: E402
+from bsa_export.converted.folder import open_folder  # noqa: E402
 from bsa_export.verify import check_file, check_layout  # noqa: E402
-from bsa_export.verify.folder import open_folder  # noqa: E402
 from bsa_export.verify.weights import check_weights  # noqa: E402
 
 CONVERSIONS = {
@@ -129,7 +129,8 @@ def run_clean(options: argparse.Namespace, work: Path) -> int:
     from converted_models import clean_cases, make
     from transformers.utils import logging
 
-    from bsa_export.verify.run import Wanted, verify
+    from bsa_export.verify.run import Wanted
+    from bsa_export.verify.run import run_checks as verify
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

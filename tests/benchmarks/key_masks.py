@@ -16,8 +16,8 @@ import torch
 from attention import OPTIONS, both_ways, tensors
 
 from bsa_export.ops import block_sparse_attention, block_sparse_attention_varlen
-from bsa_export.ops.tolerance import judge
-from bsa_export.sparsity import MODES
+from bsa_export.sparsity.configs import MODES
+from bsa_export.verify.tolerance import judge
 
 HEADS_CHECKED = 2
 
@@ -49,7 +49,7 @@ def masks(batch: int, seq: int) -> tuple[dict[str, torch.Tensor | None], list[in
 
 
 def check(inputs, grad, layout, block, mask) -> None:
-    """Raises AssertionError unless the last sequence is right, by the rule of `bsa_export.ops.tolerance`."""
+    """Raises AssertionError unless the last sequence is right, by the rule of `bsa_export.verify.tolerance`."""
     query, key, value, grad = (x[-1:, :HEADS_CHECKED] for x in (*inputs, grad))
     given = {"query": query, "key": key, "value": value, "grad_output": grad, "block": block}
     given |= {"layout": layout[:HEADS_CHECKED], "key_padding_mask": None if mask is None else mask[-1:]}

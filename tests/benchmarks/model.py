@@ -30,8 +30,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, BertConfig
 
 import bsa_export
-from bsa_export.model import StoredLayout
-from bsa_export.sparsity import sparsity_config
+from bsa_export.hf.stored_layout import StoredLayout
+from bsa_export.sparsity.configs import sparsity_config
 
 SIZES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},

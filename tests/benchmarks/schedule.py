@@ -17,7 +17,7 @@ import time
 import torch
 
 from bsa_export.ops.schedule import ScheduleCache, Tile
-from bsa_export.sparsity import MODES
+from bsa_export.sparsity.configs import MODES
 
 OPTIONS = {
     "windowed": {"num_local_blocks": 8, "num_sliding_window_blocks": 9},

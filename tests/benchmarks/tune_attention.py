@@ -15,7 +15,7 @@ import triton
 
 from bsa_export.ops import triton_backend as backend
 from bsa_export.ops.triton_backend import Launch
-from bsa_export.sparsity import MODES
+from bsa_export.sparsity.configs import MODES
 
 SHAPES = {
     "forward": [Launch(64, 4, 2), Launch(64, 4, 2, 96), Launch(64, 4, 2, 128), Launch(64, 4, 3, 96), Launch(64, 4, 3), Launch(128, 8, 2), Launch(128, 8, 2, 128)],

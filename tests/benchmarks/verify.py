@@ -42,7 +42,7 @@ CHECKS = """
 import sys
 from pathlib import Path
 from bsa_export.verify import check_file
-from bsa_export.verify.folder import open_folder
+from bsa_export.converted.folder import open_folder
 from bsa_export.verify.weights import check_weights
 assert check_file(Path(sys.argv[1])).passed
 assert check_weights(open_folder(Path(sys.argv[1])), Path(sys.argv[2])).passed

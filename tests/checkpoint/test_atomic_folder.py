@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bsa_export.checkpoint import folder
-from bsa_export.checkpoint.folder import AtomicFolder
+from bsa_export.checkpoint import atomic_folder as folder
+from bsa_export.checkpoint.atomic_folder import AtomicFolder
 from bsa_export.errors import CheckpointError
 
 
@@ -180,7 +180,7 @@ WRITER = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may start with both ignored
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-from bsa_export.checkpoint.folder import AtomicFolder
+from bsa_export.checkpoint.atomic_folder import AtomicFolder
 with AtomicFolder(sys.argv[1], overwrite=True) as staging:
     for number in range(2000):
         (staging / str(number)).write_text("x" * 1000)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from bsa_export.checkpoint.source import open_checkpoint
+from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.checkpoint.torch_file import MAX_EXPANDED_BYTES
 from bsa_export.errors import BsaError

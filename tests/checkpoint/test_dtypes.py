@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as st_numpy
 
 from bsa_export.checkpoint import dtypes
 from bsa_export.checkpoint.dtypes import cast, not_finite, pieces, read
-from bsa_export.checkpoint.source import open_checkpoint
+from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Computed, Tensor
 from bsa_export.errors import CheckpointError
 

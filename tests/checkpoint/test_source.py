@@ -9,7 +9,7 @@ from checkpoint_files import KINDS, same, save_as, save_sharded, small_state
 from safetensors.torch import save_file
 
 from bsa_export.checkpoint.dtypes import read
-from bsa_export.checkpoint.source import open_checkpoint
+from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import tied
 from bsa_export.checkpoint.writer import write_weights
 from bsa_export.errors import CheckpointError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoint_files import PersistentId, pickled, same, small_state, storage, tensor, torch_legacy, torch_zip
 
-from bsa_export.checkpoint.source import open_checkpoint
+from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import FileRange, StridedRange, tied
 from bsa_export.errors import CheckpointError
 

@@ -20,8 +20,8 @@ import pytest
 import torch
 from checkpoint_files import Call, PersistentId, pickled, storage, tensor, torch_legacy, torch_zip
 
+from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.restricted_pickle import MAX_OPCODES, load
-from bsa_export.checkpoint.source import open_checkpoint
 from bsa_export.errors import CheckpointError, UnsafePickleError
 
 CODE = "open('executed', 'w').close()"

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from bsa_export.checkpoint import checksum, writer
 from bsa_export.checkpoint.checksum import file_checksum
 from bsa_export.checkpoint.dtypes import cast, read
+from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.safetensors_file import read_safetensors
-from bsa_export.checkpoint.source import open_checkpoint
 from bsa_export.checkpoint.table import Computed, FileRange, Tensor
 from bsa_export.checkpoint.writer import parse_size, write_safetensors, write_weights
 from bsa_export.errors import CheckpointError

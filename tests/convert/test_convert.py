@@ -30,8 +30,8 @@ from tiny_models import (
 )
 
 import bsa_export
-from bsa_export.model_card import metadata
-from bsa_export.sparsity import BigBirdSparsityConfig, make_layouts, windowed_for
+from bsa_export.converted.card import metadata
+from bsa_export.sparsity.configs import BigBirdSparsityConfig, make_layouts, windowed_for
 
 LAYOUT = "encoder.layer.{}.attention.self.sparse_self_attention.master_layout"
 

@@ -23,7 +23,7 @@ from tiny_models import (
 )
 
 import bsa_export
-from bsa_export.families import FAMILIES
+from bsa_export.bert.families import FAMILIES
 
 HEADS = (
     "Model", "ForMaskedLM", "ForPreTraining", "ForNextSentencePrediction", "ForSequenceClassification",

@@ -7,9 +7,9 @@ import transformers
 from tiny_models import config, converted, record, refused, same_bits, save, save_tensors, tensors, tiny
 
 import bsa_export
+from bsa_export.bert.positions import extend
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.table import Computed, Tensor
-from bsa_export.position import extend
 
 RESERVED = {"bert": 0, "electra": 0, "distilbert": 0, "roberta": 2, "xlm-roberta": 2, "data2vec-text": 2}
 

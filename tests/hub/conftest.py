@@ -11,8 +11,9 @@ from commands import Commands
 from hub_server import WRITER, HubServer
 from safetensors.numpy import save_file
 
-from bsa_export.convert import Source, convert
-from bsa_export.plan import Options
+from bsa_export.conversion.convert import convert_source as convert
+from bsa_export.conversion.options import Options
+from bsa_export.hub.source import Source
 
 LAYERS, HIDDEN, HEADS, WORDS, POSITIONS = 2, 32, 2, 300, 64
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import digests
 
-from bsa_export import model_card
+from bsa_export.converted import card as model_card
 
 RUNS = 10
 SEEDS = range(10)

@@ -16,7 +16,7 @@ import pytest
 from conftest import converted, digests, mark_verified
 from hub_server import READER, WRITER, Status
 
-from bsa_export import model_card
+from bsa_export.converted import card as model_card
 
 
 def on_hub(hub, repo_id="alice/model", revision="main") -> dict[str, bytes]:

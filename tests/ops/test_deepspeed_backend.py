@@ -16,7 +16,7 @@ from attention_cases import Case, make_inputs
 import bsa_export.deepspeed_compat  # noqa: F401  its stand-in for an absent deepspeed is not to be mistaken for one
 from bsa_export.errors import AttentionError
 from bsa_export.ops import backends, block_sparse_attention, deepspeed_backend, deepspeed_kernels
-from bsa_export.ops.tolerance import in_half, judge
+from bsa_export.verify.tolerance import in_half, judge
 
 deepspeed_attention = partial(block_sparse_attention, backend="deepspeed")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from bsa_export.ops import schedule
 from bsa_export.ops.schedule import ITEM_FIELDS, ScheduleCache, Tile, build_schedule
-from bsa_export.sparsity import MODES, windowed_for
+from bsa_export.sparsity.configs import MODES, windowed_for
 
 CPU = torch.device("cpu")
 BEGIN, END, SLOT = map(ITEM_FIELDS.index, ("begin", "end", "slot"))

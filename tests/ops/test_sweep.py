@@ -1,4 +1,4 @@
-"""Every backend against float64, by the rule of `bsa_export.ops.tolerance`; and damaged attention, which the rule must find."""
+"""Every backend against float64, by the rule of `bsa_export.verify.tolerance`; and damaged attention, which the rule must find."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attention_cases import Case, cases, make_inputs
 
 from bsa_export.errors import AttentionError
 from bsa_export.ops import backends, block_sparse_attention
-from bsa_export.ops.tolerance import FACTOR, Errors, in_half, judge, plain_beside, results
+from bsa_export.verify.tolerance import FACTOR, Errors, in_half, judge, plain_beside, results
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 BACKENDS = ["torch", "triton", "deepspeed"]

@@ -10,7 +10,7 @@ import torch
 from attention_cases import Case, make_inputs
 
 from bsa_export.ops import block_sparse_attention, torch_backend
-from bsa_export.ops.tolerance import judge
+from bsa_export.verify.tolerance import judge
 
 PATTERNS = ["windowed", "bigbird", "fixed", "random", "all"]
 
@@ -54,7 +54,7 @@ def test_sixteen_thousand_tokens_of_bert_base_fit_in_two_gibibytes():
     import re
     import torch
     from bsa_export.ops import block_sparse_attention
-    from bsa_export.sparsity import windowed_for
+    from bsa_export.sparsity.configs import windowed_for
     torch.set_num_threads(1)
     config = windowed_for(512, 12)
     layout = torch.from_numpy(config.make_layout(16384))

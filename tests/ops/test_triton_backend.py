@@ -11,11 +11,12 @@ import torch
 from attention_cases import Case, make_inputs
 
 from bsa_export.errors import AttentionError
-from bsa_export.ops import backends, block_sparse_attention, schedule, triton_backend, warmup
+from bsa_export.ops import backends, block_sparse_attention, schedule, triton_backend
+from bsa_export.ops import launch as warmup
 from bsa_export.ops.dispatch import block_sparse_attention_varlen
 from bsa_export.ops.schedule import ScheduleCache
-from bsa_export.ops.tolerance import errors, judge, results
-from bsa_export.sparsity import MODES
+from bsa_export.sparsity.configs import MODES
+from bsa_export.verify.tolerance import errors, judge, results
 
 pytestmark = pytest.mark.skipif(backends()["triton"] is not None, reason=f"triton: {backends()['triton']}")
 on_gpu = pytest.mark.gpu

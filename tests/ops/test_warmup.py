@@ -5,8 +5,8 @@ from threading import Barrier
 import pytest
 import torch
 
-from bsa_export.ops import warmup as module
-from bsa_export.ops.warmup import start, warmup
+from bsa_export.ops import launch as module
+from bsa_export.ops.launch import start, warmup
 
 X = torch.zeros(4)
 

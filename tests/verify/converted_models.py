@@ -79,7 +79,7 @@ def _make_sparse(path: Path, config) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from bsa_export.sparsity import FixedSparsityConfig
+    from bsa_export.sparsity.configs import FixedSparsityConfig
 
     sparsity = FixedSparsityConfig(config.num_attention_heads, 16, num_local_blocks=3)
     layout = torch.from_numpy(sparsity.make_layout(2048)).long()
@@ -138,8 +138,9 @@ def clean_cases(count: int, seed: int = 0) -> list[Case]:
 
 def make(case: Case, path: Path) -> tuple[Path, Path]:
     """Makes the source and its conversion in `path`: (source folder, converted folder)."""
-    from bsa_export.convert import Source, convert
-    from bsa_export.plan import Options
+    from bsa_export.conversion.convert import convert_source as convert
+    from bsa_export.conversion.options import Options
+    from bsa_export.hub.source import Source
 
     source = make_source(case, path / "source")
     options = Options(

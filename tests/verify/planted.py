@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bsa_export.checkpoint.source import open_checkpoint
+from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Tensor
-from bsa_export.verify.folder import ConvertedFolder, open_folder
+from bsa_export.converted.folder import ConvertedFolder, open_folder
 
 
 def _bytes(row: Tensor) -> bytes:

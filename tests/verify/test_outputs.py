@@ -11,11 +11,13 @@ import pytest
 import torch
 from converted_models import clean_cases
 
-from bsa_export.ops import block_sparse_attention, tolerance, torch_backend
-from bsa_export.verify import interpreter
-from bsa_export.verify.checks import Check
+from bsa_export.converted.check_lines import figures
+from bsa_export.converted.checks import Check
+from bsa_export.converted.folder import open_folder
+from bsa_export.ops import block_sparse_attention, torch_backend
+from bsa_export.verify import interpreted as interpreter
+from bsa_export.verify import tolerance
 from bsa_export.verify.controls import backend_control, file_controls
-from bsa_export.verify.folder import open_folder
 from bsa_export.verify.interchange import check_interchange
 from bsa_export.verify.outputs import (
     Call,
@@ -28,10 +30,10 @@ from bsa_export.verify.outputs import (
     pick,
     situations,
 )
-from bsa_export.verify.report_html import drift_figure, error_figure
-from bsa_export.verify.run import Wanted, verify
+from bsa_export.verify.report import drift_figure, error_figure
+from bsa_export.verify.run import Wanted
+from bsa_export.verify.run import run_checks as verify
 from bsa_export.verify.whole_model import check_whole_model
-from bsa_export.verify.words import figures
 
 OPTIONS = [field.name for field in dataclasses.fields(clean_cases(1)[0])]
 

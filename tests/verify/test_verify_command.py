@@ -13,11 +13,12 @@ import pytest
 from click.testing import CliRunner
 
 from bsa_export.cli.verify import main
+from bsa_export.converted.checks import Check
+from bsa_export.converted.names import VERIFICATION_RECORD
 from bsa_export.errors import BsaError
-from bsa_export.hub.names import VERIFICATION_RECORD
-from bsa_export.verify.checks import Check
-from bsa_export.verify.report_html import render
-from bsa_export.verify.run import Verification, Wanted, verify
+from bsa_export.verify.report import render
+from bsa_export.verify.run import Verification, Wanted
+from bsa_export.verify.run import run_checks as verify
 
 TORCH = ["--backend", "torch", "--device", "cpu"]
 
@@ -225,7 +226,7 @@ def test_the_verdict_comes_before_the_report(damaged, monkeypatch, tmp_path):
     def cannot(*_):
         raise BsaError("it cannot be written", where="report")
 
-    monkeypatch.setattr("bsa_export.verify.report_html.write_report", cannot)
+    monkeypatch.setattr("bsa_export.verify.report.write_report", cannot)
     result = run(damaged()[1], *TORCH, "--report", tmp_path / "report")
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-1].startswith("passed: ")
@@ -292,8 +293,8 @@ def test_a_text_gives_losses(english_mlm, tmp_path):
     subprocess.run(
         [Path(sys.executable).parent / "bsa-convert", english_mlm, tmp_path / "out", "--max-length", "1024"], check=True
     )
+    from bsa_export.converted.folder import open_folder
     from bsa_export.verify.drift import measure_drift
-    from bsa_export.verify.folder import open_folder
     from bsa_export.verify.whole_model import EndToEnd, load_model
 
     folder = open_folder(tmp_path / "out")
@@ -317,8 +318,8 @@ def test_a_model_that_cannot_read_a_text_has_no_loss(damaged, tmp_path):
 def test_a_text_is_cut_on_a_cpu_and_that_is_told(damaged, monkeypatch, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
+    from bsa_export.converted.folder import open_folder
     from bsa_export.verify import drift
-    from bsa_export.verify.folder import open_folder
     from bsa_export.verify.whole_model import EndToEnd, load_model
 
     _, path = damaged()

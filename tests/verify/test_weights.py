@@ -11,9 +11,9 @@ import torch
 from planted import KINDS, planted, signature, without_digests
 from safetensors.numpy import load_file, save_file
 
+from bsa_export.converted.folder import open_folder
 from bsa_export.verify import check_file, check_layout
-from bsa_export.verify.folder import open_folder
-from bsa_export.verify.formulas import bits_of, is_rounded
+from bsa_export.verify.rules import bits_of, is_rounded
 from bsa_export.verify.weights import check_weights
 
 CLEAN = {
@@ -47,7 +47,8 @@ def test_a_conversion_equals_its_source(case, converted):
 
 
 def test_a_tied_tensor_is_compared_and_its_bytes_are_counted_once(converted, tmp_path):
-    from bsa_export.convert import Source, convert
+    from bsa_export.conversion.convert import convert_source as convert
+    from bsa_export.hub.source import Source
 
     source = shutil.copytree(converted()[0], tmp_path / "source")
     tensors = load_file(source / "model.safetensors")
@@ -210,11 +211,12 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     """A model of about 200 MB, compared in a process of its own."""
     from converted_models import Case, make_source
 
-    from bsa_export.convert import Source, convert
-    from bsa_export.plan import Options
+    from bsa_export.conversion.convert import convert_source as convert
+    from bsa_export.conversion.options import Options
+    from bsa_export.hub.source import Source
 
     program = (
-        "import resource, sys; from pathlib import Path; from bsa_export.verify.folder import open_folder\n"
+        "import resource, sys; from pathlib import Path; from bsa_export.converted.folder import open_folder\n"
         "from bsa_export.verify.weights import check_weights\n"
         "assert check_weights(open_folder(Path(sys.argv[1])), Path(sys.argv[2])).passed and 'torch' not in sys.modules\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

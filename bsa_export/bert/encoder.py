@@ -1,0 +1,114 @@
+"""What a checkpoint of a BERT family is, found once and passed down: family, names, sizes, reserved rows, longest input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bsa_export.bert.expected_tensors import Sizes, Spec, dense_spec, longest_input, read_sizes, sparse_spec
+from bsa_export.bert.families import (
+    BUFFERS,
+    LAYOUT,
+    POSITIONS,
+    Family,
+    encoder_prefix,
+    find_family,
+    reserved_rows,
+    written_name,
+)
+from bsa_export.checkpoint.table import Tensor
+from bsa_export.errors import FamilyError
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The encoder of a checkpoint.
+
+    Attributes:
+        family: what the checkpoint is; what is written may have the names of another (`Family.written_as`).
+        prefix: what stands before the encoder's names in the checkpoint, such as `bert.`; empty for a model without a head.
+        config: content of config.json in the field names that are written.
+        sizes: the checked sizes of config.json.
+        reserved: position rows in front that are not positions.
+    """
+
+    family: Family
+    prefix: str
+    config: Mapping[str, Any]
+    sizes: Sizes
+    reserved: int
+
+    @classmethod
+    def find(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: object = "config.json") -> Encoder:
+        """Finds out what a checkpoint is. No tensor is read.
+
+        Args:
+            tensors: the table of the checkpoint.
+            config: content of its config.json.
+            where: that file, for messages.
+
+        Raises:
+            FamilyError: it is not of a BERT family, or config.json lacks what has to be known.
+        """
+        prefix = encoder_prefix(tensors)
+        positions = tensors.get(f"{prefix}{POSITIONS}")
+        rows = positions.shape[0] if positions is not None and positions.shape else None
+        family = find_family(config, tensors, rows)
+        written = family.config(config)
+        encoder = cls(family, prefix, written, read_sizes(written, where), reserved_rows(family, written))
+        if encoder.longest < 1:
+            rows = encoder.sizes.max_position_embeddings
+            raise FamilyError(
+                f"max_position_embeddings: expected more than the {encoder.reserved} reserved rows",
+                found=rows,
+                where=where,
+            )
+        return encoder
+
+    @property
+    def layers(self) -> int:
+        return self.sizes.num_hidden_layers
+
+    @property
+    def heads(self) -> int:
+        return self.sizes.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.sizes.hidden_size // self.heads
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the model reads: its position rows without the reserved ones."""
+        return longest_input(self.family, self.config)
+
+    @property
+    def written_prefix(self) -> str:
+        """The encoder's prefix in what is written: the family's own, whatever a wrapper made of it."""
+        return f"{self.family.written_prefix}." if self.prefix else ""
+
+    @property
+    def position_name(self) -> str:
+        """The written name of the position embeddings."""
+        return f"{self.written_prefix}{POSITIONS}"
+
+    def written_name(self, name: str) -> str:
+        """The name under which a tensor of the checkpoint is written."""
+        return written_name(self.family, self.prefix, name)
+
+    def layout_name(self, layer: int) -> str:
+        """The written name of a layer's layout."""
+        return self.written_prefix + LAYOUT.format(layer)
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint is a buffer that the model makes itself."""
+        return name.removeprefix(self.prefix) in BUFFERS
+
+    def dense_spec(self) -> Spec:
+        """The written names and shapes of the dense encoder and of the masked-LM heads."""
+        return dense_spec(self.family, self.config, self.written_prefix)
+
+    def sparse_spec(self) -> Spec:
+        """`dense_spec` and a layout for each layer, as a converted folder's config.json implies them."""
+        return sparse_spec(self.family, self.config, self.written_prefix)

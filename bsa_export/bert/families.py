@@ -1,0 +1,318 @@
+"""The BERT families: their names for the same tensors, their config.json, reserved position rows and tied weights.
+
+Names and fields are those of Hugging Face transformers (5.23, and the older spellings that public checkpoints still
+have). What is written has today's names of the family, DistilBERT's has BERT's: the tables point one way, found ->
+written. Names that no table knows pass through as they are.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bsa_export.errors import FamilyError
+from bsa_export.files import read_json
+
+WORDS = "embeddings.word_embeddings.weight"
+POSITIONS = "embeddings.position_embeddings.weight"
+TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
+# After `encoder.layer.N.`: what each layer of every family holds, and its shape in fields of config.json.
+LAYER = {
+    f"{part}.{kind}": shape if kind == "weight" else shape[:1]
+    for part, shape in {
+        "attention.self.query": ("hidden_size", "hidden_size"),
+        "attention.self.key": ("hidden_size", "hidden_size"),
+        "attention.self.value": ("hidden_size", "hidden_size"),
+        "attention.output.dense": ("hidden_size", "hidden_size"),
+        "attention.output.LayerNorm": ("hidden_size",),
+        "intermediate.dense": ("intermediate_size", "hidden_size"),
+        "output.dense": ("hidden_size", "intermediate_size"),
+        "output.LayerNorm": ("hidden_size",),
+    }.items()
+    for kind in ("weight", "bias")
+}
+LAYOUT = "encoder.layer.{}.attention.self.sparse_self_attention.master_layout"
+STORED_LAYOUT = re.compile(r"(.*encoder\.layer\.(\d+)\.attention\.self)\.sparse_self_attention\.master_layout")
+
+
+Renames = tuple[tuple[str, str], ...]  # (pattern of the found name, what is written), the first that matches counts
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets one BERT family apart from the others. All that is peculiar to a family is in its row.
+
+    Attributes:
+        name: `model_type` in config.json.
+        classes: how the names of its classes in transformers begin.
+        prefix: the attribute that holds the encoder in a model with a head, `bert` in `bert.embeddings...`.
+        reserves: whether position rows up to that of the padding token are not positions (RoBERTa's fairseq heritage).
+        tied: names of a head -> the name that they share their bytes with; one that starts with a dot is the encoder's.
+        marks: how a name behind the prefix begins that only this family has; it decides where neither config.json nor the
+            prefix does.
+        written_as: the family whose names, config.json and classes are written; empty for the family itself.
+        encoder_names: renames of names behind the encoder's prefix, to those of `written_as`.
+        head_names: renames of the other names.
+        fields: fields of config.json -> those of `written_as`.
+        constants: fields of `written_as` that this family has no field for.
+        own_fields: fields that `written_as` has no field for.
+        head_classes: classes -> those of `written_as` that compute the same; a class that is absent runs as an encoder alone.
+        lacks_token_types: whether it has no token types, so that rows of zeros are added.
+    """
+
+    name: str
+    classes: str
+    prefix: str
+    reserves: bool
+    tied: Mapping[str, str]
+    marks: tuple[str, ...] = ()
+    written_as: str = ""
+    encoder_names: Renames = ()
+    head_names: Renames = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, object] = field(default_factory=dict)
+    own_fields: tuple[str, ...] = ()
+    head_classes: Mapping[str, str] | None = None
+    lacks_token_types: bool = False
+
+    def config(self, config: Mapping[str, object]) -> dict[str, object]:
+        """The config.json that goes with the written names."""
+        written = {"model_type": self.name} | {
+            self.fields.get(key, key): value for key, value in config.items() if key not in self.own_fields
+        }
+        written |= self.constants
+        if self.head_classes is not None and (names := class_names(config)):
+            written["architectures"] = [self.head_classes.get(name, self.encoder_class) for name in names]
+        return written
+
+    @property
+    def encoder_class(self) -> str:
+        """The transformers class of the encoder that is written."""
+        return f"{FAMILIES[self.written_as or self.name].classes}Model"
+
+    @property
+    def written_prefix(self) -> str:
+        """The attribute that holds the encoder in what is written."""
+        return FAMILIES[self.written_as or self.name].prefix
+
+    def class_without_equal(self, config: Mapping[str, object]) -> str | None:
+        """The class of config.json whose head `written_as` does not compute, None if there is none."""
+        if self.head_classes is None:
+            return None
+        return next((name for name in class_names(config) if name not in self.head_classes), None)
+
+
+# Found -> written, in every family: BERT's TensorFlow heritage.
+_EVERY_FAMILY: Renames = (
+    (r"(.*LayerNorm)\.gamma", r"\1.weight"),
+    (r"(.*LayerNorm)\.beta", r"\1.bias"),
+)
+_BERT_HEAD = {"cls.predictions.decoder.weight": f".{WORDS}", "cls.predictions.decoder.bias": "cls.predictions.bias"}
+_ROBERTA_HEAD = {"lm_head.decoder.weight": f".{WORDS}", "lm_head.decoder.bias": "lm_head.bias"}
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("bert", "Bert", "bert", False, _BERT_HEAD),
+        Family("roberta", "Roberta", "roberta", True, _ROBERTA_HEAD),
+        Family("xlm-roberta", "XLMRoberta", "roberta", True, _ROBERTA_HEAD),
+        Family("camembert", "Camembert", "roberta", True, _ROBERTA_HEAD),
+        Family(
+            "electra",
+            "Electra",
+            "electra",
+            False,
+            {"generator_lm_head.weight": f".{WORDS}"},
+            marks=("embeddings_project.",),
+        ),
+        Family("ernie", "Ernie", "ernie", False, _BERT_HEAD, marks=("embeddings.task_type_embeddings.",)),
+        Family("data2vec-text", "Data2VecText", "data2vec_text", True, _ROBERTA_HEAD),
+        Family(
+            "distilbert",
+            "DistilBert",
+            "distilbert",
+            False,
+            _BERT_HEAD,
+            marks=("transformer.layer.",),
+            written_as="bert",
+            encoder_names=(
+                (r"embeddings\..*", r"\g<0>"),
+                (r"transformer\.layer\.(\d+)\.attention\.q_lin\.(.*)", r"encoder.layer.\1.attention.self.query.\2"),
+                (r"transformer\.layer\.(\d+)\.attention\.k_lin\.(.*)", r"encoder.layer.\1.attention.self.key.\2"),
+                (r"transformer\.layer\.(\d+)\.attention\.v_lin\.(.*)", r"encoder.layer.\1.attention.self.value.\2"),
+                (r"transformer\.layer\.(\d+)\.attention\.out_lin\.(.*)", r"encoder.layer.\1.attention.output.dense.\2"),
+                (r"transformer\.layer\.(\d+)\.sa_layer_norm\.(.*)", r"encoder.layer.\1.attention.output.LayerNorm.\2"),
+                (r"transformer\.layer\.(\d+)\.ffn\.lin1\.(.*)", r"encoder.layer.\1.intermediate.dense.\2"),
+                (r"transformer\.layer\.(\d+)\.ffn\.lin2\.(.*)", r"encoder.layer.\1.output.dense.\2"),
+                (r"transformer\.layer\.(\d+)\.output_layer_norm\.(.*)", r"encoder.layer.\1.output.LayerNorm.\2"),
+            ),
+            head_names=(
+                (r"vocab_transform\.(.*)", r"cls.predictions.transform.dense.\1"),
+                (r"vocab_layer_norm\.(.*)", r"cls.predictions.transform.LayerNorm.\1"),
+                (r"vocab_projector\.weight", r"cls.predictions.decoder.weight"),
+                (r"vocab_projector\.bias", r"cls.predictions.bias"),
+            ),
+            fields={
+                "dim": "hidden_size",
+                "n_layers": "num_hidden_layers",
+                "n_heads": "num_attention_heads",
+                "hidden_dim": "intermediate_size",
+                "dropout": "hidden_dropout_prob",
+                "attention_dropout": "attention_probs_dropout_prob",
+                "activation": "hidden_act",
+            },
+            constants={"model_type": "bert", "layer_norm_eps": 1e-12, "type_vocab_size": 2},
+            own_fields=("sinusoidal_pos_embds", "seq_classif_dropout", "qa_dropout", "tie_weights_", "output_past"),
+            head_classes={
+                "DistilBertModel": "BertModel",
+                "DistilBertForMaskedLM": "BertForMaskedLM",
+                "DistilBertForTokenClassification": "BertForTokenClassification",
+                "DistilBertForQuestionAnswering": "BertForQuestionAnswering",
+            },
+            lacks_token_types=True,
+        ),
+    )
+}
+
+# Buffers that a model makes for itself, after the encoder's prefix: they are left out.
+BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
+
+
+def family_list() -> str:
+    """The names of the families, for messages."""
+    return ", ".join(FAMILIES)
+
+
+def class_names(config: Mapping[str, object]) -> list[str]:
+    """`architectures` of a config.json. Raises FamilyError when it is not a list of names."""
+    names = config.get("architectures")
+    if names is None:
+        return []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FamilyError("architectures: expected a list of names", found=repr(names), where="config.json")
+    return names
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a config.json. Raises FamilyError when it is not a JSON object."""
+    try:
+        config = read_json(path, error=FamilyError)
+    except FileNotFoundError:
+        raise FamilyError(
+            "expected the model's config.json (the number of attention heads cannot be read from weights)",
+            found="none",
+            where=path,
+            hint="--config names it",
+        ) from None
+    if not isinstance(config, dict):
+        raise FamilyError("expected a JSON object", found=type(config).__name__, where=path)
+    return config
+
+
+def encoder_prefix(names: Collection[str]) -> str:
+    """What stands before `embeddings.word_embeddings.weight`, such as `bert.`; empty for a model without a head.
+
+    Raises:
+        FamilyError: no name or more than one ends so.
+    """
+    found = sorted(name.removesuffix(WORDS) for name in names if name == WORDS or name.endswith(f".{WORDS}"))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        what = ", ".join(repr(prefix) for prefix in found)
+        raise FamilyError("expected one encoder", found=f"{len(found)}, with the prefixes {what}")
+    some = ", ".join(sorted(names)[:4])
+    raise FamilyError(
+        f"expected a checkpoint of a BERT family ({family_list()}), with a tensor ...{WORDS}",
+        found=f"tensors such as {some}",
+    )
+
+
+def find_family(config: Mapping, names: Collection[str], position_rows: int | None = None) -> Family:
+    """The family of a checkpoint: by `model_type`; without one by the class in `architectures`, or the names of its tensors.
+
+    Args:
+        config: content of config.json.
+        names: those of the tensors.
+        position_rows: of the position embeddings; without a prefix they tell RoBERTa (two more than a round number).
+
+    Raises:
+        FamilyError: it is of none of the families.
+    """
+    kind = config.get("model_type")
+    if kind is not None:
+        if isinstance(kind, str) and kind in FAMILIES:
+            return FAMILIES[kind]
+        raise FamilyError(
+            f"expected a model_type of a BERT family ({family_list()})", found=repr(kind), where="config.json"
+        )
+    prefix = encoder_prefix(names)
+    inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    by_prefix = next(
+        (family for family in FAMILIES.values() if family.prefix == prefix.rstrip(".").rpartition(".")[2]), None
+    )
+    classes = next(iter(class_names(config)), "")
+    by_class = next((family for family in FAMILIES.values() if classes.startswith(family.classes)), None)
+    by_mark = next(
+        (family for family in FAMILIES.values() if any(name.startswith(family.marks) for name in inner)), None
+    )
+    if found := by_prefix or by_class or by_mark:
+        family = found
+    else:
+        roberta = position_rows is not None and position_rows % 16 == 2 and config.get("pad_token_id") == 1
+        family = FAMILIES["roberta" if roberta else "bert"]
+    _refuse_other_encoders(inner, family)
+    return family
+
+
+def _refuse_other_encoders(inner: Collection[str], family: Family) -> None:
+    """Raises FamilyError when layers hold what no BERT has: without a model_type the names alone must tell."""
+    for name in inner:
+        written = written_name(family, "", name)
+        parts = written.split(".", 3)
+        if parts[:2] != ["encoder", "layer"] or written.endswith(".master_layout") or parts[-1] in LAYER:
+            continue
+        raise FamilyError(
+            f"expected the tensors of a BERT family ({family_list()})",
+            found=name,
+            hint="if it is one of them with more tensors, state its model_type in config.json",
+        )
+
+
+def written_name(family: Family, prefix: str, name: str) -> str:
+    """The name under which a source's tensor is written; `prefix` is the encoder's.
+
+    What a wrapper put before the family's own prefix, such as Lightning's `model.` in `model.bert.`, goes from every name.
+    """
+    for found, written in _EVERY_FAMILY:
+        name = re.sub(f"^{found}$", written, name)
+    own, written_prefix = f"{family.prefix}.", f"{family.written_prefix}." if prefix else ""
+    inner: str | None = name
+    if prefix and name.startswith(prefix):
+        inner = name.removeprefix(prefix)
+    elif prefix:
+        inner = None
+        name = name.removeprefix(prefix.removesuffix(own) if prefix.endswith(f".{own}") else "")
+    if inner is not None and (renamed := _renamed(inner, family.encoder_names)):
+        return written_prefix + renamed
+    if renamed := _renamed(name, family.head_names):
+        return renamed
+    return written_prefix + inner if prefix and inner is not None else name
+
+
+def _renamed(name: str, table: Renames) -> str | None:
+    return next((match.expand(written) for found, written in table if (match := re.fullmatch(found, name))), None)
+
+
+def reserved_rows(family: Family, config: Mapping) -> int:
+    """How many rows at the start of the position embeddings are no positions: `pad_token_id + 1`, or none."""
+    if not family.reserves:
+        return 0
+    padding = config.get("pad_token_id", 1)
+    if not isinstance(padding, int) or padding < 0:
+        raise FamilyError(
+            "expected pad_token_id, which says where positions start", found=repr(padding), where="config.json"
+        )
+    return padding + 1

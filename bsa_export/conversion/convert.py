@@ -1,0 +1,256 @@
+"""A dense BERT checkpoint becomes a sparse-attention one, from path to folder: opens, plans, writes, records."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bsa_export.bert.families import read_config
+from bsa_export.checkpoint.atomic_folder import AtomicFolder
+from bsa_export.checkpoint.open import open_checkpoint
+from bsa_export.checkpoint.table import Checkpoint
+from bsa_export.checkpoint.writer import FileRecord, write_weights
+from bsa_export.conversion import tokenizer_files
+from bsa_export.conversion.options import BARE, Options
+from bsa_export.conversion.plan import Plan, plan
+from bsa_export.converted import card
+from bsa_export.converted.names import CONFIG, CONVERSION_RECORD
+from bsa_export.converted.records import ConversionRecord, FileEntry, SourceEntry, to_json
+from bsa_export.errors import CheckpointError, SparsityError
+from bsa_export.files import read_json, write_json
+from bsa_export.hub.source import Source, find_source
+from bsa_export.sparsity.configs import MODES
+from bsa_export.version import __version__
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A conversion that was done: the folder, its plan, the record (conversion.json), and what it took in seconds."""
+
+    folder: Path
+    plan: Plan
+    record: ConversionRecord
+    seconds: float
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    max_length: int | None = None,
+    mode: str | None = None,
+    block: int | None = None,
+    sparsity: str | Path | Mapping[str, Any] | None = None,
+    layout: str | Path | None = None,
+    num_local_blocks: int | None = None,
+    num_sliding_window_blocks: int | None = None,
+    num_global_blocks: int | None = None,
+    num_random_blocks: int | None = None,
+    num_different_global_patterns: int | None = None,
+    local_window_blocks: Sequence[int] | None = None,
+    global_block_indices: Sequence[int] | None = None,
+    global_block_end_indices: Sequence[int] | None = None,
+    horizontal_global_attention: bool | None = None,
+    different_layout_per_head: bool | None = None,
+    attention: str | None = None,
+    different_layout_per_layer: bool = False,
+    seed: int = 0,
+    positions: str = "tile",
+    dtype: str = "keep",
+    max_shard_size: int | None = None,
+    config: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """Converts a dense BERT checkpoint to block-sparse attention: the command bsa-convert.
+
+    The folder `target` appears whole or not at all. The source is only read, and nothing in it is executed.
+
+    Args:
+        source: a file of weights, an index of shards, a folder, or a repository of the Hub (`org/name[@revision]`).
+        target: the folder to make.
+        max_length: tokens that the new model reads, in whole blocks; the source's length unless given.
+        mode: which blocks are kept, one of `bsa_export.sparsity.MODES`; `windowed` unless given.
+        block: side of a block in tokens; 64, or 32 or 16 where 64 does not divide the lengths.
+        sparsity: mode and parameters as the `sparse_attention` section of a DeepSpeed config, or a JSON file with it.
+        layout: for the mode `custom`, a .npy or .safetensors file with a layout for all layers or one a layer.
+        num_local_blocks, num_sliding_window_blocks, num_global_blocks, num_random_blocks, num_different_global_patterns,
+            local_window_blocks, global_block_indices, global_block_end_indices, horizontal_global_attention,
+            different_layout_per_head, attention: parameters of the mode's class, with its defaults.
+        different_layout_per_layer: whether each layer draws its own random blocks.
+        seed: for random blocks.
+        positions: how position embeddings are extended, `tile` or `interpolate`.
+        dtype: `keep`, or what floating tensors are rounded to: `fp32`, `fp16` or `bf16`.
+        max_shard_size: bytes of a file of weights; one file unless given.
+        config: the source's config.json, if it is not stored next to the weights.
+        overwrite: whether an earlier conversion may be replaced.
+        progress: called with (bytes written, bytes in all).
+
+    Returns:
+        What was done.
+
+    Raises:
+        BsaError: with what is wrong; nothing is left behind then.
+    """
+    given = {
+        "num_local_blocks": num_local_blocks,
+        "num_sliding_window_blocks": num_sliding_window_blocks,
+        "num_global_blocks": num_global_blocks,
+        "num_random_blocks": num_random_blocks,
+        "num_different_global_patterns": num_different_global_patterns,
+        "local_window_blocks": local_window_blocks,
+        "global_block_indices": global_block_indices,
+        "global_block_end_indices": global_block_end_indices,
+        "horizontal_global_attention": horizontal_global_attention,
+        "different_layout_per_head": different_layout_per_head,
+        "attention": attention,
+    }
+    options = Options(
+        max_length=max_length,
+        mode=mode,
+        block=block,
+        parameters={name: value for name, value in given.items() if value is not None},
+        section=sparsity_section(Path(sparsity)) if isinstance(sparsity, (str, Path)) else sparsity,
+        layout=None if layout is None else Path(layout),
+        seed=seed,
+        different_layout_per_layer=different_layout_per_layer,
+        positions=positions,
+        dtype=dtype,
+    )
+    found = Source(source) if isinstance(source, Path) else find_source(source, progress=progress is not None)
+    return convert_source(
+        found,
+        Path(target),
+        options,
+        config_path=None if config is None else Path(config),
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def plan_source(source: Source, options: Options, config_path: Path | None = None) -> tuple[Checkpoint, Plan]:
+    """Opens a source and plans its conversion. Returns the checkpoint and the plan."""
+    check_options(options)
+    checkpoint = open_checkpoint(source.path)
+    config = read_config(config_path or checkpoint.folder / CONFIG)
+    planned = plan(checkpoint.tensors, config, options, where=source.path)
+    return checkpoint, replace(planned, skipped=dict(checkpoint.skipped))
+
+
+def check_options(options: Options) -> None:
+    """Raises SparsityError for options that do not go together, or that no mode has."""
+    if options.section is not None and (options.mode or options.block or options.parameters):
+        raise SparsityError(
+            "expected the sparsity in one place", found="a section and a mode, block or parameter of it"
+        )
+    mode = options.mode or ("custom" if options.layout else "windowed")
+    if mode not in MODES:
+        raise SparsityError(f"expected one of {', '.join(MODES)}", found=repr(mode), where="mode")
+    names = MODES[mode].parameter_names()
+    if wrong := next((name for name in options.parameters if name not in names), None):
+        raise SparsityError(f"the mode {mode} has no {wrong}", hint=f"it has {', '.join(names)}")
+
+
+def sparsity_section(path: Path) -> dict[str, Any]:
+    """The `sparse_attention` section of a DeepSpeed config, or the file itself where it is that section.
+
+    Raises:
+        SparsityError: the file is not such JSON.
+    """
+    content = read_json(path, error=SparsityError)
+    section = None
+    if isinstance(content, dict):
+        section = content.get("sparse_attention", content if "mode" in content else None)
+    if not isinstance(content, dict) or not isinstance(section, dict):
+        raise SparsityError('expected a "sparse_attention" section with a mode', found="none", where=path)
+    # A config.json in GENA-LM's form names the class instead of the mode.
+    return {key: content[key] for key in ("sparse_config_cls",) if key in content} | section
+
+
+def convert_source(
+    source: Source,
+    target: Path,
+    options: Options = BARE,
+    *,
+    config_path: Path | None = None,
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Converted:
+    """`convert` of a source that was found, with its options in one value. Arguments and errors are those of `convert`."""
+    started = time.perf_counter()
+    folder = AtomicFolder(target, overwrite=overwrite)
+    folder.refuse_target()
+    checkpoint, planned = plan_source(source, options, config_path)
+    read = [path.resolve() for path in (checkpoint.folder, *checkpoint.files)]
+    if any(folder.target in (path, *path.parents) for path in read):
+        raise CheckpointError("the target would replace the source", where=target, hint="choose another folder")
+    with folder as staging:
+        files = write_weights(staging, planned.tensors, max_shard_size=max_shard_size, progress=progress)
+        checkpoint.check_unchanged()
+        write_json(staging / CONFIG, planned.config)
+        tokenizer_files.write(checkpoint.folder, staging, planned.source_length, planned.max_length)
+        for path in sorted(path for path in staging.rglob("*") if path.is_file()):
+            name = path.relative_to(staging).as_posix()
+            if name not in files:
+                files[name] = _file_record(path)
+        record = conversion_record(planned, source, checkpoint.files, options, files)
+        write_json(staging / CONVERSION_RECORD, to_json(record))
+        card.write(staging, repo=_text(target.resolve().name))
+    return Converted(target, planned, record, time.perf_counter() - started)
+
+
+def conversion_record(
+    planned: Plan, source: Source, source_files: list[Path], options: Options, files: Mapping[str, FileRecord]
+) -> ConversionRecord:
+    """The record of a conversion."""
+    return ConversionRecord(
+        bsa_export=__version__,
+        family=planned.family.name,
+        source=SourceEntry(
+            path=_text(source.path.resolve().name),
+            repo=source.repo,
+            revision=source.revision,
+            license=card.source_license(source_files[0].parent),
+            files={_text(path.name): FileEntry(path.stat().st_size) for path in source_files},
+            config=planned.source_config,
+        ),
+        options=options.recorded(),
+        seed=options.seed,
+        source_length=planned.source_length,
+        max_length=planned.max_length,
+        sparsity=planned.sparsity.to_dict(),
+        density=planned.facts.density,
+        renamed=planned.renamed,
+        changed=planned.changed,
+        added=planned.added,
+        dropped=planned.dropped,
+        tied=planned.tied,
+        positions=planned.positions,
+        sparse_source=planned.sparse_source,
+        skipped=planned.skipped,
+        notes=planned.notes,
+        not_finite={name: what for file in files.values() for name, what in file.not_finite.items()},
+        files={name: FileEntry(file.bytes, file.sha256, file.checksum) for name, file in files.items()},
+        versions={"python": platform.python_version(), "numpy": np.__version__},
+    )
+
+
+def _text(name: str) -> str:
+    """A file's name as text, whatever bytes it has."""
+    return name.encode("utf-8", "replace").decode()
+
+
+def _file_record(path: Path) -> FileRecord:
+    data = path.read_bytes()
+    return FileRecord(len(data), sha256=sha256(data).hexdigest())

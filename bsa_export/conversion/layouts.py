@@ -1,0 +1,150 @@
+"""The sparsity config and the layouts of a conversion: as the options describe them, or as a sparse source has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from bsa_export.checkpoint.dtypes import read
+from bsa_export.checkpoint.table import Tensor
+from bsa_export.conversion.options import Options
+from bsa_export.errors import SparsityError
+from bsa_export.sparsity.configs import (
+    DEEPSPEED_LENGTH,
+    MODES,
+    CustomSparsityConfig,
+    SparsityConfig,
+    make_layouts,
+    sparsity_config,
+    sparsity_config_from_class_path,
+    windowed_for,
+)
+from bsa_export.sparsity.facts import check_layout
+from bsa_export.sparsity.layout_file import load_layouts
+
+BLOCKS = (64, 32, 16)  # tried in this order where no block is named
+
+
+def chosen_layouts(
+    options: Options, source_length: int, heads: int, layers: int
+) -> tuple[SparsityConfig, list[np.ndarray]]:
+    """The sparsity config that the options describe, and its layouts."""
+    length = options.max_length or source_length
+    if options.section is not None:
+        section = {key: value for key, value in options.section.items() if key != "sparse_config_cls"}
+        config = _configured_sparsity(options.section, section, heads)
+        if config.mode == "custom" and options.layout is None:
+            raise SparsityError(
+                "a custom layout comes from a file", where="sparse_attention: mode", hint="--layout names it"
+            )
+    else:
+        block = options.block or _default_block(source_length, length)
+        mode = options.mode or ("custom" if options.layout else "windowed")
+        if mode == "windowed":
+            config = windowed_for(source_length, heads, block)
+            config = replace(config, **options.parameters)
+        else:
+            config = MODES[mode](num_heads=heads, block=block, **options.parameters)
+    if (config.mode == "custom") != (options.layout is not None):
+        raise SparsityError(
+            "a layout file goes with the mode custom, and that mode with a layout file",
+            found=f"mode {config.mode}",
+            where="--layout",
+        )
+    if length % config.block:
+        below, above = length - length % config.block, length - length % config.block + config.block
+        choices = " or ".join(f"{choice:,}" for choice in (below, above) if choice)
+        raise SparsityError(
+            f"expected a length in whole blocks of {config.block} tokens",
+            found=f"{length:,}",
+            where="--max-length" if options.max_length else "the source's length",
+            hint=f"choose {'' if options.max_length else 'another --block, or --max-length '}{choices}",
+        )
+    if options.layout is not None:
+        return config, load_layouts(options.layout, layers, heads, length // config.block)
+    if options.different_layout_per_layer and not getattr(config, "num_random_blocks", 0):
+        raise SparsityError(
+            "layers differ only in random blocks",
+            found=f"{config.mode} without any",
+            where="--different-layout-per-layer",
+        )
+    layouts = make_layouts(config, length, layers, options.seed, options.different_layout_per_layer)
+    for layout in {id(layout): layout for layout in layouts}.values():
+        check_layout(layout, f"{config.mode} at {length:,} tokens")
+    return config, layouts
+
+
+def _default_block(source_length: int, length: int) -> int:
+    """The largest of BLOCKS in which both lengths are whole, so that a window is as long as the source; else the new one alone."""
+    for lengths in ((source_length, length), (length,)):
+        for block in BLOCKS:
+            if not any(tokens % block for tokens in lengths):
+                return block
+    return BLOCKS[0]
+
+
+def kept_layouts(
+    tensors: Mapping[str, Tensor], stored: Mapping[int, str], config: dict, source_length: int, options: Options
+) -> tuple[SparsityConfig, list[np.ndarray]]:
+    """The sparsity config and layouts of a source that is sparse already: as stored, else as configured."""
+    if options.chooses_sparsity or options.max_length not in (None, source_length) or options.positions != "tile":
+        raise SparsityError(
+            "the source is sparse already, and its layouts are kept",
+            where="source",
+            hint="leave the options for sparsity, length and positions out, or convert it with --to-dense first",
+        )
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    section = config.get("sparse_attention") or {}
+    if not isinstance(section, Mapping):
+        raise SparsityError(
+            "expected an object with a block", found=repr(section)[:80], where="config.json: sparse_attention"
+        )
+    if not stored:
+        sparsity = _configured_sparsity(config, section, heads)
+        length = source_length - source_length % sparsity.block
+        return sparsity, make_layouts(sparsity, length, layers, options.seed)
+    if sorted(stored) != list(range(layers)):
+        raise SparsityError(
+            f"expected a stored layout for each of {layers} layers", found=f"layers {sorted(stored)}", where="source"
+        )
+    arrays = [read(tensors[stored[layer]]) for layer in range(layers)]
+    for layer, array in enumerate(arrays):
+        check_layout(array, stored[layer])
+        if array.shape != (heads, *arrays[0].shape[1:]):
+            raise SparsityError(
+                f"expected [{heads}, {arrays[0].shape[1]}, {arrays[0].shape[1]}]",
+                found=list(array.shape),
+                where=stored[layer],
+            )
+    n = arrays[0].shape[1]
+    try:
+        sparsity = _configured_sparsity(config, section, heads)
+    except SparsityError:
+        sparsity = CustomSparsityConfig(heads, section.get("block") or _block_of(n, source_length))
+    # Positions and layout may have been made for different lengths: the model reads what both cover.
+    n = min(n, source_length // sparsity.block)
+    if n < 1:
+        raise SparsityError(
+            f"expected at least a block of {sparsity.block} tokens", found=f"{source_length} positions", where="source"
+        )
+    same = {array.tobytes(): np.ascontiguousarray(array[:, :n, :n], np.uint8) for array in arrays}
+    return sparsity, [same[array.tobytes()] for array in arrays]
+
+
+def _configured_sparsity(config: Mapping, section: Mapping, heads: int) -> SparsityConfig:
+    path = config.get("sparse_config_cls")
+    return sparsity_config_from_class_path(path, section, heads) if path else sparsity_config(section, heads)
+
+
+def _block_of(blocks: int, source_length: int) -> int:
+    """The block of a stored layout that no config describes: by the positions, else by DeepSpeed's own length."""
+    for length in (source_length, DEEPSPEED_LENGTH):
+        if length % blocks == 0 and length // blocks in (16, 32, 64, 128):
+            return length // blocks
+    raise SparsityError(
+        f"its layouts have {blocks} blocks a row, and no config tells the tokens of a block",
+        where="source",
+        hint='add "sparse_attention": {"block": ...} to config.json',
+    )

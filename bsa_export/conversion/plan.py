@@ -1,0 +1,344 @@
+"""The conversion itself, pure: a table and a config.json in, the table and config.json of the sparse model out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from bsa_export.bert.encoder import Encoder
+from bsa_export.bert.expected_tensors import OTHER_MODEL, compare, sparse_spec
+from bsa_export.bert.families import STORED_LAYOUT, TOKEN_TYPES, WORDS, Family
+from bsa_export.bert.positions import extend
+from bsa_export.checkpoint.dtypes import DTYPES, TORCH_NAMES, cast, pieces, read
+from bsa_export.checkpoint.table import Computed, Tensor, tied
+from bsa_export.conversion.layouts import chosen_layouts, kept_layouts
+from bsa_export.conversion.options import BARE, Options
+from bsa_export.converted.records import Change, DropReason, Note, NoteKind, Positions
+from bsa_export.errors import FamilyError
+from bsa_export.sparsity.configs import SparsityConfig, config_class_path
+from bsa_export.sparsity.facts import LayoutFacts, attention_flops, layout_facts
+from bsa_export.text import some
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion does, name by name, before anything is written.
+
+    Attributes:
+        family: of the source.
+        tensors: what is written, in order.
+        config: content of the new config.json.
+        source_config: content of the source's.
+        source_length, max_length: tokens that the source and the new model read.
+        sparsity: the sparsity config; its layouts are `layouts`, uint8 `[heads, n, n]` one a layer.
+        renamed: source's name -> written name.
+        changed: written name -> what is done to its values.
+        added: written names that no source's tensor stands behind.
+        dropped: source's name -> why it is left out.
+        tied: source's name that is not written -> written name with the same bytes.
+        positions: how the position embeddings are extended; None where they stay.
+        sparse_source: whether the source was sparse already, so that its own layouts are kept.
+        skipped: what is stored next to the source's tensors -> why it is not read.
+        notes: what a user should know.
+    """
+
+    family: Family
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    source_config: dict[str, Any]
+    source_length: int
+    max_length: int
+    sparsity: SparsityConfig
+    layouts: list[np.ndarray]
+    renamed: dict[str, str]
+    changed: dict[str, Change]
+    added: list[str]
+    dropped: dict[str, DropReason]
+    tied: dict[str, str]
+    positions: Positions | None
+    sparse_source: bool
+    notes: list[Note]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def copied(self) -> list[str]:
+        """The written names whose bytes are the source's."""
+        own = {*self.changed, *self.added}
+        return [name for name in self.tensors if name not in own]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are written."""
+        return sum(row.nbytes for row in self.tensors.values())
+
+    @property
+    def keeps_source_layouts(self) -> bool:
+        """Whether the layouts are those that the source stored, bit for bit."""
+        return any(change.layout for change in self.changed.values())
+
+    @cached_property
+    def facts(self) -> LayoutFacts:
+        """What the layouts mean for this model."""
+        interpolated = self.positions is not None and self.positions.interpolated
+        return layout_facts(self.layouts, self.sparsity.block, self.source_length, interpolated)
+
+    def attention_flops(self, density: float) -> float:
+        """Floating-point operations of one input of the longest length, in all attention layers."""
+        heads, layers = self.config["num_attention_heads"], self.config["num_hidden_layers"]
+        return attention_flops(density, self.max_length, self.config["hidden_size"] // heads, heads, layers)
+
+
+@dataclass
+class _Draft:
+    """What a plan is put together from; every step adds to it. `stored` are the source's layouts, layer -> name."""
+
+    written: dict[str, Tensor] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, Change] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
+    dropped: dict[str, DropReason] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    stored: dict[int, str] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+
+
+def plan(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], options: Options = BARE, where: object = None
+) -> Plan:
+    """Works out the conversion of a table, dense or sparse already (then its layouts stay). Reads small tensors only.
+
+    Args:
+        tensors: the source's (`open_checkpoint(path).tensors`).
+        config: content of its config.json.
+        options: what the user chose.
+        where: the source, for messages.
+
+    Raises:
+        FamilyError: it is of no BERT family, or its tensors do not fit the config.
+        SparsityError: the sparsity or the length cannot be.
+    """
+    encoder = Encoder.find(tensors, config)
+    draft = _Draft()
+    _map_names(draft, encoder, tensors, where)
+    _leave_out_tied(draft, encoder)
+    _add_token_types(draft, encoder)
+    compare(draft.written, encoder.dense_spec()).raise_if_any(where)
+    _refuse_more_layers(draft.written, encoder, where)
+
+    sparse_source = bool(
+        draft.stored or encoder.config.get("sparse_attention") or encoder.config.get("sparse_config_cls")
+    )
+    if sparse_source:
+        sparsity, layouts = kept_layouts(tensors, draft.stored, encoder.config, encoder.longest, options)
+        _note_kept_layouts(draft, encoder, tensors, sparsity, layouts)
+    else:
+        sparsity, layouts = chosen_layouts(options, encoder.longest, encoder.heads, encoder.layers)
+    max_length = layouts[0].shape[-1] * sparsity.block
+
+    positions = _extend_positions(draft, encoder, max_length, options)
+    _cast(draft, options)
+    _store_layouts(draft, encoder, layouts)
+    new_config = _sparse_config(encoder, max_length, sparsity, options)
+    compare(draft.written, sparse_spec(encoder.family, new_config, encoder.written_prefix)).raise_if_any(where)
+    if (head := encoder.family.class_without_equal(config)) is not None:
+        kept = f"BERT has no class like {head}: its head's tensors are kept, but only the encoder runs in transformers"
+        draft.notes.insert(0, Note(NoteKind.HEAD_WITHOUT_CLASS, kept))
+    return Plan(
+        family=encoder.family,
+        tensors=dict(sorted(draft.written.items(), key=lambda item: _natural(item[0]))),
+        config=new_config,
+        source_config=dict(config),
+        source_length=encoder.longest,
+        max_length=max_length,
+        sparsity=sparsity,
+        layouts=layouts,
+        renamed=draft.renamed,
+        changed=draft.changed,
+        added=draft.added,
+        dropped=draft.dropped,
+        tied=draft.tied,
+        positions=positions,
+        sparse_source=sparse_source,
+        notes=draft.notes,
+    )
+
+
+def _map_names(draft: _Draft, encoder: Encoder, tensors: Mapping[str, Tensor], where: object) -> None:
+    """Gives every tensor its written name, apart from buffers, which are dropped, and stored layouts."""
+    for name, row in tensors.items():
+        if encoder.is_buffer(name):
+            draft.dropped[name] = DropReason.BUFFER if _is_usual_buffer(name, row) else DropReason.CHANGED_BUFFER
+            continue
+        if match := STORED_LAYOUT.fullmatch(name):
+            draft.stored[int(match[2])] = name
+            continue
+        new = encoder.written_name(name)
+        if new in draft.written:
+            raise FamilyError(f"two of its tensors would be written as {new}", where=where)
+        draft.written[new] = row
+        if new != name:
+            draft.renamed[name] = new
+
+
+def _leave_out_tied(draft: _Draft, encoder: Encoder) -> None:
+    """Leaves out the head's tensors that transformers ties to others that are written."""
+    source_names = {new: old for old, new in draft.renamed.items()}
+    for new, holder in _ties(draft.written, encoder).items():
+        old = source_names.get(new, new)
+        draft.tied[old] = holder
+        del draft.written[new]
+        draft.renamed.pop(old, None)
+
+
+def _add_token_types(draft: _Draft, encoder: Encoder) -> None:
+    """Adds the token types that the written class has and the source's family lacks: zeros change nothing."""
+    name = f"{encoder.written_prefix}{TOKEN_TYPES}"
+    words = draft.written.get(f"{encoder.written_prefix}{WORDS}")
+    if encoder.family.lacks_token_types and name not in draft.written and words is not None and len(words.shape) == 2:
+        draft.added.append(name)
+        draft.written[name] = _zeros(words.dtype, (encoder.sizes.type_vocab_size, words.shape[1]))
+
+
+def _note_kept_layouts(
+    draft: _Draft, encoder: Encoder, tensors: Mapping[str, Tensor], sparsity: SparsityConfig, layouts: list[np.ndarray]
+) -> None:
+    """Says where the kept layouts are not those of the training, or do not cover all positions."""
+    if not draft.stored and getattr(sparsity, "num_random_blocks", 0):
+        redrawn = (
+            "the checkpoint stores no layouts: random blocks are drawn again and differ from those used in training"
+        )
+        draft.notes.append(Note(NoteKind.LAYOUTS_REDRAWN, redrawn))
+    covered = tensors[draft.stored[0]].shape[-1] * sparsity.block if draft.stored else encoder.longest
+    if (reads := layouts[0].shape[-1] * sparsity.block) < max(covered, encoder.longest):
+        cut = f"it has {encoder.longest:,} positions and layouts for {covered:,} tokens: it reads the {reads:,} that both cover"
+        draft.notes.append(Note(NoteKind.LENGTHS_DIFFER, cut))
+
+
+def _extend_positions(draft: _Draft, encoder: Encoder, max_length: int, options: Options) -> Positions | None:
+    """Makes the position embeddings those of `max_length` tokens. Returns what was done, None for nothing."""
+    if max_length == encoder.longest:
+        return None
+    name, method = encoder.position_name, options.positions if max_length > encoder.longest else "tile"
+    table = draft.written[name]
+    positions = Positions(method, encoder.reserved, table.shape[0], encoder.reserved + max_length)
+    draft.written[name] = extend(name, table, max_length, encoder.reserved, method)
+    draft.changed[name] = Change(rows=(positions.source_rows, positions.rows), method=method)
+    return positions
+
+
+def _cast(draft: _Draft, options: Options) -> None:
+    """Rounds floating tensors to the chosen dtype."""
+    if options.dtype == "keep":
+        return
+    for name, row in draft.written.items():
+        narrowed = cast(name, row, DTYPES[options.dtype])
+        if narrowed is row:
+            continue
+        draft.written[name] = narrowed
+        if name not in draft.added:
+            before = draft.changed.get(name, Change())
+            draft.changed[name] = Change(before.rows, before.method, (row.dtype, narrowed.dtype))
+
+
+def _store_layouts(draft: _Draft, encoder: Encoder, layouts: list[np.ndarray]) -> None:
+    """Writes each layer's layout, one uint8 for each block."""
+    for layer, layout in enumerate(layouts):
+        name = encoder.layout_name(layer)
+        draft.written[name] = _layout_row(layout)
+        if layer not in draft.stored:
+            draft.added.append(name)
+            continue
+        if draft.stored[layer] != name:
+            draft.renamed[draft.stored[layer]] = name
+        draft.changed[name] = Change(layout=True)
+
+
+def _sparse_config(encoder: Encoder, max_length: int, sparsity: SparsityConfig, options: Options) -> dict[str, Any]:
+    """The config.json of the sparse model."""
+    config = dict(encoder.config)
+    if options.dtype != "keep":
+        config["dtype" if "dtype" in config else "torch_dtype"] = TORCH_NAMES[options.dtype]
+    config["max_position_embeddings"] = encoder.reserved + max_length
+    config["sparse_config_cls"] = config_class_path(sparsity)
+    config["sparse_attention"] = sparsity.to_parameters()
+    return config
+
+
+def _refuse_more_layers(names: Iterable[str], encoder: Encoder, where: object) -> None:
+    """Raises FamilyError for tensors of layers that the config.json does not have: they would never be used."""
+    layer = re.compile(re.escape(encoder.written_prefix) + r"encoder\.layer\.(\d+)\.")
+    more = [name for name in names if (match := layer.match(name)) and int(match[1]) >= encoder.layers]
+    if more:
+        raise FamilyError(
+            f"expected tensors of {encoder.layers} layers, which is num_hidden_layers of config.json",
+            found=some(more, 1),
+            where=where,
+            hint=OTHER_MODEL,
+        )
+
+
+def buffer_values(name: str, rows: int) -> np.ndarray:
+    """What a model makes of one of BUFFERS: int64 `[1, rows]`, the positions in order or zeros."""
+    return (np.arange(rows) if name.endswith("position_ids") else np.zeros(rows)).astype("<i8")[None]
+
+
+def _is_usual_buffer(name: str, row: Tensor) -> bool:
+    return (
+        row.dtype == "I64" and row.shape[:1] == (1,) and np.array_equal(read(row), buffer_values(name, row.shape[-1]))
+    )
+
+
+def _natural(name: str) -> list:
+    """Sorts layer 2 before layer 10, so that the order does not depend on how the source was stored."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _ties(written: Mapping[str, Tensor], encoder: Encoder) -> dict[str, str]:
+    """Written names of a head that transformers ties to another, where they hold the same bytes: name -> the other.
+
+    Shared storage tells; where a format or a shard forced a copy, the bytes do. Nothing is tied where the config says so: then
+    transformers looks for both names.
+    """
+    if not encoder.config.get("tie_word_embeddings", True):
+        return {}
+    shared = tied(written)
+    ties = {}
+    for name, holder in encoder.family.tied.items():
+        holder = f"{encoder.written_prefix}{holder[1:]}" if holder.startswith(".") else holder
+        if name not in written or holder not in written:
+            continue
+        if shared.get(name, name) == shared.get(holder, holder) or _same_bytes(written[name], written[holder]):
+            ties[name] = holder
+    return ties
+
+
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(a == b for a, b in zip(_regular(pieces(one)), _regular(pieces(other)), strict=True))
+
+
+def _regular(parts: Iterable[memoryview], size: int = 1 << 16) -> Iterator[bytes]:
+    """The same bytes in pieces of one size; the last one may be shorter."""
+    left = b""
+    for part in parts:
+        left += bytes(part)
+        whole = len(left) - len(left) % size
+        yield from (left[start : start + size] for start in range(0, whole, size))
+        left = left[whole:]
+    if left:
+        yield left
+
+
+def _zeros(dtype: str, shape: tuple[int, ...]) -> Tensor:
+    row = Tensor(dtype, shape, Computed(lambda: iter(())))
+    return Tensor(dtype, shape, Computed(lambda: iter([bytes(row.nbytes)])))
+
+
+def _layout_row(layout: np.ndarray) -> Tensor:
+    return Tensor("U8", layout.shape, Computed(lambda: iter([memoryview(np.ascontiguousarray(layout).reshape(-1))])))

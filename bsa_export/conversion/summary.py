@@ -1,0 +1,182 @@
+"""What a conversion does or did, as facts in aligned lines and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bsa_export.conversion.convert import Converted
+from bsa_export.conversion.plan import Plan
+from bsa_export.converted.records import Change, DropReason, to_json
+from bsa_export.text import Lines, size
+
+MAX_NAMES = 8
+POSITION_WORDS = {"tile": "tiled", "interpolate": "interpolated"}
+DROP_WORDS = {
+    DropReason.BUFFER: "a buffer that the model makes itself",
+    DropReason.CHANGED_BUFFER: "a buffer that the model makes itself, with other values",
+    DropReason.IGNORED: "ignored, as --ignore-tensors says",
+}
+
+
+def change_words(change: Change) -> str:
+    """What is done to a tensor, in words."""
+    parts = []
+    if change.layout:
+        parts.append("the stored layout as U8, one 0 or 1 for each block")
+    if change.rows:
+        parts.append(f"{change.rows[0]} rows to {change.rows[1]}, {change.method}")
+    if change.dtype:
+        parts.append(f"{change.dtype[0]} to {change.dtype[1]}")
+    return ", ".join(parts)
+
+
+def conversion_lines(done: Converted) -> Lines:
+    """What a conversion did, and what its choice means."""
+    weights = [name for name in done.record.files if name.endswith(".safetensors") and "/" not in name]
+    nbytes = sum(done.record.files[name].bytes for name in weights)
+    files = f", {len(weights)} files of weights" if len(weights) > 1 else ""
+    lines = plan_facts(done.plan)
+    if broken := done.record.not_finite:
+        (name, what), *others = broken.items()
+        more = f", and {len(others)} more tensors" if others else ""
+        lines.append(("warning", f"{name} holds {what} values{more}; they are copied as they are"))
+    return [*lines, ("written", f"{done.folder}, {size(nbytes)}{files} in {done.seconds:.2f} s")]
+
+
+def plan_lines(planned: Plan) -> Lines:
+    """What a conversion would do, with the names that are not just copied."""
+    lines = plan_facts(planned)
+    for label, names in (
+        ("renamed", [f"{old} -> {new}" for old, new in planned.renamed.items()]),
+        ("changed", [f"{name}: {change_words(change)}" for name, change in planned.changed.items()]),
+        ("added", planned.added),
+        ("dropped", [f"{name}: {DROP_WORDS[why]}" for name, why in planned.dropped.items()]),
+        ("tied", [f"{name} = {holder}" for name, holder in planned.tied.items()]),
+    ):
+        shown = names if len(names) <= MAX_NAMES else [*names[:2], f"... {len(names) - 3} more", names[-1]]
+        lines += [(label if number == 0 else "", name) for number, name in enumerate(shown)]
+    return [*lines, ("written", "nothing: this is a dry run")]
+
+
+def plan_facts(planned: Plan) -> Lines:
+    """The facts of a conversion that hold before it is done."""
+    facts, sparsity, config = planned.facts, planned.sparsity, planned.config
+    parameters = ", ".join(
+        f"{name} {value}"
+        for name, value in sparsity.to_dict().items()
+        if name not in ("mode", "block") and value is not None and value is not False
+    )
+    grown = planned.max_length != planned.source_length
+    length = (
+        f"{planned.source_length:,} -> {planned.max_length:,} tokens"
+        if grown
+        else f"{planned.max_length:,} tokens, as it was"
+    )
+    if planned.positions:
+        reserved = f", {planned.positions.reserved} reserved rows kept" if planned.positions.reserved else ""
+        length += f", positions {POSITION_WORDS[planned.positions.method]}{reserved}"
+    counts = {
+        "copied": planned.copied,
+        "changed": to_json(planned.changed),
+        "added": planned.added,
+        "dropped": to_json(planned.dropped),
+        "tied": planned.tied,
+    }
+    blocks = planned.max_length // sparsity.block
+    lines = [
+        (
+            "family",
+            f"{planned.family.name}, {config['num_hidden_layers']} layers of {config['num_attention_heads']} heads",
+        ),
+        ("tensors", ", ".join(f"{len(names)} {kind}" for kind, names in counts.items() if names)),
+        ("size", size(planned.nbytes)),
+        ("length", length),
+        ("sparsity", f"{sparsity.mode}, block {sparsity.block}" + (f", {parameters}" if parameters else "")),
+        ("density", f"{facts.density:.1%} of {blocks} x {blocks} blocks are kept"),
+        (
+            "attention",
+            f"{_flops(planned.attention_flops(1.0))} dense, {_flops(planned.attention_flops(facts.density))} now, "
+            f"for {planned.max_length:,} tokens",
+        ),
+        *meaning(planned),
+        *(("note", note.text) for note in planned.notes),
+    ]
+    if planned.skipped:
+        (name, why), *others = planned.skipped.items()
+        lines.append(("skipped", f"{name}: {why}" + (f"; and {len(others)} more" if others else "")))
+    if not grown and not planned.sparse_source:
+        lines.append(
+            ("longer", f"--max-length {8 * planned.source_length} lets it read {8 * planned.source_length:,} tokens")
+        )
+    return lines
+
+
+def meaning(planned: Plan) -> Lines:
+    """What the layouts mean for outputs: for short inputs, for repeated positions, for training."""
+    if planned.sparse_source:
+        return [
+            (
+                "layouts",
+                "the source's own, as stored"
+                if planned.keeps_source_layouts
+                else "made again from the source's config.json",
+            )
+        ]
+    facts = planned.facts
+    length = f"{min(facts.source_length, facts.seq_len):,} tokens"
+    if facts.interpolated:
+        short = "other outputs than the source's: no position is one that it knows"
+    elif facts.short_inputs_differ:
+        short = f"other outputs than the source's: {facts.kept_share:.1%} of the blocks within {length} are kept"
+    else:
+        short = f"the source's outputs: every block within {length} is kept"
+    lines = [("short inputs", short)]
+    if planned.max_length > planned.source_length:
+        if facts.interpolated:
+            reach = f"a token sees others up to {facts.reach:,} tokens away"
+        elif facts.repeats_positions:
+            reach = f"a token sees others {facts.reach:,} tokens away, where positions repeat"
+        else:
+            reach = f"a token sees others up to {facts.reach:,} tokens away, fewer than repeat a position"
+        lines.append(("reach", reach))
+    training = "needed before it is as good as its source" if facts.needs_training else "not needed"
+    return [*lines, ("training", training)]
+
+
+def plan_content(planned: Plan) -> dict[str, Any]:
+    """`plan_lines` for programs, with every name."""
+    return {
+        "family": planned.family.name,
+        "tensors": {name: {"dtype": row.dtype, "shape": list(row.shape)} for name, row in planned.tensors.items()},
+        "bytes": planned.nbytes,
+        "source_length": planned.source_length,
+        "max_length": planned.max_length,
+        "sparsity": planned.sparsity.to_dict(),
+        "density": planned.facts.density,
+        "kept_share": planned.facts.kept_share,
+        "short_inputs_differ": planned.facts.short_inputs_differ,
+        "reach": planned.facts.reach,
+        "repeats_positions": planned.facts.repeats_positions,
+        "needs_training": planned.facts.needs_training,
+        "attention_flops": {
+            "dense": planned.attention_flops(1.0),
+            "sparse": planned.attention_flops(planned.facts.density),
+        },
+        "renamed": planned.renamed,
+        "changed": to_json(planned.changed),
+        "added": planned.added,
+        "dropped": to_json(planned.dropped),
+        "tied": planned.tied,
+        "positions": to_json(planned.positions),
+        "sparse_source": planned.sparse_source,
+        "skipped": planned.skipped,
+        "notes": to_json(planned.notes),
+    }
+
+
+def _flops(count: float) -> str:
+    for unit in ("GFLOP", "TFLOP"):
+        count /= 1e9 if unit == "GFLOP" else 1e3
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+    return f"{count / 1e3:,.3g} PFLOP"

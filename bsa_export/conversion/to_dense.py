@@ -1,0 +1,204 @@
+"""The way back: a converted folder becomes the dense checkpoint that it came from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bsa_export.bert.encoder import Encoder
+from bsa_export.bert.families import FAMILIES, POSITIONS, STORED_LAYOUT, Family, read_config
+from bsa_export.checkpoint.atomic_folder import AtomicFolder
+from bsa_export.checkpoint.dtypes import read
+from bsa_export.checkpoint.open import open_checkpoint
+from bsa_export.checkpoint.table import Computed, FileRange, Tensor
+from bsa_export.checkpoint.writer import write_weights
+from bsa_export.conversion import tokenizer_files
+from bsa_export.conversion.plan import buffer_values
+from bsa_export.conversion.summary import DROP_WORDS
+from bsa_export.converted.names import CONFIG, CONVERSION_RECORD
+from bsa_export.converted.records import ConversionRecord, DropReason, read_conversion
+from bsa_export.errors import CheckpointError, FamilyError
+from bsa_export.files import write_json
+from bsa_export.hub.source import find_source
+
+SPARSE_FIELDS = ("sparse_config_cls", "sparse_attention")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense checkpoint to be written.
+
+    Attributes:
+        tensors: by the source's names.
+        config: content of its config.json.
+        max_length: tokens that it reads.
+        notes: where it is not the source bit for bit, a sentence each.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict
+    max_length: int
+    notes: list[str]
+
+
+def plan_dense(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    record: ConversionRecord | None,
+    max_length: int | None = None,
+) -> Dense:
+    """Works out the dense checkpoint of a sparse one: layouts go, names and positions become the source's.
+
+    Args:
+        tensors: of the sparse checkpoint.
+        config: content of its config.json.
+        record: content of its conversion.json; None for a checkpoint that was trained sparse.
+        max_length: tokens that the dense model is to read; None is the source's length, as recorded, else the
+            checkpoint's.
+
+    Raises:
+        FamilyError: it is of no BERT family, or cannot read that many tokens.
+    """
+    encoder = Encoder.find(tensors, config)
+    family = FAMILIES[record.family] if record else encoder.family
+    reserved, longest = encoder.reserved, encoder.longest
+    positions = record.positions if record else None
+    length = max_length or (min(record.source_length, longest) if record else longest)
+    if length > longest:
+        raise FamilyError(
+            f"expected at most the {longest:,} tokens that it reads", found=f"{length:,}", where="--max-length"
+        )
+
+    notes = []
+    dense = {name: row for name, row in tensors.items() if not STORED_LAYOUT.fullmatch(name)}
+    name = f"{encoder.prefix}{POSITIONS}"
+    if positions and positions.interpolated:
+        rows = positions.source_rows - positions.reserved
+        if length not in (rows, longest):
+            raise FamilyError(
+                f"its positions are interpolated: they give {rows:,} or {longest:,} tokens back",
+                found=f"{length:,}",
+                where="--max-length",
+            )
+        if length != longest and longest % rows:
+            notes.append(
+                f"{name}: interpolated from {rows:,} to {longest:,}, no multiple: "
+                "its rows are near the source's, not equal"
+            )
+        dense[name] = _picked(dense[name], reserved, np.round(np.arange(length) * longest / length).astype(int))
+    elif length < longest:
+        dense[name] = _cut(dense[name], reserved + length)
+    if record:
+        dense = _restored(dense, record, reserved + length, notes)
+    new_config = {
+        key: value for key, value in (record.source.config if record else config).items() if key not in SPARSE_FIELDS
+    }
+    new_config["max_position_embeddings"] = reserved + length
+    if record and record.options.dtype != "keep":
+        key = "dtype" if "dtype" in new_config else "torch_dtype"
+        new_config[key] = config.get(key)
+        notes.append(f"the conversion rounded to {record.options.dtype}: values stay rounded")
+    _check_family(family, new_config)
+    return Dense(dense, new_config, length, notes)
+
+
+def _check_family(family: Family, config: Mapping) -> None:
+    kind = config.get("model_type", family.name)
+    if kind != family.name:
+        raise FamilyError(f"expected the config of a {family.name} model", found=repr(kind), where=CONVERSION_RECORD)
+
+
+def _restored(dense: dict[str, Tensor], record: ConversionRecord, rows: int, notes: list[str]) -> dict[str, Tensor]:
+    """The tensors under the source's names, with what the conversion left out."""
+    source_names = {new: old for old, new in record.renamed.items()}
+    added = set(record.added)
+    tied = {old: dense[holder] for old, holder in record.tied.items() if holder in dense}
+    restored = {source_names.get(name, name): row for name, row in dense.items() if name not in added} | tied
+    for name, why in record.dropped.items():
+        if why is DropReason.BUFFER:
+            values = buffer_values(name, rows)
+            restored[name] = Tensor("I64", values.shape, Computed(lambda values=values: iter([values.tobytes()])))
+        else:
+            notes.append(f"{name}: left out by the conversion ({DROP_WORDS[why]})")
+    return restored
+
+
+def _cut(table: Tensor, rows: int) -> Tensor:
+    """The first rows of a table, still a range of its file."""
+    shape = (rows, *table.shape[1:])
+    if isinstance(table.data, FileRange):
+        nbytes = table.nbytes // table.shape[0] * rows
+        return Tensor(table.dtype, shape, replace(table.data, nbytes=nbytes))
+    return Tensor(table.dtype, shape, Computed(lambda: iter([read(table)[:rows].tobytes()])))
+
+
+def _picked(table: Tensor, reserved: int, places: np.ndarray) -> Tensor:
+    rows = np.concatenate([np.arange(reserved), reserved + places])
+    return Tensor(table.dtype, (len(rows), *table.shape[1:]), Computed(lambda: iter([read(table)[rows].tobytes()])))
+
+
+@dataclass(frozen=True)
+class WrittenDense:
+    """A dense checkpoint that was written: the folder, what is in it, and what it took in seconds."""
+
+    folder: Path
+    plan: Dense
+    seconds: float
+
+
+def to_dense(
+    source: str | Path,
+    target: str | Path,
+    *,
+    max_length: int | None = None,
+    max_shard_size: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> WrittenDense:
+    """Converts a converted folder back to the dense checkpoint that it came from: `bsa-convert --to-dense`.
+
+    Names and bits are those of the conversion's source: as safetensors, tied weights under each of their names. The folder
+    `target` appears whole or not at all.
+
+    Args:
+        source: the converted folder, or its repository on the Hub (`org/name[@revision]`).
+        target: the folder to make.
+        max_length: tokens that the dense model is to read; the source's length, as recorded, unless given.
+        max_shard_size: bytes of a file of weights; one file unless given.
+        overwrite: whether an earlier conversion may be replaced.
+        progress: called with (bytes written, bytes in all).
+
+    Returns:
+        What was written.
+
+    Raises:
+        BsaError: with what is wrong; nothing is left behind then.
+    """
+    started = time.perf_counter()
+    folder = AtomicFolder(target, overwrite=overwrite)
+    folder.refuse_target()
+    path = source if isinstance(source, Path) else find_source(source, progress=progress is not None).path
+    checkpoint = open_checkpoint(path)
+    if folder.target in (checkpoint.folder.resolve(), *checkpoint.folder.resolve().parents):
+        raise CheckpointError("the target would replace the source", where=target, hint="choose another folder")
+    config = read_config(checkpoint.folder / CONFIG)
+    record = read_conversion(checkpoint.folder)
+    stored = any(STORED_LAYOUT.fullmatch(name) for name in checkpoint.tensors)
+    if record is None and not stored and not config.get("sparse_attention"):
+        raise CheckpointError(
+            "expected a sparse checkpoint", found="neither stored layouts nor conversion.json", where=source
+        )
+    dense = plan_dense(checkpoint.tensors, config, record, max_length)
+    with folder as staging:
+        write_weights(staging, dense.tensors, max_shard_size=max_shard_size, progress=progress)
+        checkpoint.check_unchanged()
+        write_json(staging / CONFIG, dense.config)
+        longest = Encoder.find(checkpoint.tensors, config).longest
+        edited = tokenizer_files.write(checkpoint.folder, staging, longest, dense.max_length)
+    dense.notes.extend(f"{name}: {how}" for name, how in edited.items() if how != "copied")
+    return WrittenDense(Path(target), dense, time.perf_counter() - started)

@@ -1,0 +1,245 @@
+"""The integrity of a converted folder: the file check and the layout check, which bsa-pull runs too. Torch is not imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from bsa_export.bert.expected_tensors import compare
+from bsa_export.bert.families import FAMILIES
+from bsa_export.checkpoint.checksum import file_checksum
+from bsa_export.checkpoint.dtypes import DTYPES, TORCH_NAMES, read
+from bsa_export.checkpoint.open import WEIGHT_ENDINGS
+from bsa_export.checkpoint.writer import INDEX_NAME
+from bsa_export.converted.checks import Check, Kind, result
+from bsa_export.converted.folder import ConvertedFolder, open_folder, recorded_sparsity
+from bsa_export.converted.names import VERIFICATION_RECORD, of_model
+from bsa_export.converted.records import ConversionRecord
+from bsa_export.errors import BsaError, FamilyError, SparsityError
+from bsa_export.files import sha256
+from bsa_export.sparsity.configs import DEEPSPEED_LENGTH, config_class_path, make_layouts
+from bsa_export.sparsity.facts import check_layout as check_array
+
+
+def check_file(folder: Path) -> Check:
+    """Checks the safetensors header, shards and index, config.json and conversion.json against each other, and every recorded
+    digest: that of weights at the speed of the disk."""
+    try:
+        opened = open_folder(folder)
+    except BsaError as error:
+        return result(Kind.FILE, [str(error)])
+    faults = [*_table_faults(opened), *_weight_file_faults(opened)]
+    figures = {
+        "tensors": len(opened.tensors),
+        "bytes": sum(row.nbytes for row in opened.tensors.values()),
+        "files": len(opened.checkpoint.files),
+    }
+    if opened.record is None:
+        figures["digests"] = "none: there is no conversion.json"
+    else:
+        faults += [*_config_faults(opened, opened.record), *_record_faults(opened, opened.record)]
+        digest_faults, compared = _digest_faults(opened, opened.record)
+        faults += digest_faults
+        figures["digests"] = f"{compared} of {len(opened.record.files)} files"
+    return result(Kind.FILE, faults, figures)
+
+
+def _table_faults(opened: ConvertedFolder) -> list[str]:
+    """Names, shapes and dtypes that config.json implies, and the metadata that transformers asks for."""
+    faults = []
+    try:
+        misfits = compare(opened.tensors, opened.encoder.sparse_spec())
+    except FamilyError as error:
+        return [str(error)]
+    faults += [f"{name}: missing" for name in misfits.missing]
+    faults += [
+        f"{name}: expected {expected} from config.json, found {found}"
+        for name, (expected, found) in misfits.mismatched.items()
+    ]
+    if opened.checkpoint.metadata.get("format") != "pt":
+        faults.append("the safetensors metadata lack format: pt, without which transformers does not load them")
+    return faults
+
+
+def _weight_file_faults(opened: ConvertedFolder) -> list[str]:
+    """Weights that lie there besides those that are read, and an index that counts other bytes."""
+    faults = [f"{name}: {why}" for name, why in opened.checkpoint.skipped]
+    read = {file.name for file in opened.checkpoint.files}
+    there = [entry.name for entry in sorted(opened.path.iterdir()) if entry.name.endswith(WEIGHT_ENDINGS)]
+    skipped = {name for name, _ in opened.checkpoint.skipped}
+    faults += [f"{name}: a file of weights that nothing reads" for name in there if name not in read | skipped]
+    index = opened.path / INDEX_NAME
+    if len(read) > 1 and index.is_file():
+        content = json.loads(index.read_bytes())
+        stated = (content.get("metadata") or {}).get("total_size")
+        total = sum(row.nbytes for row in opened.tensors.values())
+        if stated != total:
+            faults.append(f"{INDEX_NAME}: expected a total_size of {total}, found {stated}")
+    return faults
+
+
+def _config_faults(opened: ConvertedFolder, record: ConversionRecord) -> list[str]:
+    """config.json against the source's, which conversion.json holds, and against what it says was done."""
+    expected = FAMILIES[record.family].config(record.source.config)
+    if (dtype := record.options.dtype) in DTYPES:
+        expected["dtype" if "dtype" in expected else "torch_dtype"] = TORCH_NAMES[dtype]
+    try:
+        sparsity = recorded_sparsity(record, opened.heads)
+    except BsaError as error:
+        return [str(error)]
+    expected["sparse_config_cls"] = config_class_path(sparsity)
+    expected["sparse_attention"] = sparsity.to_parameters()
+    if record.positions is not None:
+        expected["max_position_embeddings"] = record.positions.rows
+    names = [*expected, *(name for name in opened.config if name not in expected)]
+    absent = object()
+    faults = [
+        f"config.json: {name}: expected {expected.get(name, 'none')!r} from conversion.json, found {opened.config.get(name, 'none')!r}"
+        for name in names
+        if expected.get(name, absent) != opened.config.get(name, absent)
+    ]
+    if record.max_length != opened.longest:
+        faults.append(
+            f"conversion.json: max_length: expected {opened.longest} from config.json, found {record.max_length}"
+        )
+    return faults
+
+
+def _record_faults(opened: ConvertedFolder, record: ConversionRecord) -> list[str]:
+    """Names of conversion.json that should be in the weights, or should not."""
+    tensors = opened.tensors
+    there = {**dict.fromkeys(record.renamed.values(), "renamed"), **dict.fromkeys(record.changed, "changed")}
+    there |= dict.fromkeys(record.added, "added") | dict.fromkeys(record.tied.values(), "tied")
+    absent = dict.fromkeys(record.dropped, "dropped") | dict.fromkeys(record.tied, "tied")
+    absent |= dict.fromkeys([old for old in record.renamed if old not in there], "renamed")
+    faults = [
+        f"{name}: missing, though conversion.json has it as {how}" for name, how in there.items() if name not in tensors
+    ]
+    return faults + [
+        f"{name}: it is there, though conversion.json has it as {how}"
+        for name, how in absent.items()
+        if name in tensors
+    ]
+
+
+def _digest_faults(opened: ConvertedFolder, record: ConversionRecord) -> tuple[list[str], int]:
+    """Sizes and digests of the recorded files; how many had a digest to compare with."""
+    faults, compared = [], 0
+    for name, expected in record.files.items():
+        path = opened.path / name
+        kind, digest = next(((kind, found) for kind in DIGESTS if (found := getattr(expected, kind))), (None, None))
+        compared += kind is not None
+        if not path.is_file():
+            faults.append(f"{name}: missing, though conversion.json records it")
+        elif path.stat().st_size != expected.bytes:
+            found = path.stat().st_size
+            faults.append(f"{name}: expected {expected.bytes} bytes from conversion.json, found {found}")
+        elif kind and DIGESTS[kind](path) != digest:
+            faults.append(f"{name}: its {kind} is not the one in conversion.json: it was changed since")
+    if record.files:
+        unrecorded = {file.name for file in opened.checkpoint.files} - set(record.files)
+        faults += [f"{name}: conversion.json does not record it" for name in sorted(unrecorded)]
+    return faults, compared
+
+
+# By name in conversion.json; the first that is there counts.
+DIGESTS = {"checksum": file_checksum, "sha256": sha256}
+
+
+def check_layout(folder: Path) -> Check:
+    """Checks each layer's stored layout: 0 and 1, no empty row, heads and blocks as configured, and equal to one that is made
+    again from the sparsity config and seed, wherever a rule made it. One layer is in memory at a time."""
+    try:
+        opened = open_folder(folder)
+    except BsaError as error:
+        return result(Kind.LAYOUT, [str(error)])
+    faults, n = [], opened.longest // opened.block
+    names = {layer: opened.layout_name(layer) for layer in range(opened.layers)}
+    for layer, name in names.items():
+        row = opened.tensors.get(name)
+        if row is None:
+            faults.append(f"layer {layer}: it has no stored layout {name}")
+        elif row.dtype != "U8" or row.shape != (opened.heads, n, n):
+            expected = f"U8 {[opened.heads, n, n]} from config.json"
+            faults.append(f"layer {layer}: expected {expected}, found {row.dtype} {list(row.shape)}")
+    figures = {"layers": opened.layers, "heads": opened.heads, "blocks": n, "block": opened.block}
+    if faults:
+        return result(Kind.LAYOUT, faults, figures)
+    try:
+        expected, how = expected_layouts(opened)
+    except SparsityError as error:
+        return result(Kind.LAYOUT, [str(error)], figures)
+    kept, patterns = [], set()
+    for layer, name in names.items():
+        layout = read(opened.tensors[name])
+        try:
+            check_array(layout, f"layer {layer}")
+        except SparsityError as error:
+            faults.append(str(error))
+        faults += differences(layer, layout, expected)
+        kept.append(np.count_nonzero(layout) / layout.size)
+        patterns |= {np.packbits(head != 0).tobytes() for head in layout}
+    density = float(np.mean(kept))
+    if opened.record is not None and not abs(density - opened.record.density) <= 1e-9:  # NaN too
+        faults.append(f"expected a density of {opened.record.density:.6f} from conversion.json, found {density:.6f}")
+    return result(Kind.LAYOUT, faults, figures | {"density": density, "distinct": len(patterns), "made again": how})
+
+
+def differences(layer: int, layout: np.ndarray, expected: list[np.ndarray] | None) -> Iterator[str]:
+    """What of a layer's layout `[heads, n, n]` is not as in `expected`, in a sentence for each head."""
+    if expected is None or expected[layer].shape != layout.shape:
+        return
+    for head in np.flatnonzero((layout != expected[layer]).any(axis=(1, 2))):
+        where = np.argwhere(layout[head] != expected[layer][head])
+        row, column = where[0]
+        more = f" and {len(where) - 1} more blocks" if len(where) > 1 else ""
+        yield (
+            f"layer {layer}, head {head}, row {row}, column {column}: expected {expected[layer][head, row, column]} from the"
+            f" sparsity config, found {layout[head, row, column]}{more}"
+        )
+
+
+def expected_layouts(opened: ConvertedFolder) -> tuple[list[np.ndarray] | None, str]:
+    """The layouts that the folder's sparsity config and seed give, one a layer, and how they were made; None where no rule made
+    those that are stored, and why."""
+    sparsity, record, longest = opened.sparsity, opened.record, opened.longest
+    if record is not None:
+        sparsity = recorded_sparsity(record, opened.heads)
+        if any(name in record.changed for name in map(opened.layout_name, range(opened.layers))):
+            return None, "no: they come from the source"
+    if sparsity.mode == "custom":
+        return None, "no: custom, no rule made them"
+    random = getattr(sparsity, "num_random_blocks", 0)
+    if record is not None:
+        differ = record.options.different_layout_per_layer
+        layouts = make_layouts(sparsity, longest, opened.layers, record.seed, differ)
+        return layouts, f"yes: {sparsity.mode}" + (f", seed {record.seed}" if random else "")
+    if random:
+        return None, "no: random blocks, and no conversion.json tells the seed"
+    layouts = make_layouts(sparsity, longest, opened.layers)
+    if (
+        longest < DEEPSPEED_LENGTH
+        and DEEPSPEED_LENGTH % sparsity.block == 0
+        and opened.layout_name(0) in opened.tensors
+    ):
+        # DeepSpeed's own class slices one layout of this length, which need not be the layout made for the shorter one.
+        n = longest // sparsity.block
+        sliced = make_layouts(sparsity, DEEPSPEED_LENGTH, 1)[0][:, :n, :n]
+        if np.array_equal(read(opened.tensors[opened.layout_name(0)]), sliced):
+            return [sliced] * opened.layers, f"yes: {sparsity.mode} at {DEEPSPEED_LENGTH} tokens, sliced"
+    return layouts, f"yes: {sparsity.mode}"
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of the files that make the converted model, by name: all that bsa-push takes for a part of it."""
+    folder = Path(folder)
+    there = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = {name for name in there if of_model(name) and name != VERIFICATION_RECORD}
+    with suppress(BsaError):
+        opened = open_folder(folder)
+        names |= {file.name for file in opened.checkpoint.files} | set(opened.record.files if opened.record else ())
+    return {name: sha256(folder / name) for name in sorted(names) if (folder / name).is_file()}

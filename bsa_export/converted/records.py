@@ -1,0 +1,340 @@
+"""The three JSON records of a converted folder, each with one reader and one writer; docs/records.md shows them.
+
+conversion.json: what bsa-convert did. verification.json: what bsa-verify found. pulled.json: where bsa-pull got the folder.
+Readers check every type, and read what earlier releases wrote: there some kinds and reasons were English sentences.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import msgspec
+
+from bsa_export.bert.families import FAMILIES
+from bsa_export.converted.checks import Check, Kind, Status
+from bsa_export.converted.names import CONVERSION_RECORD, PULL_RECORD, VERIFICATION_RECORD
+from bsa_export.errors import CheckpointError
+from bsa_export.files import MAX_JSON_BYTES, json_text, read_json, replace_file
+
+Record = TypeVar("Record")
+
+
+class DropReason(str, Enum):
+    """Why a tensor of the source is not in the converted folder."""
+
+    BUFFER = "buffer"  # the model makes it itself, with these values
+    CHANGED_BUFFER = "buffer with other values"  # the model makes it itself, with other values
+    IGNORED = "ignored"  # --ignore-tensors names it
+
+    __str__ = str.__str__
+
+
+class NoteKind(str, Enum):
+    """What a note to the user is about."""
+
+    OTHER = "other"  # of a record from before notes had kinds
+    HEAD_WITHOUT_CLASS = "head without class"
+    LAYOUTS_REDRAWN = "layouts redrawn"
+    LENGTHS_DIFFER = "lengths differ"
+    IGNORED_TENSORS = "ignored tensors"
+    CONFIG_FIELD = "config field"
+    LEFT_BEHIND = "left behind"
+
+    __str__ = str.__str__
+
+
+class Verdict(str, Enum):
+    """What a verification found as a whole."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    INCOMPLETE = "incomplete"
+
+    __str__ = str.__str__
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a user should know about a conversion, one sentence. Programs read `kind` only."""
+
+    kind: NoteKind
+    text: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a conversion does to the values of a tensor; several at once are possible.
+
+    Attributes:
+        rows: position rows before and after.
+        method: `tile` or `interpolate`, where rows change.
+        dtype: dtypes before and after, names of the safetensors format.
+        layout: whether it is a layout that the source stored, written as U8.
+    """
+
+    rows: tuple[int, int] | None = None
+    method: str | None = None
+    dtype: tuple[str, str] | None = None
+    layout: bool = False
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How the position embeddings were extended: `method` is `tile` or `interpolate`; `reserved` rows in front stay."""
+
+    method: str
+    reserved: int
+    source_rows: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.method not in ("tile", "interpolate"):
+            raise ValueError("expected tile or interpolate")
+        if not 0 <= self.reserved < min(self.source_rows, self.rows):
+            raise ValueError("expected more rows than reserved ones")
+
+    @property
+    def interpolated(self) -> bool:
+        """Whether no input meets the positions that the source knows."""
+        return self.method == "interpolate"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file: its size, and its sha256 or, for weights, its checksum (`checkpoint.checksum`)."""
+
+    bytes: int
+    sha256: str | None = None
+    checksum: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """What was converted: a path's last part or a repository at a commit, its license, weight files and config.json."""
+
+    path: str
+    config: dict[str, Any]
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    repo: str | None = None
+    revision: str | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class ChosenOptions:
+    """The options of a conversion, with defaults filled in (`conversion.options.Options`)."""
+
+    max_length: int | None = None
+    mode: str | None = None
+    block: int | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    section: dict[str, Any] | None = None
+    layout: str | None = None
+    seed: int = 0
+    different_layout_per_layer: bool = False
+    positions: str = "tile"
+    dtype: str = "keep"
+
+
+@dataclass(frozen=True)
+class ConversionRecord:
+    """conversion.json. Names are those of tensors; `docs/records.md` shows an example.
+
+    Attributes:
+        family: the source's, one of `bert.families.FAMILIES`.
+        renamed: source's name -> written name.
+        changed: written name -> what is done to its values.
+        added: written names that no tensor of the source stands behind.
+        dropped: source's name -> why it is left out.
+        tied: source's name that is not written -> written name with the same bytes.
+        positions: None where the position embeddings stay.
+        sparse_source: whether the source was sparse already, so that its own layouts are kept.
+        skipped: what is stored next to the source's tensors -> why it is not read.
+        not_finite: tensor -> `NaN` or `infinite`, for those that hold such a value.
+        files: what was written, the record and the card excepted from judgement.
+    """
+
+    family: str
+    source: SourceEntry
+    options: ChosenOptions
+    seed: int
+    source_length: int
+    max_length: int
+    sparsity: dict[str, Any]
+    density: float
+    renamed: dict[str, str]
+    changed: dict[str, Change]
+    added: list[str]
+    dropped: dict[str, DropReason]
+    tied: dict[str, str]
+    positions: Positions | None
+    files: dict[str, FileEntry]
+    sparse_source: bool = False
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+    not_finite: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    bsa_export: str = ""
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ValueError(f"family: expected one of {', '.join(FAMILIES)}")
+        if min(self.source_length, self.max_length) < 1:
+            raise ValueError("expected lengths of at least 1")
+        for name in self.files:
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
+                raise ValueError("files: expected paths inside the folder")
+
+    @property
+    def keeps_source_layouts(self) -> bool:
+        """Whether the layouts are those that the source stored, bit for bit."""
+        return any(change.layout for change in self.changed.values())
+
+
+@dataclass(frozen=True)
+class VerificationRecord:
+    """verification.json. `files` are the sha256 of the files that were verified; `sentence` is for people."""
+
+    verdict: Verdict
+    checks: list[Check]
+    files: dict[str, str]
+    sentence: str = ""
+    device: str = ""
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    finished: str = ""
+
+
+@dataclass(frozen=True)
+class PullRecord:
+    """pulled.json: the repository, the revision that was asked for, its commit, and the sha256 of each file."""
+
+    repo: str
+    revision: str
+    commit: str
+    files: dict[str, str]
+
+
+def read_conversion(folder: Path) -> ConversionRecord | None:
+    """conversion.json of a folder, None where there is none. Raises CheckpointError where it is not such a record."""
+    hint = "convert again with bsa-convert"
+    return _read(Path(folder) / CONVERSION_RECORD, ConversionRecord, _today_conversion, hint)
+
+
+def read_verification(folder: Path) -> VerificationRecord | None:
+    """verification.json of a folder, None where there is none. Raises CheckpointError where it is not such a record."""
+    hint = "verify again with bsa-verify"
+    return _read(Path(folder) / VERIFICATION_RECORD, VerificationRecord, _today_verification, hint)
+
+
+def read_pull(folder: Path) -> PullRecord | None:
+    """pulled.json of a folder, None where there is none. Raises CheckpointError where it is not such a record."""
+    return _read(Path(folder) / PULL_RECORD, PullRecord, lambda content: content, "pull again with bsa-pull")
+
+
+def write_verification(folder: Path, record: VerificationRecord) -> str | None:
+    """Writes verification.json, whole or not at all; only into a folder that was converted, or passed the file check.
+
+    Returns:
+        Why it cannot be written; None where it was, or where the folder is not a converted one.
+    """
+    folder = Path(folder)
+    converted = any((folder / name).is_file() for name in (CONVERSION_RECORD, VERIFICATION_RECORD))
+    if not converted and not any(check.kind is Kind.FILE and check.passed for check in record.checks):
+        return None
+    content = to_json(record)
+    for check, kept in zip(content["checks"], record.checks, strict=True):
+        check["name"] = kept.name  # for people, and for earlier releases
+        for name in ("details", "numerical", "seconds"):
+            del check[name]
+    try:
+        replace_file(folder / VERIFICATION_RECORD, json_text(content).encode())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def to_json(record: object) -> Any:
+    """A record, or any value of one, as JSON holds it: enums by value; what JSON has no number for as text."""
+    return _finite(msgspec.to_builtins(record))
+
+
+def _read(path: Path, kind: type[Record], today, hint: str) -> Record | None:
+    try:
+        content = read_json(path, MAX_JSON_BYTES)
+    except FileNotFoundError:
+        return None
+    try:
+        return msgspec.convert(today(content) if isinstance(content, Mapping) else content, kind)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"it is damaged ({error})", where=path, hint=hint) from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+# What releases before 0.2 wrote as sentences.
+_OLD_ROWS = re.compile(r"(\d+) rows to (\d+), (tile|interpolate)")
+_OLD_DTYPE = re.compile(r"(\w+) to (F32|F16|BF16)$")
+
+
+def _today_conversion(content: Mapping[str, Any]) -> dict[str, Any]:
+    today = dict(content)
+    if isinstance(changed := today.get("changed"), dict):
+        today["changed"] = {
+            name: _old_change(rule) if isinstance(rule, str) else rule for name, rule in changed.items()
+        }
+    if isinstance(dropped := today.get("dropped"), dict):
+        today["dropped"] = {name: _old_reason(why) if isinstance(why, str) else why for name, why in dropped.items()}
+    if isinstance(notes := today.get("notes"), list):
+        today["notes"] = [{"kind": "other", "text": note} if isinstance(note, str) else note for note in notes]
+    return today
+
+
+def _old_change(rule: str) -> dict[str, Any]:
+    change: dict[str, Any] = {"layout": rule.startswith("the stored layout")}
+    if match := _OLD_ROWS.match(rule):
+        change |= {"rows": [int(match[1]), int(match[2])], "method": match[3]}
+    if match := _OLD_DTYPE.search(rule):
+        change["dtype"] = [match[1], match[2]]
+    return change
+
+
+def _old_reason(why: str) -> str:
+    if why.startswith("a buffer that the model makes itself"):
+        return DropReason.CHANGED_BUFFER if why.endswith("with other values") else DropReason.BUFFER
+    return why
+
+
+_OLD_STATUS = {"told": Status.INFO}
+
+
+def _today_verification(content: Mapping[str, Any]) -> dict[str, Any]:
+    today = dict(content)
+    if isinstance(checks := today.get("checks"), list):
+        today["checks"] = [_today_check(check) if isinstance(check, Mapping) else check for check in checks]
+    return today
+
+
+def _today_check(check: Mapping[str, Any]) -> dict[str, Any]:
+    today = dict(check)
+    if isinstance(status := today.get("status"), str):
+        today["status"] = _OLD_STATUS.get(status, status)
+    if "kind" not in today and isinstance(name := today.get("name"), str):
+        kind = next((kind for kind in Kind if name.startswith(kind)), name)
+        today |= {"kind": kind, "part": name.removeprefix(str(kind)).lstrip(":, ")}
+    return today

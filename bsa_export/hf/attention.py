@@ -1,0 +1,119 @@
+"""The attention function and the mask function that stock transformers classes call."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch import nn
+
+from bsa_export.errors import AttentionError
+from bsa_export.hf.stored_layout import NAME, StoredLayout
+from bsa_export.hf.unpadding import Texts
+from bsa_export.ops import block_sparse_attention, block_sparse_attention_varlen
+
+log = logging.getLogger(__name__)
+
+
+def key_padding_mask(*, attention_mask: torch.Tensor | None, mask_function, config, **_) -> torch.Tensor | None:
+    """The mask function: hands the tokenizer's mask `[batch, seq]` on, as bool.
+
+    Dense attention builds `[batch, 1, seq, seq]` of it.
+    Registered with `transformers.masking_utils.AttentionMaskInterface`; a 4-D mask does not come by here.
+    """
+    from transformers.masking_utils import bidirectional_mask_function
+
+    if mask_function is not bidirectional_mask_function:
+        raise AttentionError("block-sparse attention runs encoders only", found="a causal or custom mask function")
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise AttentionError(
+            "expected an attention_mask of [batch, seq] or [batch, heads or 1, seq, seq]",
+            found=tuple(attention_mask.shape),
+        )
+    return attention_mask.bool()
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    texts: Texts | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The attention function: block-sparse self-attention over the layout that `module`, one layer's, stores.
+
+    Registered with `transformers.modeling_utils.AttentionInterface` (transformers 5.0 to 5.x).
+
+    Args:
+        query, key, value: `[batch, heads, seq, head_dim]`.
+        attention_mask: None; bool `[batch, seq]` from `key_padding_mask`; or the caller's own 4-D mask, which broadcasts
+            to `[batch, heads, seq, seq]`: bool (True takes part) or added to the scores.
+        texts: in a row, from `unpad_input`; then batch is 1, and there is no mask.
+
+    Returns:
+        `[batch, seq, heads, head_dim]` in the query's dtype, and None in the place of the attention probabilities.
+
+    Raises:
+        AttentionError: for what a stored layout cannot do: probabilities, cross-attention, a cache, more tokens.
+    """
+    stored = getattr(module, "sparse_self_attention", None)
+    if not isinstance(stored, StoredLayout):
+        raise AttentionError(
+            f"{type(module).__name__} has no stored layout",
+            hint=f'load the converted folder with attn_implementation="{NAME}" (it cannot be switched to later, and there is '
+            "no cross-attention)",
+        )
+    if kwargs.get("output_attentions") or module.config.output_attentions:
+        raise AttentionError(
+            "output_attentions=True: block-sparse attention never holds the probabilities",
+            hint='for a short text load the model with attn_implementation="eager"',
+        )
+    if dropout and not torch.compiler.is_compiling():
+        _say_no_dropout(dropout)
+    if key.shape[2] != query.shape[2]:
+        raise AttentionError(
+            "block-sparse attention is self-attention without a cache",
+            found=f"{query.shape[2]} queries and {key.shape[2]} keys",
+        )
+    stored = vars(stored).get("replica_of", stored)
+    stored.check()
+
+    if texts is not None:
+        context = block_sparse_attention_varlen(
+            query, key, value, stored.master_layout, stored.block, texts.cu_seqlens, texts.max_seqlen, scale=scaling
+        )
+        return context.transpose(1, 2), None
+    padding = pairs = None
+    if attention_mask is not None:
+        if attention_mask.ndim == 2:
+            padding = attention_mask
+        elif attention_mask.shape[1:3] == (1, 1):
+            padding = attention_mask[:, 0, 0].expand(query.shape[0], -1)
+        else:
+            pairs = attention_mask
+    context = block_sparse_attention(
+        query,
+        key,
+        value,
+        stored.master_layout,
+        stored.block,
+        key_padding_mask=padding,
+        attn_mask=pairs,
+        scale=scaling,
+    )
+    return context.transpose(1, 2), None
+
+
+@cache
+def _say_no_dropout(dropout: float) -> None:
+    log.warning(
+        "attention_probs_dropout_prob=%s has no effect: block-sparse attention has no dropout on the probabilities",
+        dropout,
+    )

@@ -1,0 +1,177 @@
+"""Facts about layouts, computed from the arrays whatever made them. numpy alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bsa_export.errors import SparsityError
+
+
+def check_layout(layout: np.ndarray, where: object = None) -> None:
+    """Checks that a layout can be attended with: `[heads, n, n]` of 0 and 1 (integer or bool), each row with a kept block.
+
+    Raises:
+        SparsityError: it cannot; `where` stands first, then head and row.
+    """
+    prefix = "layout" if where is None else where
+    if layout.ndim != 3 or layout.shape[1] != layout.shape[2] or not layout.size:
+        raise SparsityError("expected a layout [heads, n, n]", found=list(layout.shape), where=prefix)
+    if layout.dtype.kind not in "bui":
+        raise SparsityError("expected integers or booleans", found=layout.dtype, where=prefix)
+    if layout.min() < 0 or layout.max() > 1:
+        head, row, column = np.argwhere((layout != 0) & (layout != 1))[0]
+        found = f"{layout[head, row, column]} in column {column}"
+        raise SparsityError("expected only 0 and 1", found=found, where=f"{prefix}: head {head}, row {row}")
+    kept = layout.any(axis=2)
+    if not kept.all():
+        head, row = np.argwhere(~kept)[0]
+        raise SparsityError(
+            "keeps no block, its softmax would run over nothing",
+            where=f"{prefix}: head {head}, row {row}",
+            hint="keep at least the block on the diagonal",
+        )
+
+
+def layout_hash(layout: np.ndarray) -> str:
+    """The sha256 of a layout's shape and bits, the same for every integer and bool dtype."""
+    digest = hashlib.sha256(repr(tuple(int(size) for size in layout.shape)).encode())
+    digest.update(np.packbits(layout != 0))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """A distinct layout of a head: `pattern` `[n, n]`, and the (layer, head) pairs that share it."""
+
+    pattern: np.ndarray
+    members: list[tuple[int, int]]
+
+
+def distinct_heads(layouts: Sequence[np.ndarray]) -> list[HeadLayout]:
+    """Groups the heads of all layers, `[heads, n, n]` each, by equal layout, in the order of first appearance."""
+    layouts = list(layouts)  # holds them, so that an id stands for one array
+    groups: dict[bytes, HeadLayout] = {}
+    seen: dict[int, list[bytes]] = {}
+    for layer, layout in enumerate(layouts):
+        if id(layout) not in seen:
+            seen[id(layout)] = [np.packbits(pattern != 0).tobytes() for pattern in layout]
+        for head, key in enumerate(seen[id(layout)]):
+            groups.setdefault(key, HeadLayout(layout[head], [])).members.append((layer, head))
+    return list(groups.values())
+
+
+def density(layouts: np.ndarray | Sequence[np.ndarray]) -> float:
+    """The share of blocks that is kept, of one layout `[heads, n, n]` or the mean of one a layer."""
+    if isinstance(layouts, np.ndarray):
+        layouts = [layouts]
+    by_id = {id(layout): np.count_nonzero(layout) / layout.size for layout in layouts}
+    return sum(by_id[id(layout)] for layout in layouts) / len(layouts)
+
+
+def kept_share(layout: np.ndarray, block: int, length: int) -> float:
+    """The share of blocks that is kept within the first `length` tokens, of a layout `[..., n, n]`; 1.0 is exact."""
+    n = -(-length // block)
+    return float(np.mean(layout[..., :n, :n] != 0))
+
+
+@dataclass(frozen=True)
+class LayoutFacts:
+    """What a layout means for a model that was trained on `source_length` tokens and whose positions are tiled beyond.
+
+    Attributes:
+        block: side of a block, in tokens.
+        seq_len: tokens that the layout covers.
+        source_length: tokens that the dense model reads.
+        density: share of blocks that is kept.
+        kept_share: the same within the source's length.
+        reach: tokens to the farthest key that a query meets in an unbroken stretch of blocks around its own that are kept in
+            both directions (in one, if the layout is causal). Queries in a global block (one whose row or column is full) do
+            not count, unless all are; a block with both next to a sliding window counts to that.
+        far_share: share of the kept blocks that lie outside that stretch and hold keys at `source_length` or farther,
+            where the dense model never looked: those of global and random blocks.
+        interpolated: whether positions are interpolated in the place of tiled, so that no input meets those it knows.
+    """
+
+    block: int
+    seq_len: int
+    source_length: int
+    density: float
+    kept_share: float
+    reach: int
+    far_share: float
+    interpolated: bool = False
+
+    @property
+    def short_inputs_differ(self) -> bool:
+        """Whether inputs that the dense model can read give other outputs than there."""
+        return self.interpolated or self.kept_share < 1
+
+    @property
+    def repeats_positions(self) -> bool:
+        """Whether the local reach includes a key that has the query's own tiled position."""
+        return not self.interpolated and self.reach >= self.source_length
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether the model has to be trained on before it is about as good as the dense one: blocks are missing that it
+        knows, or positions are others, or there are keys farther than it knows."""
+        return self.short_inputs_differ or self.repeats_positions or self.far_share > 0
+
+
+def layout_facts(
+    layouts: Sequence[np.ndarray], block: int, source_length: int, interpolated: bool = False
+) -> LayoutFacts:
+    """Computes the facts of the layouts `[heads, n, n]` of all layers, whichever mode or file they come from."""
+    n = layouts[0].shape[-1]
+    heads = distinct_heads(layouts)
+    total = sum(len(head.members) for head in heads)
+    stretch, kept, kept_within, far = 0, 0, 0.0, 0
+    for head in heads:
+        head_stretch, head_far = _reach_in_blocks(head.pattern, max(source_length // block, 1))
+        stretch = max(stretch, head_stretch)
+        far += head_far * len(head.members)
+        kept += np.count_nonzero(head.pattern) * len(head.members)
+        kept_within += kept_share(head.pattern, block, source_length) * len(head.members)
+    return LayoutFacts(
+        block=block,
+        seq_len=n * block,
+        source_length=source_length,
+        density=float(kept / (total * n * n)),
+        kept_share=float(kept_within / total),
+        reach=max(stretch * block - 1, 0),
+        far_share=float(far / max(kept, 1)),
+        interpolated=interpolated,
+    )
+
+
+def _reach_in_blocks(pattern: np.ndarray, far: int) -> tuple[int, int]:
+    """Of one head's `[n, n]`: the longest stretch to one side of a diagonal block, which it includes, and how many kept blocks
+    at `far` or more from the diagonal lie outside of such stretches. See `LayoutFacts.reach`."""
+    n = len(pattern)
+    rows = np.arange(n)
+    kept = pattern != 0
+    causal = not np.triu(kept, 1).any()
+    dropped = ~(kept if causal else kept & kept.T)
+    before, after = np.tril(dropped)[:, ::-1], np.triu(dropped)
+    left = np.where(before.any(axis=1), before.argmax(axis=1) - (n - 1 - rows), rows + 1)
+    right = np.where(after.any(axis=1), after.argmax(axis=1) - rows, n - rows)
+
+    full_row = np.count_nonzero(kept, axis=1) == (rows + 1 if causal else n)
+    full_column = np.count_nonzero(kept, axis=0) == (n - rows if causal else n)
+    is_global = full_row | full_column
+    if not is_global.all():
+        left[is_global] = right[is_global] = 0
+    stretch = max(left.max(), right.max())
+    in_stretch = np.clip(left - far, 0, None).sum() + np.clip(right - far, 0, None).sum()
+    all_far = np.count_nonzero(np.tril(kept, -far)) + np.count_nonzero(np.triu(kept, far))
+    return int(stretch), int(all_far - in_stretch)
+
+
+def attention_flops(density: float, seq_len: int, head_dim: int, heads: int, layers: int) -> float:
+    """Floating-point operations of attention in one forward pass: `query @ key` and `weights @ value` over kept blocks,
+    2 operations a multiply-add; projections and softmax are not in it. Density 1 is the cost of dense attention."""
+    return 4.0 * seq_len**2 * head_dim * heads * layers * density

@@ -1,0 +1,83 @@
+"""Queries, keys and values of each layer: its own weights on seeded inputs of the size that they have in the model."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm, linear
+
+from bsa_export.bert.families import POSITIONS, TOKEN_TYPES, WORDS
+from bsa_export.checkpoint import table
+from bsa_export.checkpoint.dtypes import read
+from bsa_export.converted.folder import ConvertedFolder
+
+
+def tensor(row: table.Tensor) -> Tensor:
+    """A row of a table as a tensor of its dtype, on the CPU."""
+    array = torch.from_numpy(read(row))
+    return array.view(torch.bfloat16) if row.dtype == "BF16" else array
+
+
+class Projections:
+    """Computes what reaches the attention of each layer.
+
+    The first layer gets the model's embeddings of seeded tokens. The others get seeded normal noise through the weight and bias of the
+    LayerNorm before them, whose scale is that of the hidden states there.
+
+    Args:
+        folder: whose weights count.
+        device: where to compute.
+        seed: of tokens and noise.
+    """
+
+    def __init__(self, folder: ConvertedFolder, device: torch.device, seed: int = 0):
+        self.folder, self.device, self.seed = folder, device, seed
+        self._layer, self._weights = None, {}
+
+    def __call__(self, layer: int, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of a layer, float32 `[batch, heads, length, head_dim]`."""
+        hidden = self._embedded(batch, length) if layer == 0 else self._normed(layer, batch, length)
+        if layer != self._layer:
+            names = [f"{part}.{kind}" for part in ("query", "key", "value") for kind in ("weight", "bias")]
+            self._weights = {name: self._take(f"encoder.layer.{layer}.attention.self.{name}") for name in names}
+            self._layer = layer
+        projected = (
+            linear(hidden, self._weights[f"{x}.weight"], self._weights[f"{x}.bias"]) for x in ("query", "key", "value")
+        )
+        heads = self.folder.heads
+        return tuple(x.view(batch, length, heads, -1).transpose(1, 2) for x in projected)
+
+    def _take(self, name: str) -> Tensor:
+        return tensor(self.folder.tensors[self.folder.prefix + name]).to(self.device, torch.float32)
+
+    def _embedded(self, batch: int, length: int) -> Tensor:
+        """The embeddings of seeded tokens, `[batch, length, hidden]`. Tables are read by rows."""
+        folder, encoder = self.folder, self.folder.encoder
+        ids = np.random.default_rng(self.seed).integers(encoder.sizes.vocab_size, size=batch * length)
+        places = encoder.reserved + np.arange(length)
+        hidden = self._rows(WORDS, ids).view(batch, length, -1) + self._rows(POSITIONS, places)
+        if folder.prefix + TOKEN_TYPES in folder.tensors:
+            hidden = hidden + self._take(TOKEN_TYPES)[0]
+        hidden = self._norm("embeddings.LayerNorm", hidden)
+        if folder.prefix + "embeddings_project.weight" in folder.tensors:
+            hidden = linear(hidden, self._take("embeddings_project.weight"), self._take("embeddings_project.bias"))
+        return hidden
+
+    def _rows(self, name: str, rows: np.ndarray) -> Tensor:
+        row = self.folder.tensors[self.folder.prefix + name]
+        width = row.nbytes // row.shape[0]
+        table_ = np.memmap(row.data.path, np.uint8, "r", row.data.offset, (row.shape[0], width))
+        distinct, place = np.unique(rows, return_inverse=True)
+        data = table.Computed(lambda: iter([np.ascontiguousarray(table_[distinct]).reshape(-1)]))
+        picked = tensor(table.Tensor(row.dtype, (len(distinct), *row.shape[1:]), data))
+        return picked[torch.from_numpy(place)].to(self.device, torch.float32)
+
+    def _normed(self, layer: int, batch: int, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + layer)
+        noise = torch.randn(batch, length, self.folder.encoder.sizes.hidden_size, generator=generator).to(self.device)
+        return self._norm(f"encoder.layer.{layer - 1}.output.LayerNorm", noise)
+
+    def _norm(self, name: str, hidden: Tensor) -> Tensor:
+        weight, bias = self._take(f"{name}.weight"), self._take(f"{name}.bias")
+        return layer_norm(hidden, weight.shape, weight, bias, self.folder.config.get("layer_norm_eps", 1e-12))
