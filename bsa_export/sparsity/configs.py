@@ -468,7 +468,7 @@ def sparsity_config(section: dict, num_heads: int) -> SparsityConfig:
 def config_class_path(config: SparsityConfig) -> str:
     """`module:class` as GENA-LM's config.json names it: DeepSpeed's for its patterns, ours for our own."""
     module = (
-        "bsa_export.sparsity.configs" if config.mode in ("windowed", "custom") else "deepspeed.ops.sparse_attention"
+        "bsa_export.sparsity" if config.mode in ("windowed", "custom") else "deepspeed.ops.sparse_attention"
     )
     return f"{module}:{type(config).__name__}"
 
