@@ -1,3 +1,36 @@
-"""The version of this package, in a module that imports nothing."""
+"""The version, the project's address and its extras, in a module that imports nothing."""
+
+from __future__ import annotations
 
 __version__ = "0.1.0"
+
+# The one place that names it: package metadata, README's links on an index and model cards take it from here.
+# Set it to the public repository before the first release; nobody can register a name under .example.
+PROJECT_URL = "https://bsa-export.example/bsa_export"
+
+_RUN = ("torch>=2.6", "triton>=3.2", "transformers>=5.0,<6")
+
+# What each extra of setup.cfg brings. A test compares the two.
+EXTRAS = {
+    "run": _RUN,
+    "verify": (*_RUN, "deepspeed>=0.16,<0.19.7"),
+    "plot": ("matplotlib>=3.7",),
+    "train": (*_RUN, "accelerate>=1.1"),
+}
+
+
+def install_hint(extra: str) -> str:
+    """Returns the command that installs an extra next to this package, as the hint of a message.
+
+    It names the libraries, so it works wherever the package came from. `pip install "bsa_export[run]"` would need an index
+    that has the package.
+
+    Args:
+        extra: `run`, `verify`, `plot` or `train`.
+    """
+    return "pip install " + " ".join(f'"{library}"' for library in EXTRAS[extra])
+
+
+def install_command(extra: str) -> str:
+    """Returns the command that installs this package with an extra from `PROJECT_URL`, for the reader of a model card."""
+    return f'pip install "bsa_export[{extra}] @ git+{PROJECT_URL}"'

@@ -9,4 +9,4 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 DS_BUILD_OPS=0
 "$venv/pip" install -q "$(grep '^torch==' tests/constraints.txt)"
 "$venv/pip" install -q -c tests/constraints.txt -e '.[test]'
 bash tests/material.sh "$venv/python"
-exec "$venv/python" -m pytest -n logical --maxprocesses 8 "$@"
+exec "$venv/python" -m pytest -n logical --maxprocesses 8 -m "slow or not slow" "$@"
