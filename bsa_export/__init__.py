@@ -1,7 +1,7 @@
 """Block-sparse attention for BERT checkpoints: convert, verify, publish, run.
 
-Importing this package imports neither torch nor triton nor deepspeed nor transformers; the names below are loaded when they
-are first used. It does register the attention function `block_sparse` with transformers as soon as that is imported:
+Importing this package imports neither torch nor triton nor deepspeed nor transformers; the names below are loaded when
+they are first used. It does register the attention function `block_sparse` with transformers as soon as that is imported:
 docs/running.md says what this changes in a process, and `unregister()` undoes it.
 """
 
@@ -10,8 +10,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from bsa_export.errors import MissingLibraryError
 from bsa_export.hf.import_hook import register_with_transformers
-from bsa_export.version import __version__
+from bsa_export.version import __version__, install_hint
 
 if TYPE_CHECKING:
     from bsa_export.attention import BertSparseSelfAttention, SparseSelfAttention
@@ -53,7 +54,14 @@ def __getattr__(name: str) -> Any:
         return import_module("bsa_export.verify")
     if name not in _HOMES:
         raise AttributeError(f"module 'bsa_export' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise MissingLibraryError(
+            f"bsa_export.{name} needs {error.name}, which is not installed", hint=install_hint("run")
+        ) from error
 
 
 def __dir__() -> list[str]:

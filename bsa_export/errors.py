@@ -46,3 +46,7 @@ class AttentionError(BsaError, ValueError):
 
 class HubError(BsaError):
     """The Hub, or the way to it, refused."""
+
+
+class MissingLibraryError(BsaError, ImportError):
+    """A library of an extra is not installed."""

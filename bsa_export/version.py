@@ -8,9 +8,8 @@ __version__ = "0.1.0"
 # Set it to the public repository before the first release; nobody can register a name under .example.
 PROJECT_URL = "https://bsa-export.example/bsa_export"
 
-_RUN = ("torch>=2.6", "triton>=3.2", "transformers>=5.0,<6")
-
-# What each extra of setup.cfg brings. A test compares the two.
+# What each extra of setup.cfg brings; a test compares the two.
+_RUN = ("torch>=2.6", "triton>=3.2", "transformers>=5.0,<6", "tokenizers>=0.22")
 EXTRAS = {
     "run": _RUN,
     "verify": (*_RUN, "deepspeed>=0.16,<0.19.7"),
@@ -22,7 +21,7 @@ EXTRAS = {
 def install_hint(extra: str) -> str:
     """Returns the command that installs an extra next to this package, as the hint of a message.
 
-    It names the libraries, so it works wherever the package came from. `pip install "bsa_export[run]"` would need an index
+    It names the libraries, so it works wherever the package came from. `pip install "bsa_export[run]"` needs an index
     that has the package.
 
     Args:
@@ -32,5 +31,5 @@ def install_hint(extra: str) -> str:
 
 
 def install_command(extra: str) -> str:
-    """Returns the command that installs this package with an extra from `PROJECT_URL`, for the reader of a model card."""
+    """Returns the command that installs this package with an extra from `PROJECT_URL`, for readers of a model card."""
     return f'pip install "bsa_export[{extra}] @ git+{PROJECT_URL}"'

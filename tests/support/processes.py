@@ -1,4 +1,4 @@
-"""Child processes of tests: they react to Ctrl-C also where the parent of the tests ignores it (`nohup`, `&` in a script)."""
+"""Child processes of tests. They react to Ctrl-C even if the parent of the tests ignores it (`nohup`, `&`)."""
 
 import signal
 import subprocess
