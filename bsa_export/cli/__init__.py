@@ -76,8 +76,9 @@ def main() -> None:
 def command(name: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:
     """Returns a decorator that makes a function the command `name`, with -h, --help and --version.
 
-    The command ends as the module's table says. Print with `click.echo`, which flushes: if the reader of the output
-    is gone, only a flush inside the command finds it. A command that finds a fault without an error ends with `ctx.exit(1)`.
+    The command ends as the module's table says. Print with `click.echo`, which flushes: if the reader of the
+    output is gone, only a flush inside the command finds it. A command that finds a fault without an error ends
+    with `ctx.exit(1)`.
 
         @command("bsa-push")
         @click.argument("folder", type=click.Path(path_type=Path))
