@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import glob
 import os
@@ -12,27 +13,32 @@ import signal
 import threading
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any
 
 from bsa_export.errors import CheckpointError
-from bsa_export.files import plain_error
+from bsa_export.files import MAX_JSON_BYTES, plain_error, read_bytes, read_json
 
 # What a conversion leaves in its folder; only a folder that has it may be overwritten.
-MARKER = "conversion.json"
+RECORD = "conversion.json"
+# What every staging folder holds from its first moment; only a folder that has it, as its own, is ever removed.
+MARKER = ".bsa-export-staging"
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 class AtomicFolder(AbstractContextManager):
-    """Write into a hidden folder that is renamed to `target` at the end: `with AtomicFolder("out") as staging: ...`.
+    """Write into a hidden folder that is renamed to `target` at the end: `with AtomicFolder("out") as folder: ...`.
 
-    The staging folder is `.NAME.tmp-XXXXXXXX` beside `target`, locked (flock) while its process lives. After an
-    exception, Ctrl-C, SIGTERM or SIGHUP it is removed. A process that was killed leaves it behind; the next run with
-    the same target sees that nobody holds the lock, and removes it. What survives a loss of power is up to the file
-    system: nothing is flushed, as `cp` does not.
+    The staging folder is `.NAME.tmp-XXXXXXXX` beside `target`. It holds MARKER and `NAME`, the folder to write into, and is
+    locked (flock) while its process lives. After an exception, Ctrl-C, SIGTERM or SIGHUP it is removed. A process that was
+    killed leaves it behind; the next run with the same target sees that nobody holds the lock, and removes it. A folder of
+    such a name without a MARKER that names it (its name and inode) is somebody else's and stays.
+
+    Power loss is covered too: the files and folders are flushed to the disk (fsync) before the rename, and the rename after.
 
     Args:
         target: the folder to make. Its parents are made. An empty folder in its place is replaced.
-        overwrite: replace an earlier conversion in one step. A folder without MARKER is never replaced.
+        overwrite: replace an earlier conversion in one step. A folder without the RECORD of one is never replaced.
 
     Raises:
         CheckpointError: `target` is there and may not be replaced, the disk is full, or the place cannot be written.
@@ -44,7 +50,7 @@ class AtomicFolder(AbstractContextManager):
         self.made_parents: list[Path] = []
         self.staging: Path | None = None
         self.lock: int | None = None
-        self.handlers: dict[signal.Signals, object] = {}
+        self.handlers: dict[signal.Signals, Any] = {}
         self.interrupted: int | None = None
 
     def __enter__(self) -> Path:
@@ -53,20 +59,24 @@ class AtomicFolder(AbstractContextManager):
             self.refuse_target()
             self.make_parents()
             self.remove_stale()
-            self.make_staging()
+            self.staging = self.make_staging()
+            content = self.staging / self.target.name
+            content.mkdir()
             self.end_if_interrupted()
         except BaseException as error:
             self.clean()
             if isinstance(error, OSError):
                 raise plain_error(error, self.target.parent, "no folder can be made in it") from error
             raise
-        return self.staging
+        return content
 
-    def __exit__(self, kind, error, _):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             self.end_if_interrupted()
-            if kind is None:
-                self.put_in_place()
+            if kind is None and self.staging is not None:
+                self.put_in_place(self.staging / self.target.name)
                 self.made_parents.clear()
         except OSError as problem:
             raise plain_error(problem, self.target) from problem
@@ -137,9 +147,9 @@ class AtomicFolder(AbstractContextManager):
             raise CheckpointError(
                 "it is there and not empty", where=self.target, hint="choose another folder or --overwrite"
             )
-        if not (self.target / MARKER).is_file():
+        if not _is_conversion(self.target):
             raise CheckpointError(
-                f"only an earlier conversion may be overwritten, and it holds no {MARKER}",
+                f"only an earlier conversion may be overwritten, and it holds no {RECORD} of one",
                 where=self.target,
                 hint="choose another folder",
             )
@@ -150,18 +160,21 @@ class AtomicFolder(AbstractContextManager):
             parent.mkdir()
             self.made_parents.append(parent)
 
-    def make_staging(self) -> None:
-        """A new staging folder and the descriptor that holds its lock."""
+    def make_staging(self) -> Path:
+        """A new staging folder with its MARKER; `self.lock` holds its lock."""
         while True:
-            self.staging = self.target.with_name(f".{self.target.name}.tmp-{secrets.token_hex(4)}")
-            self.staging.mkdir()
+            staging = self.target.with_name(f".{self.target.name}.tmp-{secrets.token_hex(4)}")
+            staging.mkdir()
+            self.staging = staging  # from here on `clean` removes it
+            (staging / MARKER).write_text(_marker(staging), "utf-8", "surrogateescape")
             try:
-                self.lock = _open_locked(self.staging)
+                self.lock = _open_locked(staging)
             except (BlockingIOError, FileNotFoundError):
                 continue  # another run took it for stale before it was locked
-            if self.staging.exists():
-                return
+            if (staging / MARKER).exists():
+                return staging
             os.close(self.lock)
+            self.lock = None
 
     def remove_stale(self) -> None:
         """Remove the staging folders of this target that no process holds."""
@@ -170,15 +183,58 @@ class AtomicFolder(AbstractContextManager):
                 lock = _open_locked(stale, without_locks=False)
             except OSError:
                 continue
-            shutil.rmtree(stale, ignore_errors=True)
+            if _is_marked(stale):
+                shutil.rmtree(stale, ignore_errors=True)
             os.close(lock)
 
-    def put_in_place(self) -> None:
+    def put_in_place(self, content: Path) -> None:
+        """Flush `content`, and rename it to the target."""
+        _flush(content)
         self.refuse_target()  # somebody else may have made it meanwhile
         if self.target.is_dir() and any(self.target.iterdir()):
-            _exchange(self.staging, self.target)
+            _exchange(content, self.target)
         else:
-            os.rename(self.staging, self.target)
+            os.rename(content, self.target)
+        _flush_entry(self.target.parent)
+
+
+def _marker(staging: Path) -> str:
+    """What MARKER holds: a copy of the folder, or one that was renamed, is not the folder that it names."""
+    return f"{staging.name} {os.stat(staging).st_ino}\n"
+
+
+def _is_marked(staging: Path) -> bool:
+    try:
+        return read_bytes(staging / MARKER, 1000) == _marker(staging).encode("utf-8", "surrogateescape")
+    except (OSError, CheckpointError):
+        return False
+
+
+def _is_conversion(folder: Path) -> bool:
+    """Whether RECORD is there and one of ours: other programs may have a file of that name."""
+    try:
+        record = read_json(folder / RECORD, MAX_JSON_BYTES)
+    except (OSError, CheckpointError):
+        return False
+    return isinstance(record, dict) and isinstance(record.get("bsa_export"), str)
+
+
+def _flush(folder: Path) -> None:
+    """Have the system write every file below `folder`, and their names, to the disk. Raises OSError."""
+    for path, folders, files in os.walk(folder):
+        for name in (*files, *folders, "."):
+            _flush_entry(Path(path, name))
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot flush folders
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _open_locked(folder: Path, *, without_locks: bool = True) -> int:
@@ -206,7 +262,8 @@ def _exchange(one: Path, other: Path) -> None:
             return
     except (AttributeError, OSError):
         pass
-    aside = one.with_name(one.name + "-old")
+    # Not in the staging folder: whoever is killed between the two steps keeps the old folder.
+    aside = other.with_name(f".{other.name}.before-{secrets.token_hex(4)}")
     os.rename(other, aside)
     os.rename(one, other)
     os.rename(aside, one)

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ def everything(path: Path) -> list[str]:
 
 def earlier_conversion(path: Path) -> Path:
     path.mkdir()
-    (path / "conversion.json").write_text("{}")
+    (path / "conversion.json").write_text('{"bsa_export": "0.1"}')
     (path / "old").write_text("old")
     return path
 
@@ -101,7 +102,7 @@ def test_what_is_there_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(CheckpointError, match="out: it is there and not empty; choose another folder or --overwrite"):
         AtomicFolder(tmp_path / "out").__enter__()
     with pytest.raises(
-        CheckpointError, match="only an earlier conversion may be overwritten, and it holds no conversion.json"
+        CheckpointError, match="only an earlier conversion may be overwritten, and it holds no conversion.json of one"
     ):
         AtomicFolder(tmp_path / "out", overwrite=True).__enter__()
     with pytest.raises(CheckpointError, match="expected a folder to write to, found a file"):
@@ -146,12 +147,20 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     assert (tmp_path / "real" / "file").exists()
 
 
+def left_by_a_killed_process(target: Path) -> Path:
+    """The staging folder that a process leaves which was killed while it wrote."""
+    before = set(target.parent.iterdir())
+    process = start(target)
+    process.kill()
+    process.wait(20)
+    process.stdout.close()
+    (stale,) = set(target.parent.iterdir()) - before
+    return stale
+
+
 def test_staging_folders_in_use_are_left_alone_and_stale_ones_are_removed(tmp_path):
-    stale = tmp_path / ".out.tmp-0123abcd"
-    stale.mkdir()
-    (stale / "model.safetensors").write_text("x")
-    other = tmp_path / ".other.tmp-0123abcd"
-    other.mkdir()
+    stale = left_by_a_killed_process(tmp_path / "out")
+    other = left_by_a_killed_process(tmp_path / "other")
     with AtomicFolder(tmp_path / "out") as first:
         assert not stale.exists()
         with AtomicFolder(tmp_path / "out") as second:
@@ -165,6 +174,47 @@ def test_staging_folders_in_use_are_left_alone_and_stale_ones_are_removed(tmp_pa
         (first / "from").write_text("first")
     assert (tmp_path / "out" / "from").read_text() == "first"
     assert other.exists()
+
+
+def test_folders_that_only_look_like_a_staging_folder_stay(tmp_path):
+    (tmp_path / ".out.tmp-20241101").mkdir()  # a user's own
+    (tmp_path / ".out.tmp-20241101" / "precious").write_text("x")
+    (tmp_path / ".out.tmp-12345678").mkdir()
+    shutil.copytree(left_by_a_killed_process(tmp_path / "out"), tmp_path / ".out.tmp-00000000")
+    (left_by_a_killed_process(tmp_path / "out")).rename(tmp_path / ".out.tmp-11111111")
+    with AtomicFolder(tmp_path / "out"):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".out.tmp-00000000",
+        ".out.tmp-11111111",
+        ".out.tmp-12345678",
+        ".out.tmp-20241101",
+        "out",
+    ]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "not JSON", '{"converted": true}'])
+def test_another_programs_conversion_json_is_no_reason_to_overwrite(tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "conversion.json").write_text(content)
+    with pytest.raises(CheckpointError, match="only an earlier conversion may be overwritten"):
+        AtomicFolder(tmp_path / "out", overwrite=True).__enter__()
+    assert everything(tmp_path) == ["out", "out/conversion.json"]
+
+
+def test_everything_is_flushed_before_the_folder_is_in_place(tmp_path, monkeypatch):
+    flushed = []
+
+    def record(descriptor):
+        flushed.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "out").exists()))
+
+    monkeypatch.setattr(os, "fsync", record)
+    with AtomicFolder(tmp_path / "out") as staging:
+        (staging / "sub").mkdir()
+        (staging / "sub" / "file").write_text("x")
+    before = {Path(path).name for path, there in flushed if not there}
+    assert before == {"file", "sub", "out"}
+    assert flushed[-1] == (str(tmp_path), True)
 
 
 def test_a_link_with_the_name_of_a_stale_folder_is_not_followed(tmp_path):
@@ -186,7 +236,7 @@ with AtomicFolder(sys.argv[1], overwrite=True) as staging:
         (staging / str(number)).write_text("x" * 1000)
         if number == 0:
             print("started", flush=True)
-    (staging / "conversion.json").write_text("{}")
+    (staging / "conversion.json").write_text('{"bsa_export": "0.1"}')
 """
 
 
@@ -226,5 +276,5 @@ def test_a_killed_process_leaves_no_target_and_the_next_run_removes_what_is_left
                     sorted([*map(str, range(2000)), "conversion.json"]),
                 )
         with AtomicFolder(target, overwrite=True) as staging:
-            (staging / "conversion.json").write_text("{}")
+            (staging / "conversion.json").write_text('{"bsa_export": "0.1"}')
         assert everything(target.parent) == ["out", "out/conversion.json"]
