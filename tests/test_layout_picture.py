@@ -14,6 +14,7 @@ from bsa_export.sparsity.configs import (
     windowed_for,
 )
 from bsa_export.sparsity.pictures import DROPPED, KEPT, layout_figure, plot_layouts
+from bsa_export.version import install_hint
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: the extra [plot]")
 
@@ -138,4 +139,4 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BsaError) as refusal:
         plot_layouts(tmp_path / "layout.png", make_layouts(windowed_for(512, 2), 1024, 2), 64, "windowed")
-    assert str(refusal.value) == 'pictures need matplotlib; pip install "bsa_export[plot]"'
+    assert str(refusal.value).endswith(install_hint("plot"))

@@ -13,6 +13,7 @@ import numpy as np
 
 from bsa_export.errors import BsaError
 from bsa_export.sparsity.facts import distinct_heads
+from bsa_export.version import install_hint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +23,6 @@ KEPT, DROPPED, SOURCE, BORDER = "#1f4e79", "#eef1f5", "#f28e2b", "#b8c0cc"
 MAX_HEADS = 24
 COLUMNS = 4
 PICTURES = (".png", ".svg", ".pdf")
-NO_MATPLOTLIB = 'pip install "bsa_export[plot]"'
 # A picture of more blocks than LONG is joined by one of its first DETAIL blocks.
 LONG, DETAIL = 128, 64
 
@@ -63,7 +63,7 @@ def check_picture(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise BsaError("there is no such folder", where=path.absolute().parent)
     if find_spec("matplotlib") is None:
-        raise BsaError("pictures need matplotlib", hint=NO_MATPLOTLIB)
+        raise BsaError("pictures need matplotlib", hint=install_hint("plot"))
 
 
 def layout_figure(layouts: Sequence[np.ndarray], block: int, title: str, source_length: int | None = None) -> Figure:
@@ -72,7 +72,7 @@ def layout_figure(layouts: Sequence[np.ndarray], block: int, title: str, source_
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError as error:
-        raise BsaError("pictures need matplotlib", hint=NO_MATPLOTLIB) from error
+        raise BsaError("pictures need matplotlib", hint=install_hint("plot")) from error
 
     n = layouts[0].shape[-1]
     heads = distinct_heads(layouts)

@@ -36,6 +36,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
+from bsa_export.version import install_hint
 th, td { text-align: left; vertical-align: top; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid var(--line); }
 .verdict { font-size: 1.15rem; font-weight: 600; } .soft { color: var(--soft); } code { font-size: 0.9em; }
 .passed { color: var(--passed); } .failed { color: var(--failed); } .skipped, .incomplete, .info { color: var(--skipped); }
@@ -47,7 +48,7 @@ pre { overflow-x: auto; font-size: 0.8rem; } details { margin-top: 1rem; } .scro
 def check_matplotlib() -> None:
     """Raises BsaError when pictures cannot be drawn."""
     if find_spec("matplotlib") is None:
-        raise BsaError("pictures need matplotlib", where="--report", hint='pip install "bsa_export[plot]"')
+        raise BsaError("pictures need matplotlib", where="--report", hint=install_hint("plot"))
 
 
 def write_report(target: Path, wanted: Wanted, run: Verification) -> list[Path]:

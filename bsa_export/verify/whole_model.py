@@ -29,6 +29,8 @@ from bsa_export.verify.outputs import ORDERS, larger
 from bsa_export.verify.tolerance import FACTOR, errors
 
 REFERENCE = "bsa_export_reference"
+from bsa_export.version import install_hint
+
 _order: ContextVar[int | None] = ContextVar(
     "order", default=None
 )  # a seed of the order in which REFERENCE sums over head_dim
@@ -75,7 +77,7 @@ def load_model(folder: ConvertedFolder, device: str) -> nn.Module | str:
         from bsa_export.hf.register import MIN_TRANSFORMERS, version_of
         from bsa_export.hf.stored_layout import NAME as SPARSE
     except ImportError as error:
-        return f'transformers is not installed ({error}): pip install "bsa_export[transformers]"'
+        return f"transformers is not installed ({error}): {install_hint('run')}"
     if version_of(transformers) < MIN_TRANSFORMERS:
         return f"transformers {transformers.__version__} is older than 5.0"
     _register_reference()
