@@ -21,6 +21,7 @@ from bsa_export.converted.records import to_json
 from bsa_export.errors import BsaError
 from bsa_export.sparsity.pictures import MAX_HEADS
 from bsa_export.verify.run import Verification, Wanted, versions
+from bsa_export.version import install_hint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,6 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; }
-from bsa_export.version import install_hint
 th, td { text-align: left; vertical-align: top; padding: 0.35rem 0.8rem 0.35rem 0; border-bottom: 1px solid var(--line); }
 .verdict { font-size: 1.15rem; font-weight: 600; } .soft { color: var(--soft); } code { font-size: 0.9em; }
 .passed { color: var(--passed); } .failed { color: var(--failed); } .skipped, .incomplete, .info { color: var(--skipped); }

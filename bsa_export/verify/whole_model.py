@@ -27,9 +27,9 @@ from bsa_export.ops.dispatch import AUTO, MODULES, backends, block_sparse_attent
 from bsa_export.verify.attention_inputs import tensor
 from bsa_export.verify.outputs import ORDERS, larger
 from bsa_export.verify.tolerance import FACTOR, errors
+from bsa_export.version import install_hint
 
 REFERENCE = "bsa_export_reference"
-from bsa_export.version import install_hint
 
 _order: ContextVar[int | None] = ContextVar(
     "order", default=None
