@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from bsa_export import BertSparseSelfAttention, SparseSelfAttention
 from bsa_export.deepspeed_compat import sparsity_config as configs
 from bsa_export.errors import AttentionError, SparsityError
-from bsa_export.ops import block_sparse_attention, deepspeed_kernels
+from bsa_export.ops import block_sparse_attention, deepspeed_kernels, deepspeed_source
 from bsa_export.sparsity.configs import (
     BigBirdSparsityConfig,
     CustomSparsityConfig,
@@ -29,7 +29,7 @@ BERT = SimpleNamespace(hidden_size=32, num_attention_heads=HEADS)
 @pytest.fixture(scope="module")
 def deepspeed():
     """DeepSpeed's module of sparse attention."""
-    reason = deepspeed_kernels.package()
+    reason = deepspeed_source.find()
     if isinstance(reason, str):
         pytest.skip(reason)
     return pytest.importorskip("deepspeed.ops.sparse_attention")

@@ -1,4 +1,4 @@
-"""DeepSpeed's own sparse attention operators, read from the installed package and brought to today's Triton.
+"""DeepSpeed's own sparse attention operators, read from its source files and brought to today's Triton.
 
 deepspeed 0.16 to 0.19.6 ships kernels for Triton 1.0: compile-time values come as `**meta`, heuristics see positional arguments,
 and Triton's C++ held a helper that packs kept blocks. The source is rewritten as a syntax tree and run from a file of its own;
@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from types import ModuleType, SimpleNamespace
@@ -27,8 +25,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from bsa_export.errors import AttentionError
-
-LAST_RELEASE = "0.19.6"
+from bsa_export.ops.deepspeed_source import RELEASES, find, helper_source
 
 _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
@@ -61,36 +58,18 @@ def interpreted() -> bool:
     return isinstance(tl.softmax, InterpretedFunction)
 
 
-def package() -> Path | str:
-    """The installed deepspeed's folder, or why it is of no use. Imports nothing of it."""
-    needed = f"deepspeed 0.16 to {LAST_RELEASE} has the kernels"
-    try:
-        spec = find_spec("deepspeed")
-    except ValueError:  # a module that somebody put together without a spec
-        spec = None
-    # The stand-in of `bsa_export.deepspeed_compat` has no folder.
-    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
-    if not folders:
-        return f"deepspeed is not installed; {needed}"
-    if not (folders[0] / "ops/sparse_attention/matmul.py").is_file():
-        try:
-            version = metadata.version("deepspeed")
-        except metadata.PackageNotFoundError:
-            version = f"in {folders[0]}"
-        return f"deepspeed {version} has no sparse attention; {needed}"
-    return folders[0]
+def operators() -> SimpleNamespace | str:
+    """DeepSpeed's `MatMul` and `Softmax` from the sources that `deepspeed_source.find` finds, or why there are none."""
+    folder = find()
+    return folder if isinstance(folder, str) else _loaded(folder)
 
 
 @cache
-def operators() -> SimpleNamespace | str:
-    """The installed deepspeed's `MatMul` and `Softmax`, or why there are none."""
-    folder = package()
-    if isinstance(folder, str):
-        return folder
+def _loaded(folder: Path) -> SimpleNamespace | str:
     try:
         return load(folder)
     except Exception as error:  # whatever a source that nobody has seen yet may lead to
-        return f"the sparse attention in {folder} is not of deepspeed 0.16 to {LAST_RELEASE}: {error}"
+        return f"the sparse attention in {folder} is not that of {RELEASES}: {error}"
 
 
 def load(folder: Path) -> SimpleNamespace:
@@ -257,7 +236,7 @@ def sdd_segment() -> Callable:
     Raises:
         AttentionError: it cannot be compiled here.
     """
-    folder = package()
+    folder = find()
     if isinstance(folder, str):
         raise AttentionError(folder, where="backend deepspeed")
     from torch.utils.cpp_extension import load as load_extension
@@ -265,7 +244,7 @@ def sdd_segment() -> Callable:
     try:
         extension = load_extension(
             name="bsa_export_deepspeed_sdd_segment",
-            sources=[str(folder / "ops/csrc/sparse_attention/utils.cpp")],
+            sources=[str(helper_source(folder))],
             extra_cflags=["-O2", "-fopenmp"],
             extra_ldflags=["-fopenmp"],
         )

@@ -99,10 +99,10 @@ def deepspeed_classes() -> SimpleNamespace | str:
     """The installed deepspeed's `BertSparseSelfAttention`, `SparseSelfAttention` and, as `configs`, its module of sparsity configs; or
     why there are none."""
     try:
-        from bsa_export.ops.deepspeed_kernels import package
+        from bsa_export.ops.deepspeed_source import find
     except ImportError as error:
         return f"cannot be imported here: {error}"
-    folder = package()
+    folder = find()
     if isinstance(folder, str):
         return folder
     folder = folder / "ops/sparse_attention"

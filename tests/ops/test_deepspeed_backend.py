@@ -15,7 +15,7 @@ from attention_cases import Case, make_inputs
 
 import bsa_export.deepspeed_compat  # noqa: F401  its stand-in for an absent deepspeed is not to be mistaken for one
 from bsa_export.errors import AttentionError
-from bsa_export.ops import backends, block_sparse_attention, deepspeed_backend, deepspeed_kernels
+from bsa_export.ops import backends, block_sparse_attention, deepspeed_backend, deepspeed_kernels, deepspeed_source
 from bsa_export.verify.tolerance import in_half, judge
 
 deepspeed_attention = partial(block_sparse_attention, backend="deepspeed")
@@ -27,7 +27,7 @@ TINY = Case(pattern="one", blocks=2, heads=1, batch=1, head_dim=16)
 @pytest.fixture
 def package() -> Path:
     """The installed deepspeed's folder."""
-    folder = deepspeed_kernels.package()
+    folder = deepspeed_source.find()
     if isinstance(folder, str):
         pytest.skip(folder)
     return folder
@@ -40,9 +40,9 @@ def only(package, tmp_path, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(deepspeed_backend, "_cache", deepspeed_backend._Cache())
-    deepspeed_kernels.operators.cache_clear()
+    deepspeed_kernels._loaded.cache_clear()
     yield tmp_path
-    deepspeed_kernels.operators.cache_clear()
+    deepspeed_kernels._loaded.cache_clear()
 
 
 def _passes(inputs: dict) -> bool:
@@ -88,8 +88,9 @@ def test_older_releases_have_another_loop(package, tmp_path, monkeypatch):
 
 
 def test_absent_is_a_reason(only):
-    assert backends()["deepspeed"] == "deepspeed is not installed; deepspeed 0.16 to 0.19.6 has the kernels"
-    with pytest.raises(AttentionError, match="^backend deepspeed: deepspeed is not installed"):
+    reason = backends()["deepspeed"]
+    assert "not installed" in reason and "pip download" in reason
+    with pytest.raises(AttentionError, match="backend deepspeed: .* not installed"):
         deepspeed_attention(**_call())
 
 
@@ -100,8 +101,8 @@ def test_newer_is_a_reason(only):
     (only / "deepspeed-0.19.8.dist-info/METADATA").write_text(
         "Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.19.8\n"
     )
-    expected = "deepspeed 0.19.8 has no sparse attention; deepspeed 0.16 to 0.19.6 has the kernels"
-    assert backends()["deepspeed"] == expected
+    reason = backends()["deepspeed"]
+    assert "0.19.8" in reason and "0.19.6" in reason and "pip download" in reason
 
 
 def test_source_that_nobody_knows_is_a_reason(only):
@@ -111,9 +112,7 @@ def test_source_that_nobody_knows_is_a_reason(only):
     (folder / "matmul.py").write_text("class Product: pass")
     (folder / "softmax.py").write_text("class Softmax: pass")
     reason = backends()["deepspeed"]
-    assert re.fullmatch(
-        r"the sparse attention in \S+/deepspeed is not of deepspeed 0.16 to 0.19.6: .*_sparse_matmul.*", reason
-    )
+    assert str(folder.parents[1]) in reason and "0.19.6" in reason and "_sparse_matmul" in reason
 
 
 def _call(**changed) -> dict:
