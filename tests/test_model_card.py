@@ -2,16 +2,21 @@
 
 import copy
 import json
+import os
+import time
 
+import msgspec
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.numpy import save_file
 
 from bsa_export.converted import card as model_card
+from bsa_export.converted.records import ConversionRecord
 from bsa_export.errors import CheckpointError
 from bsa_export.sparsity.configs import make_layouts, sparsity_config, windowed_for
 from bsa_export.sparsity.facts import layout_facts
+from bsa_export.version import PROJECT_URL
 
 CONVERSION = {
     "bsa_export": "0.1.0",
@@ -21,6 +26,7 @@ CONVERSION = {
         "repo": "org/dense",
         "revision": "0123abc",
         "license": "apache-2.0",
+        "config": {},
         "files": {"pytorch_model.bin": {"bytes": 10, "sha256": "ab" * 32}},
     },
     "options": {},
@@ -30,9 +36,9 @@ CONVERSION = {
     "sparsity": windowed_for(512, 12).to_dict(),
     "density": 0.159,
     "renamed": {},
-    "changed": {"bert.embeddings.position_embeddings.weight": "tiled"},
+    "changed": {"bert.embeddings.position_embeddings.weight": {"rows": [512, 4096], "method": "tile"}},
     "added": [f"bert.encoder.layer.{layer}.attention.self.sparse_self_attention.master_layout" for layer in range(6)],
-    "dropped": {"bert.embeddings.position_ids": "made by the model"},
+    "dropped": {"bert.embeddings.position_ids": "buffer"},
     "tied": {},
     "positions": {"method": "tile", "reserved": 0, "source_rows": 512, "rows": 4096},
     "files": {"model.safetensors": {"bytes": 20, "sha256": "cd" * 32}},
@@ -46,8 +52,8 @@ VERIFICATION = {
     "verdict": "passed",
     "files": {"model.safetensors": "cd" * 32},
     "checks": [
-        {"name": "weights", "status": "passed", "reason": None, "figures": {"tensors": 108, "bytes": 45_000_000}},
-        {"name": "deepspeed", "status": "skipped", "reason": "no GPU | <b>", "figures": None},
+        {"kind": "weights", "status": "passed", "figures": {"tensors": 108, "bytes": 45_000_000}},
+        {"kind": "outputs", "part": "deepspeed", "status": "skipped", "reason": "no GPU | <b>"},
     ],
     "device": "cpu",
     "versions": {"torch": "2.13.0"},
@@ -56,6 +62,10 @@ VERIFICATION = {
 
 def conversion(**changes) -> dict:
     return copy.deepcopy(CONVERSION) | changes
+
+
+def render(content: dict, config: dict, **more) -> str:
+    return model_card.render(msgspec.convert(content, ConversionRecord), None, config, **more)
 
 
 def facts_of(section: dict, length: int = 4096):
@@ -88,7 +98,7 @@ def test_metadata_is_what_the_hub_reads(folder):
         "library_name": "transformers",
         "license": "apache-2.0",
         "pipeline_tag": "fill-mask",
-        "tags": ["bsa_export", "block-sparse-attention", "long-context", "bert"],
+        "tags": ["bsa_export", "block-sparse-attention", "long-context", "bert", "unverified"],
     }
     assert model_card.metadata(folder / "README.md") == data
 
@@ -99,7 +109,7 @@ def test_a_local_source_without_license_claims_neither(folder):
     model_card.write(folder)
     data = model_card.metadata(folder / "README.md")
     assert not {"base_model", "base_model_relation", "license"} & data.keys()
-    assert "`pytorch_model.bin` with block-sparse attention" in text_of(folder)
+    assert "`pytorch_model.bin`, converted to block-sparse attention" in text_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -115,14 +125,14 @@ def test_a_local_source_without_license_claims_neither(folder):
     ],
 )
 def test_pipeline_and_class_follow_the_architecture(architecture, tag, auto_class):
-    text = model_card.render(CONVERSION, None, {"architectures": [architecture]} if architecture else {})
+    text = render(CONVERSION, {"architectures": [architecture]} if architecture else {})
     assert ModelCard(text).data.to_dict().get("pipeline_tag") == tag
     assert f'{auto_class}.from_pretrained("org/name", attn_implementation="block_sparse")' in text
 
 
 def test_sentence_transformers_folders_say_so():
     files = CONVERSION["files"] | {"modules.json": {"bytes": 1, "sha256": "0" * 64}}
-    text = model_card.render(conversion(files=files), None, {"architectures": ["BertModel"]})
+    text = render(conversion(files=files), {"architectures": ["BertModel"]})
     data = ModelCard(text).data.to_dict()
     assert data["pipeline_tag"] == "sentence-similarity"
     assert "sentence-transformers" in data["tags"]
@@ -134,15 +144,15 @@ def test_tells_what_was_done_from_what(folder):
     text = text_of(folder)
     for fact in (
         "[org/dense](https://huggingface.co/org/dense) at revision [`0123abc`](https://huggingface.co/org/dense/tree/0123abc)",
-        "It reads 4,096 tokens; its source read 512.",
+        "reads 4,096 tokens; the source reads 512.",
         "`windowed`, block 64",
-        "num_local_blocks 8, num_sliding_window_blocks 9",
+        "`num_local_blocks` 8, `num_sliding_window_blocks` 9",
         "15.9% of the blocks are computed",
-        "512 rows to 4,096, method `tile`",
+        "512 rows extended to 4,096, method `tile`",
         f"`pytorch_model.bin`, sha256 `{'ab' * 32}`",
         'bsa_export.load("me/model")',
         "Not verified.",
-        "bsa_export 0.1.0, python 3.11.2, numpy 2.4.6",
+        "bsa\\_export 0.1.0, python 3.11.2, numpy 2.4.6",
     ):
         assert fact in text
 
@@ -153,7 +163,7 @@ def test_verification_is_a_table(folder):
     text = text_of(folder)
     assert "`bsa-verify` on cpu: **passed**." in text
     assert "| weights | passed | 108 tensors, 45 MB |" in text
-    assert "| deepspeed | skipped | no GPU \\| &lt;b> |" in text
+    assert "| outputs: deepspeed | skipped | no GPU \\| \\<b\\> |" in text
     assert "torch 2.13.0" in text
 
 
@@ -162,6 +172,7 @@ def test_a_verification_of_other_weights_is_not_shown(folder):
     (folder / "verification.json").write_text(json.dumps(other))
     model_card.write(folder)
     assert "**Not verified.**\n" in text_of(folder)
+    assert model_card.PASSED_MARK not in text_of(folder)
 
 
 def test_a_verification_counts_where_the_conversion_left_out_digests(folder):
@@ -184,24 +195,24 @@ def test_what_is_published_unverified_says_why(folder):
     [
         (
             CONVERSION["sparsity"],
-            ["Up to 512 tokens every block is kept", "others up to 511 tokens away", "repeat those of the source"],
-            ["Train it on", "short inputs give other outputs"],
+            ["Up to 512 tokens every block is kept", "up to 511 positions away", "repeat those of the source"],
+            ["Fine-tune the model", "outputs differ"],
         ),
         (
             {"mode": "bigbird", "block": 64},
-            ["% of the blocks are kept, so short inputs give other outputs", "Train it on"],
-            ["Up to 512 tokens every block is kept", "and none beyond"],
+            ["% of the blocks are kept, so outputs differ", "Fine-tune the model"],
+            ["Up to 512 tokens every block is kept", "and not beyond"],
         ),
         (
             {"mode": "dense", "block": 64},
-            ["Up to 512 tokens every block is kept", "where positions repeat", "Train it on"],
-            ["and none beyond"],
+            ["Up to 512 tokens every block is kept", "where position embeddings repeat", "Fine-tune the model"],
+            ["and not beyond"],
         ),
     ],
     ids=["windowed", "bigbird", "dense"],
 )
 def test_limits_follow_the_layout(section, said, not_said):
-    text = model_card.render(conversion(sparsity=section), None, CONFIG, facts=facts_of(section))
+    text = render(conversion(sparsity=section), CONFIG, facts=facts_of(section))
     for sentence in said:
         assert sentence in text
     for sentence in not_said:
@@ -253,12 +264,36 @@ def test_a_card_of_other_origin_counts_as_edited(folder, text):
     assert model_card.is_edited(folder)
 
 
-def test_values_from_a_source_cannot_leave_their_place():
-    source = CONVERSION["source"] | {"repo": None, "path": "a|b\n# c<script>", "license": 'mit"\nbase_model: x'}
-    text = model_card.render(conversion(source=source), None, CONFIG)
-    assert "<script>" not in text
-    assert "\n# c" not in text
-    assert ModelCard(text).data.to_dict()["license"] == 'mit"\nbase_model: x'
+HOSTILE = ["a|b\n# c<script>alert(1)</script>", "``` `x` | ![](x)", "\x1b]0;x\x07\u202e", '");import os;("']
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_values_cannot_leave_their_place(value):
+    """Whatever a name holds, the card keeps its headings, table rows and code blocks."""
+    note = {"kind": "other", "text": value}
+    source = CONVERSION["source"] | {"repo": None, "path": value, "license": value, "files": {value: {"bytes": 1}}}
+    hostile = conversion(
+        source=source,
+        dropped={value: "ignored"},
+        notes=[note],
+        not_finite={value: value},
+        versions={value: value},
+        sparsity=CONVERSION["sparsity"] | {value: value},
+    )
+    plain = json.loads(json.dumps(hostile).replace(json.dumps(value)[1:-1], "x"))
+    text, like = (render(content, CONFIG, repo=repo) for content, repo in ((hostile, value), (plain, "x")))
+    shape = [(line[:2] if line[:1] in "#|`-!" else "") for line in text.splitlines()]
+    assert shape == [(line[:2] if line[:1] in "#|`-!" else "") for line in like.splitlines()]
+    assert not set("\x1b\x07\u202e") & set(text)
+    ModelCard(text)
+
+
+def test_what_to_install_comes_first():
+    lines = render(CONVERSION, CONFIG | {"attn_implementation": "block_sparse"}).split("---\n", 2)[2].splitlines()
+    assert any(line.startswith("pip install ") and PROJECT_URL in line for line in lines[:5])
+    text = "\n".join(lines)
+    assert "transformers refuses to load" in text
+    assert 'attn_implementation="block_sparse"' not in text
 
 
 @pytest.mark.parametrize(
@@ -285,17 +320,47 @@ def test_the_license_of_a_real_source(minilm):
     assert model_card.source_license(minilm) == "apache-2.0"
 
 
+NESTED = "[" * 3000
+MERGED = "a: &a {x: 1}\n" + "\n".join(f"b{n}: &a {{<<: [*a, *a]}}" for n in range(60))
+
+
 @pytest.mark.parametrize(
-    ("card", "message"),
+    ("metadata", "fact"),
     [
-        ("---\nlicense: [\n---\n", "expected YAML metadata between the two --- lines at line 2"),
-        ("---\n- license\n---\n", "expected a mapping as metadata, found list"),
+        ("license: [", "line 2"),
+        ("- license", ""),
+        ("date: 2024-02-30", "day"),
+        ("a: " + "[1," * 5_000_000, "262,144"),
+        (f"a: {NESTED}", ""),
+        (MERGED, "<<"),
+        ("a: !!python/name:os.system x", "!!python"),
+        ("? [a, b]\n: c", ""),
+        ("1: a", ""),
+        ("a: 1" + "0" * 5000, ""),
     ],
+    ids=["open", "list", "date", "15 MB", "nested", "merged", "tag", "list as key", "number as key", "digits"],
 )
-def test_metadata_that_the_hub_would_refuse_gets_a_sentence(tmp_path, card, message):
-    (tmp_path / "README.md").write_text(card)
-    with pytest.raises(CheckpointError, match=message):
+def test_metadata_that_is_refused(tmp_path, metadata, fact):
+    (tmp_path / "README.md").write_text(f"---\n{metadata}\n---\n")
+    started = time.process_time()
+    with pytest.raises(CheckpointError) as error:
         model_card.metadata(tmp_path / "README.md")
+    assert fact in str(error.value)
+    assert time.process_time() - started < 5
+    assert model_card.source_license(tmp_path) is None
+
+
+def test_aliases_do_not_grow(tmp_path):
+    bomb = "a0: &a0 [x, x]\n" + "\n".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60))
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\n{bomb}\n---\n")
+    assert model_card.source_license(tmp_path) == "mit"
+
+
+def test_a_card_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "README.md")
+    assert model_card.source_license(tmp_path) is None
+    with pytest.raises(CheckpointError):
+        model_card.is_edited(tmp_path)
 
 
 def test_a_folder_without_layouts_gets_a_sentence(folder):
