@@ -1,6 +1,7 @@
-"""What every test shares: the GPU mark, Triton's interpreter on machines without a GPU, and real models."""
+"""What all tests share: Ctrl-C, the GPU mark, Triton's interpreter where no GPU is, and the real models."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,20 +9,27 @@ from hypothesis import settings
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
-# Triton's interpreter multiplies by numpy. Its OpenBLAS for processors with AVX2 rounds a product and the transposed one
-# differently, as no GPU does, and so probabilities made of both are not equal. Before numpy is imported.
+# Under `nohup` and `&` in a script, SIGINT is ignored, and child processes inherit that. Tests that interrupt them would
+# wait in vain.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Triton's interpreter multiplies with numpy. numpy's OpenBLAS for processors with AVX2 rounds a product and its
+# transpose differently, which no GPU does. Set before numpy is imported.
 os.environ.setdefault("OPENBLAS_CORETYPE", "Nehalem")
 
-# Processes side by side share the cores. Before torch is imported.
+# Test processes share the cores. Before torch is imported.
 if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))) > 1:
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
-# How long an example takes is a matter of what runs beside it.
+# How long an example takes depends on what else runs.
 settings.register_profile("any pace", deadline=None)
 settings.load_profile("any pace")
 
 
 def _has_gpu() -> bool:
+    if not Path("/dev/nvidiactl").exists():  # saves the import of torch
+        return False
     import torch
 
     return torch.cuda.is_available()
@@ -31,7 +39,7 @@ if not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if _has_gpu():
         return
     skip = pytest.mark.skip(reason="no CUDA GPU on this machine")

@@ -1,16 +1,19 @@
-"""How every command ends: exit codes, and what it says."""
+"""How every command starts and ends: exit codes, and what it prints."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from bsa_export import __version__
-from bsa_export.cli import command
+from bsa_export.cli import COMMANDS, command
 from bsa_export.errors import BsaError
+from bsa_export.version import install_hint
 
 PROGRAM = """
 import sys, time
@@ -113,3 +116,64 @@ def test_the_cause_of_a_refusal_is_kept_for_callers():
 
     result = CliRunner().invoke(main, standalone_mode=False)
     assert isinstance(result.exception.__cause__, BsaError)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_python_m_is_the_same_command(name):
+    def help_of(*start: str) -> str:
+        ran = subprocess.run([*start, "--help"], capture_output=True, text=True, check=True)
+        return ran.stdout.partition("\n")[2]  # without the line that names the program
+
+    assert help_of(sys.executable, "-m", "bsa_export", name) == help_of(
+        str(Path(sys.executable).parent / f"bsa-{name}")
+    )
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["--version"], 0), ([], 2), (["no-command"], 2)])
+def test_python_m_without_a_command(arguments, code):
+    ran = subprocess.run([sys.executable, "-m", "bsa_export", *arguments], capture_output=True, text=True)
+    assert ran.returncode == code and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("library", "arguments"),
+    [
+        ("click", ["convert", "--help"]),  # imported by every command
+        ("huggingface_hub", ["pull", "me/model", "out"]),  # imported by the callback of an argument
+        ("numpy", ["convert", "source", "out"]),  # imported by the command itself
+    ],
+)
+def test_ctrl_c_during_an_import_is_130_and_quiet(library, arguments, tmp_path):
+    (tmp_path / f"{library}.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "bsa_export", *arguments],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_without_a_library_the_python_api_says_what_to_install(library, tmp_path):
+    """In a process that does not find the library, as after `pip install .`."""
+    program = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == {library!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import bsa_export
+try:
+    bsa_export.load({str(tmp_path)!r})
+except bsa_export.errors.BsaError as error:
+    print(isinstance(error, ImportError), error)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith(f"True bsa_export.load needs {library}")
+    assert install_hint("run") in ran.stdout
