@@ -10,11 +10,12 @@ import torch
 
 from bsa_export.bert.families import find_family, read_config
 from bsa_export.checkpoint.open import open_checkpoint
-from bsa_export.errors import CheckpointError
+from bsa_export.errors import CheckpointError, MissingLibraryError
 from bsa_export.hf.register import MIN_TRANSFORMERS, register, version_of
 from bsa_export.hf.stored_layout import NAME, StoredLayout
 from bsa_export.hub.source import find_source
 from bsa_export.text import some
+from bsa_export.version import install_hint
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,14 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: t
         HubError: the Hub does not give it.
         AttentionError: a stored layout is damaged.
     """
-    import transformers
-
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise MissingLibraryError(
+            "bsa_export.load needs transformers, which is not installed", hint=install_hint("run")
+        ) from error
     if version_of(transformers) < MIN_TRANSFORMERS:
         raise CheckpointError(
             "bsa_export.load needs transformers 5.0 or newer, whose BERT calls a registered attention function",
