@@ -9,8 +9,8 @@ from hypothesis import settings
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 
-# Under `nohup` and `&` in a script, SIGINT is ignored, and child processes inherit that. Tests that interrupt them would
-# wait in vain.
+# Under `nohup` and `&` in a script, SIGINT is ignored, and child processes inherit that.
+# A test that interrupts one would wait in vain.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
