@@ -1,4 +1,4 @@
-"""Draws the pictures of the README: `python docs/make_pictures.py`. The rates are those of the table in performance.md."""
+"""Draws the pictures of the README: `python docs/make_pictures.py`. The rates are read from performance.md."""
 
 from __future__ import annotations
 

@@ -1,0 +1,48 @@
+"""Search inside a long document: `python examples/late_chunking.py out/ document.txt "What is asked?"`.
+
+`out/` is a converted sentence-transformers model (`bsa-convert all-MiniLM-L6-v2/ out/ --max-length 32768`). The
+document is read in one pass, and only then its tokens are pooled chunk by chunk, so that each chunk's vector has seen
+the text around it (late chunking, https://arxiv.org/abs/2409.04701). Needs `pip install sentence-transformers`.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch.nn.functional import normalize
+
+import bsa_export  # noqa: F401  (registers the attention that the model's config.json names)
+
+
+def chunk_vectors(model: SentenceTransformer, text: str, size: int) -> tuple[torch.Tensor, list[str]]:
+    """Normalised vectors `[chunks, hidden]` of a document, and the text of each chunk of `size` tokens."""
+    states = model.encode(text, output_value="token_embeddings", convert_to_tensor=True).float()  # [tokens, size]
+    settings = {"truncation": True, "max_length": model.max_seq_length, "return_offsets_mapping": True}
+    offsets = model.tokenizer(text, **settings)["offset_mapping"]
+    vectors = normalize(torch.stack([chunk.mean(0) for chunk in states.split(size)]), dim=-1)
+    spans = [[end for end in part if end[1]] for part in (offsets[i : i + size] for i in range(0, len(states), size))]
+    return vectors, [text[span[0][0] : span[-1][1]] if span else "" for span in spans]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("document", type=Path)
+    parser.add_argument("question")
+    parser.add_argument("--size", type=int, default=256, help="tokens of a chunk")
+    parser.add_argument("--show", type=int, default=3, help="chunks to show")
+    options = parser.parse_args()
+
+    model = SentenceTransformer(options.model)
+    vectors, chunks = chunk_vectors(model, options.document.read_text(encoding="utf-8"), options.size)
+    question = model.encode(options.question, convert_to_tensor=True, normalize_embeddings=True).float()
+    scores = vectors @ question
+    print(f"{len(chunks)} chunks of {options.size} tokens, one pass")
+    for place in scores.topk(min(options.show, len(chunks))).indices.tolist():
+        excerpt = " ".join(chunks[place].split())[:160]
+        print(f"{scores[place]:.3f}  chunk {place + 1}: {excerpt}")
+
+
+if __name__ == "__main__":
+    main()
