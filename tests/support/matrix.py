@@ -185,7 +185,7 @@ def page(outcomes: list[Outcome], absent: list[str]) -> str:
         "# Compatibility",
         "",
         f"Written by `bash tests/matrix.sh` on {today}, on {platform.system()} {platform.machine()} without a GPU.",
-        "Each row is a venv in which a small model was converted and verified, loaded and compared with the dense model,",
+        "Each row is a venv in which a small model was converted, verified, loaded and compared with the dense model,",
         "pushed to a test Hub and pulled from it.",
         "",
         "| installation | Python | " + " | ".join(SHOWN) + " | " + " | ".join(STEPS) + " |",
@@ -200,7 +200,7 @@ def page(outcomes: list[Outcome], absent: list[str]) -> str:
         lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
     lines += [
         "",
-        "`needs [run]`: the step needs torch and transformers. Other words name the backends that were compared.",
+        "`needs [run]`: the step needs torch and transformers.",
     ]
     if absent:
         lines += ["", f"Not tried, as they were not on the machine: Python {', '.join(absent)}."]

@@ -1,10 +1,11 @@
-"""Converts, verifies, loads, pushes and pulls a small model with what is installed: `python probe.py FOLDER BACKEND,BACKEND`.
+"""Converts, verifies, loads, pushes and pulls a small model: `python probe.py FOLDER BACKEND,BACKEND`.
 
 Prints one line of JSON: the outcome of each step, and the versions. BACKENDs are those whose outputs must pass.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -116,10 +117,8 @@ def main(folder: Path, backends: list[str]) -> None:
     }
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            pass
     print(json.dumps({"steps": steps, "versions": versions}))
 
 
