@@ -168,7 +168,7 @@ def _convert(source: str, target: Path | None, as_json: bool, choices: dict[str,
     if target is None or choices["dry_run"]:
         if target is not None:
             AtomicFolder(target, overwrite=choices["overwrite"]).refuse_target()
-        _, planned = convert.plan_source(found, options, choices["config_path"])
+        _, planned, _ = convert.plan_source(found, options, choices["config_path"])
         content, lines = summary.plan_content(planned), summary.plan_lines(planned)
     else:
         with Progress() as progress:

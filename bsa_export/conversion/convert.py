@@ -17,11 +17,13 @@ from bsa_export.checkpoint.atomic_folder import AtomicFolder
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint
 from bsa_export.checkpoint.writer import FileRecord, write_weights
-from bsa_export.conversion import tokenizer_files
+from bsa_export.conversion import carried_files
+from bsa_export.conversion.carried_files import CarriedFiles
 from bsa_export.conversion.options import BARE, Options
 from bsa_export.conversion.plan import Plan, plan
+from bsa_export.conversion.source_folder import encoder_folder
 from bsa_export.converted import card
-from bsa_export.converted.names import CONFIG, CONVERSION_RECORD
+from bsa_export.converted.names import CARD, CONFIG, CONVERSION_RECORD
 from bsa_export.converted.records import ConversionRecord, FileEntry, SourceEntry, to_json
 from bsa_export.errors import CheckpointError, SparsityError
 from bsa_export.files import read_json, write_json
@@ -138,13 +140,23 @@ def convert(
     )
 
 
-def plan_source(source: Source, options: Options, config_path: Path | None = None) -> tuple[Checkpoint, Plan]:
-    """Opens a source and plans its conversion. Returns the checkpoint and the plan."""
+def plan_source(
+    source: Source, options: Options, config_path: Path | None = None
+) -> tuple[Checkpoint, Plan, CarriedFiles]:
+    """Opens a source and plans its conversion. Returns the checkpoint, the plan, and the files that are carried over."""
     check_options(options)
-    checkpoint = open_checkpoint(source.path)
+    checkpoint = open_checkpoint(encoder_folder(source.path))
     config = read_config(config_path or checkpoint.folder / CONFIG)
     planned = plan(checkpoint.tensors, config, options, where=source.path)
-    return checkpoint, replace(planned, skipped=dict(checkpoint.skipped))
+    carried = carried_files.plan(
+        source.path,
+        checkpoint,
+        planned.source_length,
+        planned.max_length,
+        keep_card=planned.sparse_source and card.is_edited(checkpoint.folder),
+    )
+    notes = [*planned.notes, *carried.notes()]
+    return checkpoint, replace(planned, skipped=dict(checkpoint.skipped), notes=notes), carried
 
 
 def check_options(options: Options) -> None:
@@ -191,7 +203,7 @@ def convert_source(
     started = time.perf_counter()
     folder = AtomicFolder(target, overwrite=overwrite)
     folder.refuse_target()
-    checkpoint, planned = plan_source(source, options, config_path)
+    checkpoint, planned, carried = plan_source(source, options, config_path)
     read = [path.resolve() for path in (checkpoint.folder, *checkpoint.files)]
     if any(folder.target in (path, *path.parents) for path in read):
         raise CheckpointError("the target would replace the source", where=target, hint="choose another folder")
@@ -199,12 +211,11 @@ def convert_source(
         files = write_weights(staging, planned.tensors, max_shard_size=max_shard_size, progress=progress)
         checkpoint.check_unchanged()
         write_json(staging / CONFIG, planned.config)
-        tokenizer_files.write(checkpoint.folder, staging, planned.source_length, planned.max_length)
-        for path in sorted(path for path in staging.rglob("*") if path.is_file()):
-            name = path.relative_to(staging).as_posix()
-            if name not in files:
-                files[name] = _file_record(path)
-        record = conversion_record(planned, source, checkpoint.files, options, files)
+        files[CONFIG] = _file_record(staging / CONFIG)
+        files |= {name: file for name, file in carried_files.write(carried, staging).items() if name != CARD}
+        record = replace(
+            conversion_record(planned, source, checkpoint.files, options, files), lengths=carried.changes
+        )
         write_json(staging / CONVERSION_RECORD, to_json(record))
         card.write(staging, repo=_text(target.resolve().name))
     return Converted(target, planned, record, time.perf_counter() - started)

@@ -17,7 +17,8 @@ from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Computed, FileRange, Tensor
 from bsa_export.checkpoint.writer import write_weights
-from bsa_export.conversion import tokenizer_files
+from bsa_export.conversion import carried_files
+from bsa_export.conversion.lengths import change_words
 from bsa_export.conversion.plan import buffer_values
 from bsa_export.conversion.summary import DROP_WORDS
 from bsa_export.converted.names import CONFIG, CONVERSION_RECORD
@@ -199,6 +200,9 @@ def to_dense(
         checkpoint.check_unchanged()
         write_json(staging / CONFIG, dense.config)
         longest = Encoder.find(checkpoint.tensors, config).longest
-        edited = tokenizer_files.write(checkpoint.folder, staging, longest, dense.max_length)
-    dense.notes.extend(f"{name}: {how}" for name, how in edited.items() if how != "copied")
+        restore = record.lengths if record and dense.max_length == record.source_length else ()
+        carried = carried_files.plan(path, checkpoint, longest, dense.max_length, restore=restore)
+        carried_files.write(carried, staging)
+    dense.notes.extend(f"{change.file}: {change_words(change)}" for change in carried.changes)
+    dense.notes.extend(note.text for note in carried.notes())
     return WrittenDense(Path(target), dense, time.perf_counter() - started)

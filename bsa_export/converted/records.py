@@ -20,7 +20,7 @@ from bsa_export.bert.families import FAMILIES
 from bsa_export.converted.checks import Check, Kind, Status
 from bsa_export.converted.names import CONVERSION_RECORD, PULL_RECORD, VERIFICATION_RECORD
 from bsa_export.errors import CheckpointError
-from bsa_export.files import MAX_JSON_BYTES, json_text, read_json, replace_file
+from bsa_export.files import MAX_JSON_BYTES, json_text, parse_json, read_json, replace_file
 
 Record = TypeVar("Record")
 
@@ -143,6 +143,28 @@ class ChosenOptions:
 
 
 @dataclass(frozen=True)
+class LengthChange:
+    """A length that a conversion changed in a JSON file of the tokenizer or of sentence-transformers.
+
+    Attributes:
+        file: its name in the converted folder.
+        key: the keys that lead to the value.
+        before: the JSON text of the value in the source, None where it had none.
+        after: the JSON text of the value in the converted folder.
+    """
+
+    file: str
+    key: tuple[str, ...]
+    before: str | None
+    after: str
+
+    def __post_init__(self) -> None:
+        for text in (self.before, self.after):
+            if text is not None:
+                parse_json(text)
+
+
+@dataclass(frozen=True)
 class ConversionRecord:
     """conversion.json. Names are those of tensors; `docs/records.md` shows an example.
 
@@ -158,6 +180,7 @@ class ConversionRecord:
         skipped: what is stored next to the source's tensors -> why it is not read.
         not_finite: tensor -> `NaN` or `infinite`, for those that hold such a value.
         files: what was written, the record and the card excepted from judgement.
+        lengths: what changed in the files of the tokenizer and of sentence-transformers.
     """
 
     family: str
@@ -178,6 +201,7 @@ class ConversionRecord:
     sparse_source: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
+    lengths: list[LengthChange] = field(default_factory=list)
     not_finite: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     bsa_export: str = ""

@@ -27,10 +27,9 @@ from bsa_export.bert.positions import extend
 from bsa_export.checkpoint.dtypes import DTYPES, cast, pieces, read
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import ITEM_SIZE, Checkpoint, FileRange, Tensor
-from bsa_export.conversion import tokenizer_files
+from bsa_export.conversion import carried_files
 from bsa_export.converted.checks import Check, Kind, result
 from bsa_export.converted.folder import ConvertedFolder
-from bsa_export.converted.names import MODULE_PICKLE
 from bsa_export.errors import BsaError
 from bsa_export.verify.rules import bits_of, is_interpolated, is_rounded, is_tiled
 
@@ -333,12 +332,13 @@ def both(source: Tensor, found: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray
 def sidecar_faults(folder: ConvertedFolder, checkpoint: Checkpoint) -> Iterator[str]:
     """The tokenizer and sentence-transformers files that are not those of the source with their lengths edited."""
     record = folder.record
-    for planned in tokenizer_files.plan(checkpoint.folder, record.source_length, record.max_length):
+    carried = carried_files.plan(checkpoint.folder, checkpoint, record.source_length, record.max_length).carried
+    for planned in carried:
         path = folder.path / planned.name
         if not path.is_file():
             yield f"{planned.name}: lost: the source has it"
-        elif planned.source.name == MODULE_PICKLE:
-            theirs, mine = open_checkpoint(planned.source).tensors, open_checkpoint(path).tensors
+        elif planned.tensors is not None:
+            theirs, mine = planned.tensors, open_checkpoint(path).tensors
             if theirs.keys() != mine.keys() or any(
                 (row.dtype, row.shape) != (mine[name].dtype, mine[name].shape)
                 or first_difference(row, mine[name]) is not None
