@@ -1,8 +1,11 @@
 """Facts about layouts, checked against their definitions written as loops, and custom layouts from files."""
 
+import hashlib
 import json
+import os
 import re
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -40,7 +43,7 @@ def windowed(local, sliding):
 
 
 @pytest.mark.parametrize(
-    "config, density, reach, short_inputs_differ, repeats_positions, far",
+    "config, density, local_reach, short_inputs_differ, repeats_positions, far",
     [
         pytest.param(windowed_for(512, 2), 0.159, 511, False, False, False, id="windowed-8-9-the-default"),
         pytest.param(windowed(8, 1), 0.125, 511, False, False, False, id="windowed-8-alone"),
@@ -81,7 +84,7 @@ def windowed(local, sliding):
     ],
 )
 def test_facts_of_a_512_token_model_extended_to_4096(
-    config, density, reach, short_inputs_differ, repeats_positions, far
+    config, density, local_reach, short_inputs_differ, repeats_positions, far
 ):
     """The densities are those of the measured table in the documentation."""
     facts = layout_facts(make_layouts(config, 4096, 6), 64, 512)
@@ -89,7 +92,10 @@ def test_facts_of_a_512_token_model_extended_to_4096(
     assert facts.short_inputs_differ is short_inputs_differ
     assert facts.repeats_positions is repeats_positions
     assert (facts.far_share > 0) is far
-    assert reach is None or facts.reach == reach
+    assert local_reach is None or facts.local_reach == local_reach
+    rows, columns = np.nonzero(make_layouts(config, 4096, 1)[0].any(0))
+    assert facts.reach == (abs(rows - columns).max() + 1) * 64 - 1
+    assert facts.reach == (4095 if far else facts.local_reach)
     assert facts.needs_training is (short_inputs_differ or repeats_positions or far)
     assert (facts.seq_len, facts.block, facts.source_length) == (4096, 64, 512)
 
@@ -107,7 +113,8 @@ def test_facts_of_a_512_token_model_extended_to_4096(
     ],
 )
 def test_the_default_needs_no_training_when_its_blocks_fit_the_source(source_length, block, repeats):
-    """Windows are whole blocks: those of 512 tokens for a source of 500 meet twelve tiled positions twice, and say so."""
+    """Windows are whole blocks: those of 512 tokens for a source of 500 meet twelve tiled positions twice, and say
+    so."""
     layouts = make_layouts(windowed_for(source_length, 2, block), 4096, 2)
     facts = layout_facts(layouts, block, source_length)
     assert facts.kept_share == 1
@@ -137,7 +144,7 @@ def test_one_head_that_differs_in_one_layer_changes_the_facts():
 
 
 def facts_by_loops(pattern, block, source_length):
-    """`reach` and the number of far blocks as `LayoutFacts` defines them."""
+    """`reach`, `local_reach` and the number of far blocks as `LayoutFacts` defines them."""
     n = len(pattern)
     is_causal = not any(pattern[r][c] for r in range(n) for c in range(r + 1, n))
 
@@ -165,7 +172,8 @@ def facts_by_loops(pattern, block, source_length):
         for c in range(n)
         if pattern[r][c] and r != c and (abs(r - c) + 1) * block - 1 >= source_length and (r, c) not in stretch
     ]
-    return reach, len(far)
+    farthest = max(((abs(r - c) + 1) * block - 1 for r in range(n) for c in range(n) if pattern[r][c]), default=0)
+    return farthest, reach, len(far)
 
 
 @given(
@@ -178,8 +186,8 @@ def facts_by_loops(pattern, block, source_length):
 )
 def test_reach_and_far_blocks_follow_their_definition(pattern, block, source_length):
     facts = layout_facts([pattern[None]], block, source_length)
-    reach, far = facts_by_loops(pattern.tolist(), block, source_length)
-    assert facts.reach == reach
+    reach, local_reach, far = facts_by_loops(pattern.tolist(), block, source_length)
+    assert (facts.reach, facts.local_reach) == (reach, local_reach)
     assert facts.far_share * max(pattern.sum(), 1) == pytest.approx(far)
 
 
@@ -272,7 +280,7 @@ def test_layouts_from_a_file(tmp_path, stored, expected, dtype, suffix):
     np.save(path, stored) if suffix == "npy" else save_file({"anything": stored}, path)
     layouts = load_layouts(path, 3, 2, 4)
     assert [layout.tolist() for layout in layouts] == np.asarray(expected).tolist()
-    assert all(layout.dtype == np.uint8 and layout.flags.c_contiguous for layout in layouts)
+    assert all(layout.dtype == np.uint8 for layout in layouts)
     assert (layouts[0] is layouts[1]) == (stored.ndim == 3)
 
 
@@ -305,6 +313,15 @@ def npy_bytes(tmp_path, array, **options):
     return (tmp_path / "made.npy").read_bytes()
 
 
+def npz_bytes(tmp_path, array):
+    np.savez(tmp_path / "made.npz", array)
+    return (tmp_path / "made.npz").read_bytes()
+
+
+def npy_header(text):
+    return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(text)) + text.encode()
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -321,6 +338,14 @@ def npy_bytes(tmp_path, array, **options):
         ("x.npy", lambda tmp: npy_bytes(tmp, HEADS[0]), "[2, 4, 4] or [1, 4, 4], found [4, 4]"),
         ("x.npy", lambda tmp: npy_bytes(tmp, LAYERS[:2]), "expected one layout, or one for each of 3 layers, found 2"),
         ("x.npy", lambda tmp: npy_bytes(tmp, LAYERS * np.tri(4, k=-1, dtype=int)), "layout[0]: head 0, row 0: keeps no block"),
+        ("x.npy", lambda tmp: npz_bytes(tmp, HEADS), "cannot be read as an .npy array"),
+        ("x.npz", lambda tmp: npz_bytes(tmp, HEADS), "expected a layout in .npy or .safetensors, found .npz"),
+        ("x.npy", lambda tmp: npy_header("(" * 9000), "cannot be read as an .npy array"),
+        ("x.npy", lambda tmp: npy_header("{'descr': '|b1', 'fortran_order': False, 'shape': (1, 4, " + "9" * 5000 + ")}"), "cannot be read"),
+        ("x.npy", lambda tmp: npy_header("{'descr': '|b1', 'fortran_order': False, 'shape': (1, -4, -4)}"), "cannot be read"),
+        ("x.npy", lambda tmp: npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (3, 4611686018427387904, 4, 4)}"), "cannot be read"),
+        ("x.npy", lambda tmp: npy_header("{'descr': [('a', 'u1')], 'fortran_order': False, 'shape': (1, 4, 4)}") + bytes(16), "expected integers or booleans"),
+        ("x.npy", lambda tmp: npy_header("{'descr': '|b1', 'fortran_order': False, 'shape': (1, 4, 4)}") + b"\2" * 16, "expected only 0 and 1"),
         ("x.safetensors", b"", "expected a safetensors header"),
         ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "expected a safetensors header"),
         ("x.safetensors", safetensors_bytes("U8", [1, 4, 4], b"\1" * 15), "header is damaged: layout is U8 [1, 4, 4], 16 bytes, but its range is 0 to 15"),
@@ -346,6 +371,8 @@ def test_files_that_hold_no_such_layouts_are_refused_in_one_sentence(tmp_path, n
         (["a0", "a1", "b1"], "expected the layer as the only number in each tensor's name, found b1"),
         (["a0", "a1", "2a2"], "expected the layer as the only number in each tensor's name, found 2a2"),
         (["a1", "a2", "a3"], "expected layers 0 to 2, found [1, 2, 3]"),
+        (["a0", "a1²3", "a2"], "expected the layer as the only number in each tensor's name, found a1"),
+        (["a0", "a1", "a" + "2" * 5000], "expected the layer as the only number in each tensor's name, found a222"),
     ],
 )
 def test_names_that_do_not_say_the_layer_are_refused(tmp_path, names, message):
@@ -354,3 +381,60 @@ def test_names_that_do_not_say_the_layer_are_refused(tmp_path, names, message):
     save_file({name: HEADS for name in names}, tmp_path / "x.safetensors")
     with pytest.raises(SparsityError, match=re.escape(message)):
         load_layouts(tmp_path / "x.safetensors", 3, 2, 4)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)], ids=["pipe", "folder", "device"]
+)
+def test_only_files_are_read(tmp_path, make, suffix):
+    make(tmp_path / f"x{suffix}")
+    with pytest.raises(BsaError, match="expected a file"):
+        load_layouts(tmp_path / f"x{suffix}", 3, 2, 4)
+
+
+def test_a_layout_of_another_size_is_refused_before_it_is_read(tmp_path):
+    """A file of 1 GB without data takes no time and no memory."""
+    rows, size = {"a": (8, 8192, 16384), "b": (8, 8192, 16384)}, 8 * 8192 * 16384
+    header = {
+        n: {"dtype": "U8", "shape": s, "data_offsets": [i * size, (i + 1) * size]}
+        for i, (n, s) in enumerate(rows.items())
+    }
+    text = json.dumps(header).encode()
+    with open(tmp_path / "x.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + 2 * size)
+    tracemalloc.start()
+    with pytest.raises(BsaError):
+        load_layouts(tmp_path / "x.safetensors", 2, 2, 4)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_facts_of_equal_heads_and_layers_take_the_memory_of_one_head():
+    """65,536 tokens of a BERT-large: 24 layers of 16 heads of 1 MB."""
+    tracemalloc.start()
+    layouts = make_layouts(windowed_for(512, 16), 65536, 24)
+    for layout in layouts:
+        check_layout(layout)
+    assert density(layouts) == layout_facts(layouts, 64, 512).density
+    assert len(distinct_heads(layouts)) == 1 and len(distinct_heads(layouts)[0].members) == 24 * 16
+    layout_hash(layouts[0])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 << 20, f"{peak:,} bytes"
+
+
+@pytest.mark.parametrize("n", [3, 4, 8])
+def test_a_hash_does_not_depend_on_how_heads_are_stored(n):
+    head = np.tri(n, dtype=np.uint8)
+    shared, own = np.broadcast_to(head, (9, n, n)), np.repeat(head[None], 9, 0)
+    expected = hashlib.sha256(repr((9, n, n)).encode() + np.packbits(own).tobytes()).hexdigest()
+    assert (
+        layout_hash(shared)
+        == layout_hash(own)
+        == layout_hash(own.astype(np.int64))
+        == layout_hash(own != 0)
+        == expected
+    )

@@ -1,5 +1,7 @@
 """Sparsity configs against DeepSpeed's own classes, their JSON forms, and the default layout's promise."""
 
+import __future__
+
 import importlib.util
 import inspect
 import json
@@ -7,6 +9,9 @@ import random
 import subprocess
 import sys
 import time
+import tracemalloc
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -404,7 +409,7 @@ def test_other_class_paths_are_refused(path):
 
 
 def test_a_mode_that_contradicts_the_class_path_is_refused():
-    with pytest.raises(SparsityError, match="sparse_attention: mode: expected fixed, found bigbird"):
+    with pytest.raises(SparsityError, match="sparse_attention: mode: expected fixed, found .bigbird."):
         sparsity_config_from_class_path("deepspeed.ops.sparse_attention:FixedSparsityConfig", {"mode": "bigbird"}, 4)
 
 
@@ -487,3 +492,108 @@ def test_sparsity_and_layout_import_no_heavy_library():
     assert not [
         name for name in ("torch", "triton", "deepspeed", "transformers", "matplotlib") if f"'{name}'" in loaded
     ]
+
+
+def test_parameters_are_checked_by_type_whatever_the_annotations_are():
+    """Classes of modules without `from __future__ import annotations` have types there, others have text."""
+    namespace = {"dataclass": dataclass, "field": field, "SparsityConfig": SparsityConfig}
+    source = """
+@dataclass
+class Mine(SparsityConfig):
+    width: int = 3
+    names: "list[str] | None" = None
+    wide: bool = False
+    share: float = 0.5
+    offset: int = field(default=-2)
+"""
+    classes = []
+    for flags in (0, __future__.annotations.compiler_flag):
+        exec(compile(source, "mine", "exec", flags, dont_inherit=True), namespace)
+        classes.append(namespace["Mine"])
+    for cls in classes:
+        assert cls(2, names=("a",)).names == ["a"] and cls(2, offset=-7).offset == -7
+        for wrong in (
+            {"width": "seven"},
+            {"width": True},
+            {"names": [1]},
+            {"names": 3},
+            {"wide": 1},
+            {"share": "half"},
+            {"width": 10**400},
+        ):
+            with pytest.raises(SparsityError, match=f": {next(iter(wrong))}: expected"):
+                cls(2, **wrong)
+
+
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    2**31,
+    10**30,
+    10**5000,
+    1.5,
+    float("nan"),
+    "",
+    "7",
+    "bidirectional",
+    [],
+    [0],
+    [-1],
+    [[1]],
+    [2**40],
+    [None],
+    [True],
+    {},
+    {"a": 1},
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_odd_values_of_a_section_are_refused_or_make_a_layout(mode):
+    names = [*MODES[mode].parameter_names(), "mode", "unknown", 7]
+    for name, value in product(names, ODD):
+        try:
+            config = sparsity_config({"mode": mode} | {name: value}, 4)
+            layout = config.make_layout(8 * config.block)
+        except SparsityError as refusal:
+            assert "\n" not in str(refusal) and len(str(refusal)) < 2500
+        else:
+            assert layout.shape == (4, 8, 8) and set(np.unique(layout)) <= {0, 1}
+    for section in ODD:
+        if not isinstance(section, dict):
+            with pytest.raises(SparsityError):
+                sparsity_config(section, 4)
+        with pytest.raises(SparsityError):
+            sparsity_config_from_class_path(section, {}, 4)
+
+
+def test_parameters_cannot_ask_for_work_out_of_proportion():
+    many = list(range(-2000, 14000))
+    sections = [
+        {"mode": "variable", "global_block_indices": many, "global_block_end_indices": [2**31 - 1] * len(many)},
+        {"mode": "variable", "local_window_blocks": [2**31 - 1] * 16000, "global_block_indices": [0] * 16000},
+        {"mode": "fixed", "num_local_blocks": 2**31 - 1, "num_different_global_patterns": 2**31 - 1, "different_layout_per_head": True},
+        {"mode": "windowed", "num_local_blocks": 2**31 - 1, "num_sliding_window_blocks": 2**31 - 1},
+    ]  # fmt: skip
+    for section in sections:
+        config = sparsity_config(section, 4)
+        tracemalloc.start()
+        config.make_layout(1024 * config.block)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 64 << 20
+    with pytest.raises(SparsityError, match="at most"):
+        sparsity_config({"mode": "bigbird", "different_layout_per_head": True}, 4096).make_layout(16384 * 16)
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_heads_that_are_alike_share_memory_until_they_are_to_be_written(differ):
+    config = BigBirdSparsityConfig(3, 16, differ)
+    shared, own = config.shared_layout(256), config.make_layout(256)
+    assert np.array_equal(shared, own) and not shared.flags.writeable
+    assert shared.strides[0] == (16 * 16 if differ else 0)
+    own[1, 2, 3] ^= 1  # one head, of an array of its own
+    assert np.count_nonzero(shared != own) == 1 and np.array_equal(config.shared_layout(256), shared)

@@ -2,8 +2,8 @@
 
 The six classes of DeepSpeed keep its names, parameters, defaults and attributes, and their layouts equal those of
 deepspeed 0.19.6 bit for bit (`deepspeed/ops/sparse_attention/sparsity_config.py`), random ones for equal draws. What is
-meant to differ: `LocalSlidingWindowSparsityConfig` is bidirectional unless asked, and parameters that DeepSpeed lets pass
-without meaning (zero heads, empty windows, an unknown `attention`) are refused.
+meant to differ: `LocalSlidingWindowSparsityConfig` is bidirectional unless asked, and parameters that DeepSpeed lets
+pass without meaning (zero heads, empty windows, an unknown `attention`) are refused.
 
 A layout depends on the length it is made for: the master layout sliced to a shorter length is in general not the layout
 made for that length. The stored master layout and its slices count, here as in DeepSpeed.
@@ -14,45 +14,98 @@ Parameters count blocks; `attention` is `bidirectional` or `unidirectional`.
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import ClassVar
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
 from bsa_export.errors import SparsityError
 from bsa_export.sparsity.facts import check_layout
 from bsa_export.sparsity.patterns import add_global, add_random, aligned_windows, causal, sliding_window
+from bsa_export.text import size
 
-ATTENTION = ("bidirectional", "unidirectional")
+Attention = Literal["bidirectional", "unidirectional"]
+
 DEEPSPEED_LENGTH = 2048  # tokens of the master layout in DeepSpeed's BertSparseSelfAttention
 MAX_BLOCKS = 16384  # of a sequence: a head's layout takes the square of that in bytes
+MAX_LAYOUT_BYTES = 16 << 30  # of the heads of a layer that differ
+MAX_HEADS = 4096
+MAX_INTEGER = 2**31 - 1  # of a parameter
+MAX_ITEMS = MAX_BLOCKS  # of a parameter that is a list
 
 
-def _count(default: int, minimum: int = 0):
+def _count(default: int, minimum: int = 0) -> Any:
     return field(default=default, metadata={"minimum": minimum})
 
 
-def _checked(kind: str, minimum: int, value: object):
-    """Returns a parameter of that annotation as a plain int, bool, str or new list; raises TypeError with what was expected.
-    Other annotations are not checked."""
-    if kind == "int":
-        if isinstance(value, Integral) and not isinstance(value, bool) and value >= minimum:
-            return int(value)
-        raise TypeError(f"expected an integer of at least {minimum}")
-    if kind == "bool":
+def _types(cls: type) -> dict[str, Any]:
+    """The types of a config class' parameters, whichever module declares them and whether as text or not."""
+    try:
+        return get_type_hints(cls)
+    except Exception:  # an annotation that names what only a type checker sees
+        known = {"int": int, "bool": bool, "str": str, "float": float}
+        return {parameter.name: known.get(str(parameter.type), parameter.type) for parameter in fields(cls)}
+
+
+def _checked(kind: Any, value: object, minimum: int = -MAX_INTEGER, maximum: int = MAX_INTEGER) -> object:
+    """Returns a parameter of type `kind` as a plain int, bool, str or new list; raises TypeError with what was
+    expected.
+
+    Types other than these, `Literal`, and lists and unions of them are not checked.
+    """
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        problems = []
+        for option in options:
+            try:
+                return _checked(option, value, minimum, maximum)
+            except TypeError as problem:
+                problems.append(str(problem).removeprefix("expected "))
+        raise TypeError(f"expected {' or '.join(problems)}")
+    if origin is list:
+        kinds = {int: "integers", bool: "booleans", str: "texts", float: "numbers"}
+        message = f"expected a list of {kinds.get(options[0], 'values')}"
+        if not isinstance(value, list | tuple):
+            raise TypeError(message)
+        if len(value) > MAX_ITEMS:
+            raise TypeError(f"{message}, at most {MAX_ITEMS:,}")
+        try:
+            return [_checked(options[0], item) for item in value]
+        except TypeError as problem:
+            raise TypeError(f"{message}: {problem}") from None
+    if origin is Literal:
+        if isinstance(value, str | int) and value in options:
+            return value
+        raise TypeError(f"expected {' or '.join(map(str, options))}")
+    if kind is int:
+        integer = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+        if integer is None or integer < minimum:
+            raise TypeError("expected an integer" + (f" of at least {minimum}" if minimum > -MAX_INTEGER else ""))
+        if integer > maximum:
+            raise TypeError(f"expected an integer of at most {maximum:,}")
+        return integer
+    if kind is bool:
         if isinstance(value, bool | np.bool_):
             return bool(value)
         raise TypeError("expected true or false")
-    if kind == "str":
-        if value in ATTENTION:
-            return value
-        raise TypeError(f"expected {' or '.join(ATTENTION)}")
-    if kind == "list[int]" or (kind == "list[int] | None" and value is not None):
-        if isinstance(value, list | tuple) and all(isinstance(item, Integral) for item in value):
-            return [int(item) for item in value]
-        raise TypeError("expected a list of integers")
+    if kind is float and (not isinstance(value, int | float) or isinstance(value, bool)):
+        raise TypeError("expected a number")
+    if kind is str and not isinstance(value, str):
+        raise TypeError("expected text")
+    if kind is NoneType and value is not None:
+        raise TypeError("expected null")
     return value
+
+
+def _shown(value: object) -> str:
+    """A parameter's value for a message."""
+    try:
+        return repr(value)
+    except ValueError:  # Python converts no integer of more than 4,300 digits
+        return "an integer of thousands of digits"
 
 
 @dataclass
@@ -72,27 +125,29 @@ class SparsityConfig:
     # Counts of blocks that DeepSpeed refuses when a row has fewer.
     _at_most_a_row: ClassVar[tuple[str, ...]] = ()
 
-    num_heads: int
+    num_heads: int = field(metadata={"minimum": 1, "maximum": MAX_HEADS})
     block: int = _count(16, minimum=1)
     different_layout_per_head: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        types = _types(type(self))
         for parameter in fields(self):
-            minimum = parameter.metadata.get("minimum", 1)
+            value, bounds = getattr(self, parameter.name), parameter.metadata
+            minimum, maximum = bounds.get("minimum", -MAX_INTEGER), bounds.get("maximum", MAX_INTEGER)
             try:
-                checked = _checked(parameter.type, minimum, getattr(self, parameter.name))
+                checked = _checked(types[parameter.name], value, minimum, maximum)
             except TypeError as error:
                 self._refuse(parameter.name, str(error))
             setattr(self, parameter.name, checked)
-        if getattr(self, "horizontal_global_attention", False) and self.attention == "unidirectional":
+        if getattr(self, "horizontal_global_attention", False) and getattr(self, "attention", "") == "unidirectional":
             self._refuse("horizontal_global_attention", "expected false when unidirectional")
         self._validate()
 
     def _validate(self) -> None:
         """Refuses what a pattern cannot be made of."""
 
-    def _refuse(self, parameter: str, message: str) -> None:
-        raise SparsityError(message, found=repr(getattr(self, parameter)), where=f"{self.mode}: {parameter}")
+    def _refuse(self, parameter: str, message: str) -> NoReturn:
+        raise SparsityError(message, found=_shown(getattr(self, parameter)), where=f"{self.mode}: {parameter}")
 
     @property
     def num_layout_heads(self) -> int:
@@ -104,50 +159,60 @@ class SparsityConfig:
 
         Args:
             seq_len: a multiple of the block.
-            rng: where random blocks are drawn from, in DeepSpeed's order (head by head, row by row); the module `random`
-                itself is DeepSpeed's own behaviour. None is `random.Random(0)`.
+            rng: where random blocks are drawn from, in DeepSpeed's order (head by head, row by row); the module
+                `random` itself is DeepSpeed's own behaviour. None is `random.Random(0)`.
 
         Returns:
-            uint8 `[num_heads, seq_len / block, seq_len / block]` of 0 and 1.
+            uint8 `[num_heads, seq_len / block, seq_len / block]` of 0 and 1, an array of its own.
 
         Raises:
-            SparsityError: the length is no multiple of the block, or too short for the pattern.
+            SparsityError: the length is not a multiple of the block, or too short for the pattern.
         """
+        return np.array(self.shared_layout(seq_len, rng), order="C")
+
+    def shared_layout(self, seq_len: int, rng: random.Random | None = None) -> np.ndarray:
+        """`make_layout`, read-only and in the memory of one head where all heads have the same layout."""
         n = self._num_blocks(seq_len)
         for name in self._at_most_a_row:
             if getattr(self, name) > n:
                 self._refuse(name, f"expected at most the {n} blocks of {seq_len} tokens")
+        if self.num_layout_heads * n * n > MAX_LAYOUT_BYTES:
+            raise SparsityError(
+                f"expected layouts of at most {size(MAX_LAYOUT_BYTES)} a layer",
+                found=f"{self.num_layout_heads} heads that differ, of {n:,} x {n:,} blocks",
+                where=self.mode,
+                hint="choose larger blocks",
+            )
         rng = rng or random.Random(0)
         patterns = self._patterns(n)
-        layout = np.empty((self.num_heads, n, n), np.uint8)
-        for head in range(self.num_layout_heads):
-            layout[head] = patterns[head % len(patterns)]
-            add_random(layout[head], getattr(self, "num_random_blocks", 0), self._random_columns(n), rng)
-        layout[self.num_layout_heads :] = layout[0]
-        return layout
+        heads = np.empty((self.num_layout_heads, n, n), np.uint8)
+        for head, pattern in enumerate(heads):
+            pattern[:] = patterns[head % len(patterns)]
+            add_random(pattern, getattr(self, "num_random_blocks", 0), self._random_columns(n), rng)
+        return _read_only(heads, self.num_heads)
 
     @classmethod
     def parameter_names(cls) -> list[str]:
         """The names of the arguments that JSON can hold."""
         return [parameter.name for parameter in fields(cls) if parameter.init and parameter.name != "layout"]
 
-    def to_parameters(self) -> dict:
-        """The arguments of the class, as GENA-LM's config.json holds them beside the class path."""
+    def to_parameters(self) -> dict[str, Any]:
+        """The arguments of the class, as GENA-LM's config.json holds them next to the class path."""
         return {name: getattr(self, name) for name in self.parameter_names()}
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """The `sparse_attention` section of a DeepSpeed config: mode and parameters, without the number of heads."""
         return {"mode": self.mode} | {
             name: value for name, value in self.to_parameters().items() if name != "num_heads"
         }
 
     def _num_blocks(self, seq_len: int) -> int:
-        if seq_len < 1 or seq_len % self.block:
+        if not isinstance(seq_len, Integral) or seq_len < 1 or seq_len % self.block:
             message = f"expected a length that is a multiple of block {self.block}"
-            raise SparsityError(message, found=seq_len, where=self.mode)
+            raise SparsityError(message, found=_shown(seq_len), where=self.mode)
         if seq_len > MAX_BLOCKS * self.block:
             message = f"expected at most {MAX_BLOCKS * self.block:,} tokens in blocks of {self.block}"
-            raise SparsityError(message, found=f"{seq_len:,}", where=self.mode, hint="choose larger blocks")
+            raise SparsityError(message, found=_shown(seq_len), where=self.mode, hint="choose larger blocks")
         return seq_len // self.block
 
     def _patterns(self, n: int) -> list[np.ndarray]:
@@ -159,27 +224,9 @@ class SparsityConfig:
         return [range(n)] * n
 
 
-class _GlobalIndices:
-    """Global blocks by index: `[index]`, or `[index, end)` with `global_block_end_indices`. Those beyond a sequence do not
-    count; negative ones count from its end."""
-
-    def _validate(self) -> None:
-        starts, ends = self.global_block_indices, self.global_block_end_indices
-        if ends is None:
-            return
-        if len(starts) != len(ends):
-            self._refuse("global_block_end_indices", f"expected {len(starts)} as there are global_block_indices")
-        for start, end in zip(starts, ends, strict=True):
-            if start >= end:
-                self._refuse("global_block_end_indices", f"expected an end after start {start}")
-
-    def _global_windows(self, n: int) -> list[tuple[int, int]]:
-        starts, ends = self.global_block_indices, self.global_block_end_indices
-        if ends is not None:
-            return list(zip(starts, ends, strict=True))
-        if starts and min(starts) < -n:
-            self._refuse("global_block_indices", f"expected at least {-n} for {n} blocks")
-        return [(start % n, start % n + 1) for start in starts if start < n]
+def _read_only(heads: np.ndarray, num_heads: int) -> np.ndarray:
+    """`[num_heads, n, n]` that cannot be written to: `heads`, or its one head for all."""
+    return np.broadcast_to(heads, (num_heads, *heads.shape[1:]))
 
 
 @dataclass
@@ -194,7 +241,8 @@ class DenseSparsityConfig(SparsityConfig):
 
 @dataclass
 class FixedSparsityConfig(SparsityConfig):
-    """Aligned local windows, and of each window some blocks that all attend to (after Sparse Transformers, arXiv 1904.10509).
+    """Aligned local windows, and of each window some blocks that all attend to (after Sparse Transformers, arXiv
+    1904.10509).
 
     Args:
         num_local_blocks: blocks of a local window.
@@ -207,7 +255,7 @@ class FixedSparsityConfig(SparsityConfig):
 
     num_local_blocks: int = _count(4, minimum=1)
     num_global_blocks: int = _count(1, minimum=1)
-    attention: str = "bidirectional"
+    attention: Attention = "bidirectional"
     horizontal_global_attention: bool = False
     num_different_global_patterns: int = _count(1, minimum=1)
 
@@ -222,7 +270,7 @@ class FixedSparsityConfig(SparsityConfig):
 
     def _patterns(self, n: int) -> list[np.ndarray]:
         local = causal(aligned_windows([self.num_local_blocks], n), self.attention)
-        patterns = [local.copy() for _ in range(self.num_different_global_patterns)]
+        patterns = [local.copy() for _ in range(min(self.num_different_global_patterns, self.num_heads))]
         for number, pattern in enumerate(patterns):
             windows = self._global_windows(n, number)
             add_global(pattern, windows, self.attention, self.horizontal_global_attention)
@@ -234,14 +282,37 @@ class FixedSparsityConfig(SparsityConfig):
         whole = n - n % self.num_local_blocks
         starts = list(range(first, whole, self.num_local_blocks))
         if whole < n:
-            # A short last window has its global blocks where the others do, or last; n - width may be negative, and then
-            # counts from the end, in DeepSpeed as here.
+            # A short last window has its global blocks where the others do, or last; n - width may be negative, and
+            # then counts from the end, in DeepSpeed as here.
             starts.append(min(whole + first, n - width))
         return [(start, start + width) for start in starts]
 
 
+def _check_global_windows(config: VariableSparsityConfig | BSLongformerSparsityConfig) -> None:
+    """Refuses `global_block_end_indices` that do not end windows."""
+    starts, ends = config.global_block_indices, config.global_block_end_indices
+    if ends is None:
+        return
+    if len(starts) != len(ends):
+        config._refuse("global_block_end_indices", f"expected {len(starts)} as there are global_block_indices")
+    for start, end in zip(starts, ends, strict=True):
+        if start >= end:
+            config._refuse("global_block_end_indices", f"expected an end after start {start}")
+
+
+def _global_windows(config: VariableSparsityConfig | BSLongformerSparsityConfig, n: int) -> Iterable[tuple[int, int]]:
+    """Global blocks by index: `[index]`, or `[index, end)` with `global_block_end_indices`. Those beyond a sequence do
+    not count; negative ones count from its end."""
+    starts, ends = config.global_block_indices, config.global_block_end_indices
+    if ends is not None:
+        return list(zip(starts, ends, strict=True))
+    if starts and min(starts) < -n:
+        config._refuse("global_block_indices", f"expected at least {-n} for {n} blocks")
+    return [(start % n, start % n + 1) for start in starts if start < n]
+
+
 @dataclass
-class VariableSparsityConfig(_GlobalIndices, SparsityConfig):
+class VariableSparsityConfig(SparsityConfig):
     """Local windows of given sizes, random blocks, and global blocks by index (extends `fixed`).
 
     Random blocks may lie ahead of their row in unidirectional attention too, as in DeepSpeed.
@@ -261,18 +332,18 @@ class VariableSparsityConfig(_GlobalIndices, SparsityConfig):
     local_window_blocks: list[int] = field(default_factory=lambda: [4])
     global_block_indices: list[int] = field(default_factory=lambda: [0])
     global_block_end_indices: list[int] | None = None
-    attention: str = "bidirectional"
+    attention: Attention = "bidirectional"
     horizontal_global_attention: bool = False
 
     def _validate(self) -> None:
-        super()._validate()
+        _check_global_windows(self)
         sizes = self.local_window_blocks
         if not sizes or min(sizes) < 1:
             self._refuse("local_window_blocks", "expected one or more sizes of at least 1")
 
     def _patterns(self, n: int) -> list[np.ndarray]:
         pattern = causal(aligned_windows(self.local_window_blocks, n), self.attention)
-        add_global(pattern, self._global_windows(n), self.attention, self.horizontal_global_attention)
+        add_global(pattern, _global_windows(self, n), self.attention, self.horizontal_global_attention)
         return [pattern]
 
 
@@ -292,7 +363,7 @@ class BigBirdSparsityConfig(SparsityConfig):
     num_random_blocks: int = _count(1)
     num_sliding_window_blocks: int = _count(3)
     num_global_blocks: int = _count(1)
-    attention: str = "bidirectional"
+    attention: Attention = "bidirectional"
 
     def _validate(self) -> None:
         if self.attention == "unidirectional" and self.num_random_blocks > 1:
@@ -308,7 +379,7 @@ class BigBirdSparsityConfig(SparsityConfig):
 
 
 @dataclass
-class BSLongformerSparsityConfig(_GlobalIndices, SparsityConfig):
+class BSLongformerSparsityConfig(SparsityConfig):
     """A sliding window and global blocks by index (Longformer in blocks, arXiv 2004.05150).
 
     Args:
@@ -323,11 +394,14 @@ class BSLongformerSparsityConfig(_GlobalIndices, SparsityConfig):
     num_sliding_window_blocks: int = _count(3)
     global_block_indices: list[int] = field(default_factory=lambda: [0])
     global_block_end_indices: list[int] | None = None
-    attention: str = "bidirectional"
+    attention: Attention = "bidirectional"
+
+    def _validate(self) -> None:
+        _check_global_windows(self)
 
     def _patterns(self, n: int) -> list[np.ndarray]:
         pattern = sliding_window(self.num_sliding_window_blocks, n)
-        add_global(pattern, self._global_windows(n), "bidirectional", horizontal=True)
+        add_global(pattern, _global_windows(self, n), "bidirectional", horizontal=True)
         return [causal(pattern, self.attention)]
 
 
@@ -346,7 +420,7 @@ class LocalSlidingWindowSparsityConfig(SparsityConfig):
 
     different_layout_per_head: bool = field(default=False, init=False)
     num_sliding_window_blocks: int = _count(3)
-    attention: str = "bidirectional"
+    attention: Attention = "bidirectional"
 
     def _patterns(self, n: int) -> list[np.ndarray]:
         return [causal(sliding_window(self.num_sliding_window_blocks, n), self.attention)]
@@ -356,8 +430,9 @@ class LocalSlidingWindowSparsityConfig(SparsityConfig):
 class WindowedSparsityConfig(SparsityConfig):
     """Aligned windows joined with a sliding window; the default of this project. All heads are alike.
 
-    With windows as long as the dense model's inputs and a sliding window of about that length, inputs up to that length keep
-    every block, and longer ones pass information across the windows' borders. Windows longer than a sequence are cut.
+    With windows as long as the dense model's inputs and a sliding window of about that length, inputs up to that length
+    keep every block, and longer ones pass information across the windows' borders. Windows longer than a sequence are
+    cut.
 
     Args:
         num_local_blocks: blocks of an aligned window.
@@ -369,7 +444,7 @@ class WindowedSparsityConfig(SparsityConfig):
     block: int = _count(64, minimum=1)
     num_local_blocks: int = _count(8, minimum=1)
     num_sliding_window_blocks: int = _count(9)
-    attention: str = "bidirectional"
+    attention: Attention = "bidirectional"
 
     def _patterns(self, n: int) -> list[np.ndarray]:
         pattern = aligned_windows([self.num_local_blocks], n) | sliding_window(self.num_sliding_window_blocks, n)
@@ -390,11 +465,11 @@ class CustomSparsityConfig(SparsityConfig):
     different_layout_per_head: bool = True
     layout: np.ndarray | None = field(default=None, compare=False, repr=False)
 
-    def make_layout(self, seq_len: int, rng: random.Random | None = None) -> np.ndarray:
-        """The top-left slice of the layout for `seq_len` tokens. See `SparsityConfig.make_layout`; nothing is drawn.
+    def shared_layout(self, seq_len: int, rng: random.Random | None = None) -> np.ndarray:
+        """The top-left slice of the layout for `seq_len` tokens; nothing is drawn.
 
         Raises:
-            SparsityError: there is no layout here, it is too short or of other heads, or it cannot be attended with.
+            SparsityError: there is no layout here, it is too short or for other heads, or it cannot be attended with.
         """
         n = self._num_blocks(seq_len)
         if self.layout is None:
@@ -404,7 +479,7 @@ class CustomSparsityConfig(SparsityConfig):
         if heads not in (1, self.num_heads) or blocks < n:
             message = f"expected [{self.num_heads}, {n}, {n}] or more blocks"
             raise SparsityError(message, found=list(self.layout.shape), where="custom: layout")
-        return np.repeat(self.layout[:, :n, :n].astype(np.uint8), self.num_heads // heads, axis=0)
+        return _read_only(self.layout[:, :n, :n].astype(np.uint8), self.num_heads)
 
 
 MODES: dict[str, type[SparsityConfig]] = {
@@ -428,8 +503,8 @@ _DEEPSPEED_CLASS_DEFAULTS = {"local": {"attention": "unidirectional"}}
 
 def windowed_for(source_length: int, num_heads: int, block: int = 64) -> WindowedSparsityConfig:
     """The default config for a dense model that reads `source_length` tokens: aligned windows of that length, in whole
-    blocks rounded up, so that its inputs keep every block, and a sliding window of one block more. A source of one block
-    gets no sliding window: it would reach beyond the source's positions.
+    blocks rounded up, so that its inputs keep every block, and a sliding window of one block more. A source of one
+    block gets no sliding window: it would reach beyond the source's positions.
     """
     local = -(-source_length // block)
     sliding = local + 1 if local > 1 else 1
@@ -439,68 +514,70 @@ def windowed_for(source_length: int, num_heads: int, block: int = 64) -> Windowe
 def make_layouts(
     config: SparsityConfig, seq_len: int, num_layers: int, seed: int = 0, different_layout_per_layer: bool = False
 ) -> list[np.ndarray]:
-    """Makes the master layout of each layer, uint8 `[num_heads, seq_len / block, seq_len / block]`.
+    """Makes the master layout of each layer, uint8 `[num_heads, seq_len / block, seq_len / block]`, read-only.
 
-    Layers share one array, unless they are to differ and the pattern is random: then each takes its own draw in sequence
-    from one `random.Random(seed)`, as a DeepSpeed model does that is built layer by layer after `random.seed(seed)`.
+    Heads with the same layout share memory, see `SparsityConfig.shared_layout`. Layers share one array, unless they are
+    to differ and the pattern is random: then each takes its own draw in sequence from one `random.Random(seed)`, as a
+    DeepSpeed model does that is built layer by layer after `random.seed(seed)`.
     """
     rng = random.Random(seed)
-    if different_layout_per_layer and getattr(config, "num_random_blocks", 0):
-        return [config.make_layout(seq_len, rng) for _ in range(num_layers)]
-    return [config.make_layout(seq_len, rng)] * num_layers
+    if different_layout_per_layer and getattr(config, "num_random_blocks", None):
+        return [config.shared_layout(seq_len, rng) for _ in range(num_layers)]
+    return [config.shared_layout(seq_len, rng)] * num_layers
 
 
-def sparsity_config(section: dict, num_heads: int) -> SparsityConfig:
+def sparsity_config(section: Mapping[str, Any], num_heads: int) -> SparsityConfig:
     """Builds the config that a `sparse_attention` section of a DeepSpeed JSON config describes.
 
-    Absent keys take DeepSpeed's JSON defaults. These are those of the classes except that mode is `fixed` and that
+    Absent keys have DeepSpeed's JSON defaults. They are those of the classes, except that mode is `fixed` and that
     `bigbird` has no random block (its class has one). A `num_heads` in the section must be the model's.
 
     Raises:
         SparsityError: an unknown mode or key, or a bad value.
     """
-    mode = section.get("mode", "fixed") if isinstance(section, dict) else "fixed"
-    if mode not in list(MODES):
-        raise SparsityError(f"expected one of {', '.join(MODES)}", found=repr(mode), where="sparse_attention: mode")
+    mode = section.get("mode", "fixed") if isinstance(section, Mapping) else "fixed"
+    if not isinstance(mode, str) or mode not in MODES:
+        raise SparsityError(f"expected one of {', '.join(MODES)}", found=_shown(mode), where="sparse_attention: mode")
     return _build(MODES[mode], _JSON_DEFAULTS.get(mode, {}), section, num_heads)
 
 
 def config_class_path(config: SparsityConfig) -> str:
     """`module:class` as GENA-LM's config.json names it: DeepSpeed's for its patterns, ours for our own."""
-    module = (
-        "bsa_export.sparsity" if config.mode in ("windowed", "custom") else "deepspeed.ops.sparse_attention"
-    )
+    module = "bsa_export.sparsity" if config.mode in ("windowed", "custom") else "deepspeed.ops.sparse_attention"
     return f"{module}:{type(config).__name__}"
 
 
-def sparsity_config_from_class_path(path: str, section: dict, num_heads: int) -> SparsityConfig:
-    """Builds the config that `sparse_config_cls` and `sparse_attention` of a config.json describe, as GENA-LM writes them.
+def sparsity_config_from_class_path(path: str, section: Mapping[str, Any], num_heads: int) -> SparsityConfig:
+    """Builds the config that `sparse_config_cls` and `sparse_attention` of a config.json describe, as GENA-LM writes
+    them.
 
     Absent keys take the class' defaults: for DeepSpeed's `LocalSlidingWindowSparsityConfig` that is unidirectional.
 
     Raises:
         SparsityError: another class, an unknown key, or a bad value.
     """
-    module, _, name = str(path).rpartition(":")
+    module, _, name = path.rpartition(":") if isinstance(path, str) else ("", "", "")
     known = {cls.__name__: cls for cls in MODES.values()}
     package = module.split(".")[0]
     if name not in known or package not in ("deepspeed", "bsa_export"):
         paths = ", ".join(config_class_path(cls(1)) for cls in MODES.values())
-        raise SparsityError(f"expected one of {paths}", found=repr(path), where="sparse_config_cls")
+        raise SparsityError(f"expected one of {paths}", found=_shown(path), where="sparse_config_cls")
     cls = known[name]
     defaults = _DEEPSPEED_CLASS_DEFAULTS.get(cls.mode, {}) if package == "deepspeed" else {}
     return _build(cls, defaults, section, num_heads)
 
 
-def _build(cls: type[SparsityConfig], defaults: dict, section: dict, num_heads: int) -> SparsityConfig:
-    if not isinstance(section, dict):
+def _build(
+    cls: type[SparsityConfig], defaults: dict[str, Any], section: Mapping[str, Any], num_heads: int
+) -> SparsityConfig:
+    if not isinstance(section, Mapping):
         raise SparsityError("expected an object", found=type(section).__name__, where="sparse_attention")
     fixed = {"mode": cls.mode, "num_heads": num_heads}
     for name, value in fixed.items():
         if section.get(name, value) != value:
-            raise SparsityError(f"expected {value}", found=section[name], where=f"sparse_attention: {name}")
+            raise SparsityError(f"expected {value}", found=_shown(section[name]), where=f"sparse_attention: {name}")
     names = cls.parameter_names()
     for name in section:
         if name not in names and name != "mode":
-            raise SparsityError(f"expected parameters among {', '.join(names)}", found=repr(name), where=cls.mode)
-    return cls(**{name: value for name, value in (defaults | section | fixed).items() if name != "mode"})
+            raise SparsityError(f"expected parameters among {', '.join(names)}", found=_shown(name), where=cls.mode)
+    return cls(**{name: value for name, value in {**defaults, **section, **fixed}.items() if name != "mode"})

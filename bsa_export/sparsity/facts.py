@@ -12,7 +12,8 @@ from bsa_export.errors import SparsityError
 
 
 def check_layout(layout: np.ndarray, where: object = None) -> None:
-    """Checks that a layout can be attended with: `[heads, n, n]` of 0 and 1 (integer or bool), each row with a kept block.
+    """Checks that a layout can be attended with: `[heads, n, n]` of 0 and 1 (integer or bool), each row with a kept
+    block.
 
     Raises:
         SparsityError: it cannot; `where` stands first, then head and row.
@@ -22,6 +23,9 @@ def check_layout(layout: np.ndarray, where: object = None) -> None:
         raise SparsityError("expected a layout [heads, n, n]", found=list(layout.shape), where=prefix)
     if layout.dtype.kind not in "bui":
         raise SparsityError("expected integers or booleans", found=layout.dtype, where=prefix)
+    layout = _distinct_part(layout)
+    if layout.dtype == bool:
+        layout = layout.view(np.uint8)  # a file may hold any byte
     if layout.min() < 0 or layout.max() > 1:
         head, row, column = np.argwhere((layout != 0) & (layout != 1))[0]
         found = f"{layout[head, row, column]} in column {column}"
@@ -36,10 +40,20 @@ def check_layout(layout: np.ndarray, where: object = None) -> None:
         )
 
 
+def _distinct_part(layout: np.ndarray) -> np.ndarray:
+    """The first head of a layout whose heads are one array in memory (`SparsityConfig.shared_layout`), else all of
+    it."""
+    return layout[:1] if layout.strides[0] == 0 else layout
+
+
 def layout_hash(layout: np.ndarray) -> str:
     """The sha256 of a layout's shape and bits, the same for every integer and bool dtype."""
     digest = hashlib.sha256(repr(tuple(int(size) for size in layout.shape)).encode())
-    digest.update(np.packbits(layout != 0))
+    # As many heads at a time as fill whole bytes with their bits.
+    at_once = 1 if layout[:1].size % 8 == 0 else 8
+    shared = np.packbits(layout[:1]).tobytes() if layout.strides[0] == 0 and at_once == 1 else None
+    for first in range(0, len(layout), at_once):
+        digest.update(shared or np.packbits(layout[first : first + at_once]).tobytes())
     return digest.hexdigest()
 
 
@@ -58,7 +72,9 @@ def distinct_heads(layouts: Sequence[np.ndarray]) -> list[HeadLayout]:
     seen: dict[int, list[bytes]] = {}
     for layer, layout in enumerate(layouts):
         if id(layout) not in seen:
-            seen[id(layout)] = [np.packbits(pattern != 0).tobytes() for pattern in layout]
+            distinct = _distinct_part(layout)
+            digests = [hashlib.sha256(np.packbits(pattern).tobytes()).digest() for pattern in distinct]
+            seen[id(layout)] = digests * (len(layout) // max(len(digests), 1))
         for head, key in enumerate(seen[id(layout)]):
             groups.setdefault(key, HeadLayout(layout[head], [])).members.append((layer, head))
     return list(groups.values())
@@ -68,14 +84,16 @@ def density(layouts: np.ndarray | Sequence[np.ndarray]) -> float:
     """The share of blocks that is kept, of one layout `[heads, n, n]` or the mean of one a layer."""
     if isinstance(layouts, np.ndarray):
         layouts = [layouts]
-    by_id = {id(layout): np.count_nonzero(layout) / layout.size for layout in layouts}
-    return sum(by_id[id(layout)] for layout in layouts) / len(layouts)
+    parts = {id(layout): _distinct_part(layout) for layout in layouts}
+    by_id = {key: np.count_nonzero(part) / part.size for key, part in parts.items()}
+    return float(sum(by_id[id(layout)] for layout in layouts) / len(layouts))
 
 
 def kept_share(layout: np.ndarray, block: int, length: int) -> float:
     """The share of blocks that is kept within the first `length` tokens, of a layout `[..., n, n]`; 1.0 is exact."""
     n = -(-length // block)
-    return float(np.mean(layout[..., :n, :n] != 0))
+    part = layout[..., :n, :n]
+    return float(np.count_nonzero(part) / part.size)
 
 
 @dataclass(frozen=True)
@@ -88,12 +106,16 @@ class LayoutFacts:
         source_length: tokens that the dense model reads.
         density: share of blocks that is kept.
         kept_share: the same within the source's length.
-        reach: tokens to the farthest key that a query meets in an unbroken stretch of blocks around its own that are kept in
-            both directions (in one, if the layout is causal). Queries in a global block (one whose row or column is full) do
-            not count, unless all are; a block with both next to a sliding window counts to that.
-        far_share: share of the kept blocks that lie outside that stretch and hold keys at `source_length` or farther,
-            where the dense model never looked: those of global and random blocks.
-        interpolated: whether positions are interpolated in the place of tiled, so that no input meets those it knows.
+        reach: tokens between a query and the farthest key that it attends to, the largest over all queries and kept
+            blocks.
+        local_reach: the same within the unbroken stretch of kept blocks around a query's own. Blocks count that are
+            kept in both directions (in one, if the layout is causal). Queries in a global block (one whose row or
+            column is full) do not count, unless all are; a global block next to a sliding window is part of its
+            stretch.
+        far_share: share of the kept blocks that are outside that stretch and hold keys at `source_length` or farther,
+            where the dense model never looked: global and random blocks.
+        interpolated: whether positions are interpolated instead of tiled, so that no input has the positions that it
+            knows.
     """
 
     block: int
@@ -102,6 +124,7 @@ class LayoutFacts:
     density: float
     kept_share: float
     reach: int
+    local_reach: int
     far_share: float
     interpolated: bool = False
 
@@ -112,13 +135,13 @@ class LayoutFacts:
 
     @property
     def repeats_positions(self) -> bool:
-        """Whether the local reach includes a key that has the query's own tiled position."""
-        return not self.interpolated and self.reach >= self.source_length
+        """Whether the local stretch includes a key that has the query's own tiled position."""
+        return not self.interpolated and self.local_reach >= self.source_length
 
     @property
     def needs_training(self) -> bool:
-        """Whether the model has to be trained on before it is about as good as the dense one: blocks are missing that it
-        knows, or positions are others, or there are keys farther than it knows."""
+        """Whether the model needs training before it is about as good as the dense one: blocks that it knows are
+        missing, positions differ, or there are keys farther away than any that it knows."""
         return self.short_inputs_differ or self.repeats_positions or self.far_share > 0
 
 
@@ -129,10 +152,10 @@ def layout_facts(
     n = layouts[0].shape[-1]
     heads = distinct_heads(layouts)
     total = sum(len(head.members) for head in heads)
-    stretch, kept, kept_within, far = 0, 0, 0.0, 0
+    farthest, stretch, kept, kept_within, far = 0, 0, 0, 0.0, 0
     for head in heads:
-        head_stretch, head_far = _reach_in_blocks(head.pattern, max(source_length // block, 1))
-        stretch = max(stretch, head_stretch)
+        head_farthest, head_stretch, head_far = _reach_in_blocks(head.pattern, max(source_length // block, 1))
+        farthest, stretch = max(farthest, head_farthest), max(stretch, head_stretch)
         far += head_far * len(head.members)
         kept += np.count_nonzero(head.pattern) * len(head.members)
         kept_within += kept_share(head.pattern, block, source_length) * len(head.members)
@@ -142,33 +165,40 @@ def layout_facts(
         source_length=source_length,
         density=float(kept / (total * n * n)),
         kept_share=float(kept_within / total),
-        reach=max(stretch * block - 1, 0),
+        reach=max(farthest * block - 1, 0),
+        local_reach=max(stretch * block - 1, 0),
         far_share=float(far / max(kept, 1)),
         interpolated=interpolated,
     )
 
 
-def _reach_in_blocks(pattern: np.ndarray, far: int) -> tuple[int, int]:
-    """Of one head's `[n, n]`: the longest stretch to one side of a diagonal block, which it includes, and how many kept blocks
-    at `far` or more from the diagonal lie outside of such stretches. See `LayoutFacts.reach`."""
+def _reach_in_blocks(pattern: np.ndarray, far: int) -> tuple[int, int, int]:
+    """For one head's `[n, n]`, in blocks: how far kept blocks are from the diagonal, and the longest stretch to one
+    side of a diagonal block, both with that block; and how many kept blocks at `far` or more from the diagonal are
+    outside of such stretches. See `LayoutFacts`."""
     n = len(pattern)
     rows = np.arange(n)
-    kept = pattern != 0
-    causal = not np.triu(kept, 1).any()
-    dropped = ~(kept if causal else kept & kept.T)
-    before, after = np.tril(dropped)[:, ::-1], np.triu(dropped)
-    left = np.where(before.any(axis=1), before.argmax(axis=1) - (n - 1 - rows), rows + 1)
-    right = np.where(after.any(axis=1), after.argmax(axis=1) - rows, n - rows)
+    kept = pattern.view(bool) if pattern.dtype == np.uint8 else pattern != 0
+    columns_kept = np.ascontiguousarray(kept.T)
+    first, last, count = kept.argmax(axis=1), n - 1 - kept[:, ::-1].argmax(axis=1), kept.sum(axis=1, dtype=np.int32)
+    attends = count > 0
+    farthest = int(np.maximum(rows - first, last - rows)[attends].max(initial=-1)) + 1
 
-    full_row = np.count_nonzero(kept, axis=1) == (rows + 1 if causal else n)
-    full_column = np.count_nonzero(kept, axis=0) == (n - rows if causal else n)
+    causal = bool((last <= rows)[attends].all())
+    dropped = ~(kept if causal else kept & columns_kept)
+    # The dropped blocks next to the diagonal: the last one before it and the first one behind it.
+    before, behind = dropped & np.tri(n, n, 0, bool), dropped & ~np.tri(n, n, -1, bool)
+    left = np.where(before.any(axis=1), rows - (n - 1 - before[:, ::-1].argmax(axis=1)), rows + 1)
+    right = np.where(behind.any(axis=1), behind.argmax(axis=1) - rows, n - rows)
+    full_row = count == (rows + 1 if causal else n)
+    full_column = columns_kept.sum(axis=1, dtype=np.int32) == (n - rows if causal else n)
     is_global = full_row | full_column
     if not is_global.all():
         left[is_global] = right[is_global] = 0
-    stretch = max(left.max(), right.max())
+    stretch = int(max(left.max(), right.max()))
     in_stretch = np.clip(left - far, 0, None).sum() + np.clip(right - far, 0, None).sum()
-    all_far = np.count_nonzero(np.tril(kept, -far)) + np.count_nonzero(np.triu(kept, far))
-    return int(stretch), int(all_far - in_stretch)
+    is_far = np.tri(n, n, -far, bool) | ~np.tri(n, n, far - 1, bool)
+    return farthest, stretch, int(np.count_nonzero(kept & is_far) - in_stretch)
 
 
 def attention_flops(density: float, seq_len: int, head_dim: int, heads: int, layers: int) -> float:
