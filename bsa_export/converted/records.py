@@ -31,6 +31,7 @@ class DropReason(str, Enum):
     BUFFER = "buffer"  # the model makes it itself, with these values
     CHANGED_BUFFER = "buffer with other values"  # the model makes it itself, with other values
     IGNORED = "ignored"  # --ignore-tensors names it
+    OTHER_ENCODER = "other encoder"  # it belongs to another encoder than --prefix chooses
 
     __str__ = str.__str__
 
@@ -43,6 +44,7 @@ class NoteKind(str, Enum):
     LAYOUTS_REDRAWN = "layouts redrawn"
     LENGTHS_DIFFER = "lengths differ"
     IGNORED_TENSORS = "ignored tensors"
+    OTHER_ENCODER = "other encoder"
     CONFIG_FIELD = "config field"
     LEFT_BEHIND = "left behind"
 
@@ -179,6 +181,8 @@ class ConversionRecord:
         sparse_source: whether the source was sparse already, so that its own layouts are kept.
         skipped: what is stored next to the source's tensors -> why it is not read.
         not_finite: tensor -> `NaN` or `infinite`, for those that hold such a value.
+        removed_fields: fields of the source's config.json that are not in the new one.
+        attn_implementation: what config.json names as the attention; None in records from before it did.
         files: what was written, the record and the card excepted from judgement.
         lengths: what changed in the files of the tokenizer and of sentence-transformers.
     """
@@ -203,6 +207,8 @@ class ConversionRecord:
     notes: list[Note] = field(default_factory=list)
     lengths: list[LengthChange] = field(default_factory=list)
     not_finite: dict[str, str] = field(default_factory=dict)
+    removed_fields: list[str] = field(default_factory=list)
+    attn_implementation: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     bsa_export: str = ""
 
@@ -223,8 +229,23 @@ class ConversionRecord:
 
 
 @dataclass(frozen=True)
+class LaterRun:
+    """A later verification of the same files that compared less, so that the record keeps the earlier result."""
+
+    verdict: Verdict
+    sentence: str = ""
+    device: str = ""
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    finished: str = ""
+
+
+@dataclass(frozen=True)
 class VerificationRecord:
-    """verification.json. `files` are the sha256 of the files that were verified; `sentence` is for people."""
+    """verification.json. `files` are the sha256 of the files that were verified; `sentence` is for people.
+
+    `later` is the last run on the same files that compared less; None where the record is that of the last run.
+    """
 
     verdict: Verdict
     checks: list[Check]
@@ -234,6 +255,7 @@ class VerificationRecord:
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     finished: str = ""
+    later: LaterRun | None = None
 
 
 @dataclass(frozen=True)
@@ -274,10 +296,12 @@ def write_verification(folder: Path, record: VerificationRecord) -> str | None:
     if not converted and not any(check.kind is Kind.FILE and check.passed for check in record.checks):
         return None
     content = to_json(record)
+    if record.later is None:
+        content.pop("later", None)
     for check, kept in zip(content["checks"], record.checks, strict=True):
         check["name"] = kept.name  # for people, and for earlier releases
         for name in ("details", "numerical", "seconds"):
-            del check[name]
+            check.pop(name, None)  # a field that was read as its default is absent
     try:
         replace_file(folder / VERIFICATION_RECORD, json_text(content).encode())
     except OSError as error:

@@ -20,8 +20,8 @@ from bsa_export.converted.integrity import differences
 from bsa_export.errors import AttentionError, SparsityError
 from bsa_export.sparsity.facts import check_layout
 from bsa_export.verify.attention_inputs import Projections, tensor
+from bsa_export.verify.bits import first_difference
 from bsa_export.verify.outputs import Call, excerpt, pick
-from bsa_export.verify.weights import first_difference
 
 BROKEN = "the verifier is broken: it did not find"
 

@@ -20,6 +20,7 @@ from bsa_export.converted.folder import ConvertedFolder
 from bsa_export.errors import AttentionError
 from bsa_export.ops.dispatch import backends, block_sparse_attention
 from bsa_export.verify.attention_inputs import Projections, tensor
+from bsa_export.verify.guard import stopped
 from bsa_export.verify.tolerance import FACTOR, Errors, errors, in_half, plain_beside, reference, results
 
 # What each computes here; the first is that of every comparison.
@@ -343,7 +344,8 @@ def compare(
                 of_dtype = replace(situation, gradients=gradients)
                 calls[dtype] = make_call(folder, projections, layer, of_dtype, dtype, layout)
             heads = [(layer, head) for head in range(folder.heads)]
-            ledger[name].enter(calls[dtype], heads, situation, dtype)
+            if ledger[name].stopped is None:
+                ledger[name].enter(calls[dtype], heads, situation, dtype)
 
 
 class Ledger:
@@ -359,8 +361,9 @@ class Ledger:
         self.backend, self.device, self.known = backend, device, known
         self.rows: list[dict] = []
         self.faults: list[str] = []
-        self.broken: dict[int, str] = {}  # layer -> what its weights give in the place of numbers
+        self.broken: dict[int, str] = {}  # layer -> what its weights give instead of numbers
         self.refused: dict[tuple[str, str], list[int]] = {}  # (situation, reason) -> layers
+        self.stopped: Check | None = None  # why nothing more can be computed here
 
     def enter(self, call: Call, heads: list[tuple[int, int]], situation: Situation, dtype: str) -> None:
         """Compares one call layer by layer; its heads are these (layer, head) of the model, a layer's one after the other."""
@@ -378,6 +381,10 @@ class Ledger:
         except AttentionError as error:
             for layer in parts:
                 self._refuse(layer, situation, str(error))
+            return
+        except Exception as error:  # inside Triton, numpy, a driver: the backend cannot run here, whatever the model is
+            done = f" after {len(self.rows)} comparisons within the bound" if self.rows else ""
+            self.stopped = stopped(Kind.OUTPUTS, self.backend, error, done)
             return
         for layer, part in parts.items():
             for what, error in call.errors_of(actual, part, self.backend).items():
@@ -420,6 +427,8 @@ class Ledger:
 
     def check(self, plan: list[Situation], how: str | None = None) -> Check:
         """The check of this backend."""
+        if self.stopped is not None and not self.faults:
+            return self.stopped
         if not self.rows and not self.faults:
             reason = next((reason for _, reason in self.refused), "nothing was compared")
             return skipped(Kind.OUTPUTS, reason, self.backend)

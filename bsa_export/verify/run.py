@@ -1,14 +1,14 @@
-"""All checks in order, the verdict, and verification.json. torch is imported only for the checks that compute."""
+"""All checks in order, the verdict, and verification.json. Imports no torch: what computes runs in processes of its own."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,26 @@ from bsa_export.bert.expected_tensors import compare
 from bsa_export.bert.families import read_config
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint
-from bsa_export.converted.checks import Check, Kind, Status, result, skipped
+from bsa_export.converted.checks import Check, Kind, Status, skipped
 from bsa_export.converted.folder import ConvertedFolder, open_folder
 from bsa_export.converted.integrity import check_file, check_layout, digests
-from bsa_export.converted.records import Verdict, VerificationRecord, to_json, write_verification
+from bsa_export.converted.records import (
+    LaterRun,
+    Verdict,
+    VerificationRecord,
+    read_verification,
+    to_json,
+    write_verification,
+)
 from bsa_export.errors import BsaError
 from bsa_export.hub.source import find_source
-from bsa_export.verify import interpreted as interpreter
+from bsa_export.verify.documents import documents
 from bsa_export.verify.weights import check_weights
-from bsa_export.version import __version__
+from bsa_export.verify.worker import MODEL, Job, Worker
+from bsa_export.version import __version__, install_hint
 
 BACKENDS = ("torch", "triton", "deepspeed")
-PACKAGES = ("torch", "triton", "deepspeed", "transformers", "numpy", "safetensors")
+PACKAGES = ("torch", "triton", "deepspeed", "transformers", "sentence-transformers", "numpy", "safetensors")
 EXIT_CODES = {Verdict.PASSED: 0, Verdict.FAILED: 1, Verdict.INCOMPLETE: 3}
 
 Progress = Callable[[int, int], None]
@@ -41,11 +49,12 @@ class Wanted:
         folder: the converted folder.
         source: what it was converted from, a path; None compares with recorded digests alone.
         source_name: what a person calls it, such as `org/name`; the path's last part by default.
-        config: the source's config.json, if it does not lie beside the weights.
+        config: the source's config.json, if it is not stored next to the weights.
         device: `cpu` or `cuda`.
         backends: those that are compared, of BACKENDS.
         require: those that must not be skipped.
         text: a file whose masked tokens are predicted.
+        deepspeed: a release of DeepSpeed, as a file or a folder; None uses $BSA_DEEPSPEED or the installed one.
     """
 
     folder: Path
@@ -56,18 +65,32 @@ class Wanted:
     require: Sequence[str] = ()
     text: Path | None = None
     source_name: str | None = None
+    deepspeed: Path | None = None
 
 
 @dataclass
 class Verification:
-    """What a run found."""
+    """What a run found.
+
+    Attributes:
+        checks: those that have ended.
+        files: name -> sha256 of the files that were verified.
+        device: what computed, in words.
+        seconds: how long it took.
+        finished: whether all checks have ended.
+        required: the backends that failed because they are required and were skipped.
+        kept: the earlier record that verification.json keeps, because this run compared less of the same files.
+        unrecorded: why verification.json could not be written.
+    """
 
     checks: list[Check] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
     device: str = ""
     seconds: float = 0.0
     finished: bool = False
-    unrecorded: str | None = None  # why verification.json could not be written
+    required: set[str] = field(default_factory=set)
+    kept: VerificationRecord | None = None
+    unrecorded: str | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -88,12 +111,12 @@ class Verification:
             f"{sum(check.status is status for check in self.checks)} {status}"
             for status in (Status.PASSED, Status.FAILED, Status.SKIPPED)
         ]
-        told = ", ".join(count for count in counts if not count.startswith("0 ")) or "nothing was checked"
+        words = ", ".join(count for count in counts if not count.startswith("0 ")) or "nothing was checked"
         if any(check.failed and check.kind is Kind.CONTROLS for check in self.checks):
-            told += "; the verifier is broken: do not trust what passed"
+            words += "; the verifier is broken: do not trust what passed"
         if self.verdict is Verdict.INCOMPLETE:
-            told += "; " + ("no outputs could be compared" if self.finished else "it was interrupted")
-        return f"{self.verdict}: {told}"
+            words += "; " + ("no outputs could be compared" if self.finished else "it was interrupted")
+        return f"{self.verdict}: {words}"
 
     def raise_if_failed(self) -> None:
         """Raises BsaError unless the verdict is `passed`, with what failed or why nothing could be compared."""
@@ -108,16 +131,32 @@ class Verification:
             shown["name"] = check.name
         return content
 
+    def replaces(self, earlier: VerificationRecord) -> bool:
+        """Whether this run says more about the same files than an earlier one that passed: it found a fault, or every check
+        that passed then has passed again, with at least as many comparisons."""
+        wrong = [check for check in self.checks if check.failed]
+        if any(check.kind is not Kind.OUTPUTS or check.part not in self.required for check in wrong):
+            return True
+        compared = {(check.kind, check.part): _comparisons(check) for check in self.checks if check.passed}
+        return self.finished and all(
+            compared.get((check.kind, check.part), 0) >= _comparisons(check) for check in earlier.checks if check.passed
+        )
+
     def record(self) -> VerificationRecord:
-        """What verification.json keeps."""
+        """What verification.json holds about this run."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         return VerificationRecord(
             self.verdict, self.checks, self.files, self.sentence, self.device, self.seconds, versions(), now
         )
 
 
+def _comparisons(check: Check) -> int:
+    count = check.figures.get("comparisons")
+    return count if isinstance(count, int) else 1
+
+
 def versions() -> dict[str, str]:
-    """Of Python, this package and those that compute, where they are installed."""
+    """The versions of Python, this package and those that compute, where they are installed."""
     found = {"python": platform.python_version(), "bsa_export": __version__}
     for name in PACKAGES:
         try:
@@ -136,10 +175,12 @@ def verify(
     backend: Sequence[str] = (),
     require: Sequence[str] = (),
     text: str | Path | None = None,
+    deepspeed: str | Path | None = None,
+    report: str | Path | None = None,
     on_check: Callable[[Check], None] | None = None,
     progress: Callable[[str], Progress | None] | None = None,
 ) -> Verification:
-    """Proves that a converted folder is right: the command bsa-verify. Leaves verification.json in it.
+    """Checks that a converted folder is right, as the command bsa-verify does. Writes verification.json into it.
 
     Args:
         folder: what bsa-convert wrote or bsa-pull fetched.
@@ -149,15 +190,26 @@ def verify(
         backend: compares these backends only, of BACKENDS; all unless given.
         require: backends whose check fails where they cannot run here.
         text: a file whose masked tokens are predicted: plain text, or `.jsonl` with a `text` in each line.
-        on_check: called with each check when it is done.
+        deepspeed: a release of DeepSpeed, as a file (.tar.gz, .whl) or a folder; $BSA_DEEPSPEED or the installed one unless
+            given.
+        report: a folder that report.html and its pictures are written into.
+        on_check: called with each check when it has ended.
         progress: called with the name of what begins; returns what is called with (done, in all), or None.
 
     Returns:
         What was found; `verdict` sums it up, `raise_if_failed()` raises.
 
     Raises:
-        BsaError: the source or the text cannot be read; nothing is recorded then.
+        BsaError: an option is wrong, or the source or the text cannot be read; nothing is recorded then. The report cannot
+            be written; verification.json is written then.
     """
+    for names in (backend, require):
+        if unknown := [name for name in names if name not in BACKENDS]:
+            raise BsaError(f"expected one of {', '.join(BACKENDS)}", found=repr(unknown[0]), where="backend")
+    if text is not None:
+        documents(Path(text))
+    if report is not None:
+        check_report(Path(report), Path(folder))
     found = None
     if source is not None:
         found = source if isinstance(source, Path) else find_source(source, progress=progress is not None).path
@@ -167,11 +219,26 @@ def verify(
         None if config is None else Path(config),
         find_device(device),
         tuple(dict.fromkeys([*backend, *require])) if backend else BACKENDS,
-        require,
+        tuple(require),
         None if text is None else Path(text),
         None if source is None or isinstance(source, Path) or os.path.lexists(source) else source,
+        None if deepspeed is None else Path(deepspeed),
     )
-    return run_checks(wanted, on_check, progress)
+    run = run_checks(wanted, on_check, progress)
+    if report is not None:
+        from bsa_export.verify.report import write_report
+
+        write_report(Path(report), wanted, run)
+    return run
+
+
+def check_report(report: Path, folder: Path) -> None:
+    """Raises BsaError where a report cannot be written: without matplotlib, or into the folder that is verified, whose card's
+    picture it would replace."""
+    if find_spec("matplotlib") is None:
+        raise BsaError("a report needs matplotlib", where="report", hint=install_hint("plot"))
+    if folder.resolve() in (report.resolve(), *report.resolve().parents):
+        raise BsaError("it is inside the folder that is verified; choose another place", where=report)
 
 
 def find_device(choice: str) -> str:
@@ -182,7 +249,7 @@ def find_device(choice: str) -> str:
         return choice
     try:
         import torch
-    except ImportError:
+    except (ImportError, OSError):  # the check of outputs says why
         return "cpu"
     if torch.cuda.is_available():
         return "cuda"
@@ -196,15 +263,16 @@ def run_checks(
     on_check: Callable[[Check], None] | None = None,
     progress: Callable[[str], Progress | None] | None = None,
 ) -> Verification:
-    """Runs all checks on a folder and leaves verification.json in it, also when it is interrupted or cannot go on.
+    """Runs all checks on a folder and writes verification.json into it, also when it is interrupted.
 
-    Until it is done, the record says `incomplete`: what an earlier run found does not outlive the start of this one. Where it cannot be
-    written, the result says so in `unrecorded`.
+    Until the end the record says `incomplete`, so that a run that is killed leaves no verdict about other files. A passed
+    verdict about the same files stays where this run compares less; the record then lists this run as `later`. Where the
+    record cannot be written, the result says so in `unrecorded`.
 
     Args:
         wanted: what to verify, and how.
-        on_check: called with each check when it is done.
-        progress: called with what begins; gives what is called with (done, in all), or None.
+        on_check: called with each check when it has ended.
+        progress: called with the name of what begins; returns what is called with (done, in all), or None.
 
     Returns:
         what was found; `verdict` and `exit_code` sum it up.
@@ -216,12 +284,13 @@ def run_checks(
     run = Verification()
     if wanted.source is not None:
         open_source(wanted.source, wanted.config)
-    write_verification(wanted.folder, run.record())
-    show = progress or (lambda _: None)
+    run.files = digests(wanted.folder)
+    earlier = _earlier(wanted.folder, run.files)
+    _write(wanted.folder, run, earlier)
     try:
-        run.files = digests(wanted.folder)
-        for check in _checks(wanted, run, show):
+        for check in _checks(wanted, run, progress or (lambda _: None)):
             if check.kind is Kind.OUTPUTS and check.part in wanted.require and check.status is Status.SKIPPED:
+                run.required.add(check.part)
                 check = replace(check, status=Status.FAILED, reason=f"it is required, and was skipped: {check.reason}")
             run.seconds, before = time.perf_counter() - started, run.seconds
             run.checks.append(check := replace(check, seconds=run.seconds - before))
@@ -230,16 +299,37 @@ def run_checks(
         run.finished = True
     finally:
         run.seconds = time.perf_counter() - started
-        run.unrecorded = write_verification(wanted.folder, run.record())
+        _write(wanted.folder, run, earlier)
     return run
 
 
+def _earlier(folder: Path, files: dict[str, str]) -> VerificationRecord | None:
+    """The recorded verification of the same files, if it passed."""
+    try:
+        record = read_verification(folder)
+    except BsaError:
+        return None
+    return record if record and record.verdict is Verdict.PASSED and record.files == files else None
+
+
+def _write(folder: Path, run: Verification, earlier: VerificationRecord | None) -> None:
+    """Writes verification.json: about this run, or about the earlier one with this one as `later`."""
+    record = run.record()
+    run.kept = None if earlier is None or run.replaces(earlier) else earlier
+    if run.kept is not None:
+        later = LaterRun(
+            record.verdict, record.sentence, record.device, record.seconds, record.versions, record.finished
+        )
+        record = replace(run.kept, later=later)
+    run.unrecorded = write_verification(folder, record)
+
+
 def open_source(source: Path, config: Path | None) -> Checkpoint:
-    """What a folder is compared with. Raises BsaError: it is no checkpoint, or its config.json cannot be read."""
+    """What a folder is compared with. Raises BsaError: it is not a checkpoint, or its config.json cannot be read."""
     checkpoint = open_checkpoint(source)
-    beside = config or checkpoint.folder / "config.json"
-    if beside.is_file():
-        read_config(beside)
+    path = config or checkpoint.folder / "config.json"
+    if path.is_file():
+        read_config(path)
     return checkpoint
 
 
@@ -251,17 +341,43 @@ def _checks(wanted: Wanted, run: Verification, show: Callable[[str], Progress | 
     except BsaError:
         yield from (skipped(kind, "the folder cannot be opened", part) for kind, part in _later(wanted))
         return
-    checkpoint = None
-    if wanted.source is None:
-        yield skipped(Kind.WEIGHTS, "no --source to compare with: " + _covered(folder))
-    else:
-        weights = check_weights(folder, wanted.source, wanted.config, show("weights"), wanted.source_name)
-        yield weights
-        checkpoint = open_checkpoint(wanted.source) if weights.passed else None
-    if reason := _cannot_compute(folder, run.checks):
-        yield from (skipped(kind, reason, part) for kind, part in _later(wanted)[1:])
-        return
-    yield from _computed(wanted, run, folder, checkpoint, show)
+    reason = _cannot_compute(folder, run.checks)
+    workers: dict[str, Worker] = {}
+    try:
+        if reason is None:
+            for name in wanted.backends:
+                job = Job(name, folder.path, wanted.device, deepspeed=wanted.deepspeed)
+                workers[name] = Worker(job)
+        source = None
+        if wanted.source is None:
+            yield skipped(Kind.WEIGHTS, "no --source to compare with: " + _covered(folder))
+        else:
+            weights = check_weights(folder, wanted.source, wanted.config, show("weights"), wanted.source_name)
+            source = wanted.source if weights.passed else None
+            yield weights
+        if reason is not None:
+            yield from (skipped(kind, reason, part) for kind, part in _later(wanted)[1:])
+            return
+        workers[MODEL] = Worker(Job(MODEL, folder.path, wanted.device, source, wanted.text, wanted.deepspeed))
+        yield from _computed(wanted, run, workers, show)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+
+
+def _computed(
+    wanted: Wanted, run: Verification, workers: dict[str, Worker], show: Callable[[str], Progress | None]
+) -> Iterator[Check]:
+    """What the processes report, in the order of the checks."""
+    model, backends = workers[MODEL], [workers[name] for name in wanted.backends]
+    yield from model.wait(Kind.INTERCHANGE)
+    run.device = model.device
+    for worker in backends:
+        yield from worker.wait(Kind.OUTPUTS, show(f"outputs: {worker.job.name}"))
+    yield from model.wait(Kind.WHOLE_MODEL, show("whole model"))
+    yield from model.wait(Kind.DRIFT, show("drift"))
+    for worker in (model, *backends):
+        yield from worker.wait(Kind.CONTROLS)
 
 
 def _later(wanted: Wanted) -> list[tuple[Kind, str]]:
@@ -277,11 +393,11 @@ def _later(wanted: Wanted) -> list[tuple[Kind, str]]:
 
 
 def _covered(folder: ConvertedFolder) -> str:
-    """What stands in for a comparison with the source."""
+    """What is compared instead of the source."""
     recorded = folder.record.files if folder.record else {}
     weights = [recorded.get(file.name) for file in folder.checkpoint.files]
     if all(entry and (entry.sha256 or entry.checksum) for entry in weights):
-        return "the file check compares the digests of conversion.json in its place"
+        return "the file check compares the digests of conversion.json instead"
     return "and conversion.json has no digest of the weights"
 
 
@@ -292,99 +408,6 @@ def _cannot_compute(folder: ConvertedFolder, checks: Iterable[Check]) -> str | N
     misfits = compare(folder.tensors, folder.encoder.sparse_spec())
     if misfits.missing or misfits.mismatched:
         return "the file check failed"
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        return f"torch cannot be imported ({error})"
+    if find_spec("torch") is None:
+        return f"torch is not installed; {install_hint('verify')}"
     return None
-
-
-def _computed(
-    wanted: Wanted, run: Verification, folder: ConvertedFolder, checkpoint: Checkpoint | None, show: Callable
-) -> Iterator[Check]:
-    """The checks that need torch. What dies in one of them is its failure, and the others go on."""
-    interpreted = (
-        tuple(name for name in wanted.backends if name in interpreter.BACKENDS) if wanted.device == "cpu" else ()
-    )
-    process = interpreter.start(wanted.folder, interpreted) if interpreted else None
-    try:
-        run.device = device_name(wanted.device)
-        yield from _guarded(Kind.INTERCHANGE, lambda: _interchange(folder))
-        own = tuple(name for name in wanted.backends if name not in interpreted)
-        yield from _guarded(Kind.OUTPUTS, lambda: _outputs(folder, wanted.device, own, show("outputs")))
-        runs = []
-        yield from _guarded(Kind.WHOLE_MODEL, lambda: _whole_model(folder, wanted.device, checkpoint, runs))
-        yield from _guarded(Kind.DRIFT, lambda: [_drift(runs, wanted.text, show("drift"))])
-        controls = [*_guarded(Kind.CONTROLS, lambda: _controls(folder, wanted.device, own))]
-        if process is not None:
-            found = interpreter.finish(process, interpreted)
-            yield from (check for check in found if check.kind is not Kind.CONTROLS)
-            controls += [check for check in found if check.kind is Kind.CONTROLS]
-        yield from controls
-    finally:
-        if process is not None and process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-def _guarded(kind: Kind, checks: Callable[[], Iterable[Check]]) -> Iterator[Check]:
-    try:
-        yield from checks()
-    except (
-        Exception
-    ) as error:  # a kernel that does not compile, a full GPU, another release of a package: the verdict is failed
-        words = " ".join(str(error).split())[:300]
-        details = [{"traceback": traceback.format_exc()}]
-        yield result(kind, [f"it died: {type(error).__name__}: {words}"], {}, details)
-
-
-def _interchange(folder: ConvertedFolder) -> Iterable[Check]:
-    from bsa_export.verify.interchange import check_interchange
-
-    return check_interchange(folder)
-
-
-def _outputs(
-    folder: ConvertedFolder, device: str, names: tuple[str, ...], progress: Progress | None
-) -> Iterable[Check]:
-    from bsa_export.verify.outputs import check_outputs
-
-    return check_outputs(folder, device, names, progress)
-
-
-def _whole_model(folder: ConvertedFolder, device: str, checkpoint: Checkpoint | None, runs: list) -> Iterable[Check]:
-    """The checks; what the drift is measured with goes into `runs`."""
-    from bsa_export.verify.whole_model import check_whole_model
-
-    checks, found = check_whole_model(folder, device, checkpoint)
-    runs += [found] if found else []
-    return checks
-
-
-def _drift(runs: list, text: Path | None, progress: Progress | None) -> Check:
-    if not runs:
-        return skipped(Kind.DRIFT, "the whole model did not run")
-    from bsa_export.verify.drift import measure_drift
-
-    return measure_drift(runs[0], text, progress)
-
-
-def _controls(folder: ConvertedFolder, device: str, names: tuple[str, ...]) -> Iterator[Check]:
-    from bsa_export.ops.dispatch import backends
-    from bsa_export.verify.controls import backend_control, file_controls
-    from bsa_export.verify.outputs import DTYPES
-
-    yield file_controls(folder)
-    reasons = backends()
-    for name in names:
-        if reasons[name] is None:
-            yield backend_control(folder, device, name, DTYPES[device][name][0])
-
-
-def device_name(device: str) -> str:
-    """What computes, for people."""
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"

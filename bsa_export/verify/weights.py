@@ -1,13 +1,14 @@
-"""The weights check: every tensor of the source is in the folder, bit for bit, or is what conversion.json's rule makes of it. No torch.
+"""The weights check: every tensor of the source is in the folder, bit for bit, or is what a rule makes of it. No torch.
 
-A changed tensor is judged twice: by the function that the converter used, bit for bit, and by a plain formula (formulas.py).
+The rules are those of `rules`, `names` and `carried`, which share nothing with the conversion. Interpolated rows, whose last
+bits depend on the order of operations, are then also compared with `bert.positions.extend`.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,20 @@ from bsa_export.bert.families import (
     STORED_LAYOUT,
     TOKEN_TYPES,
     encoder_prefix,
+    encoder_prefixes,
     read_config,
     reserved_rows,
-    written_name,
 )
 from bsa_export.bert.positions import extend
 from bsa_export.checkpoint.dtypes import DTYPES, cast, pieces, read
 from bsa_export.checkpoint.open import open_checkpoint
-from bsa_export.checkpoint.table import ITEM_SIZE, Checkpoint, FileRange, Tensor
-from bsa_export.conversion import carried_files
+from bsa_export.checkpoint.table import ITEM_SIZE, Checkpoint, Tensor
 from bsa_export.converted.checks import Check, Kind, result
 from bsa_export.converted.folder import ConvertedFolder
 from bsa_export.errors import BsaError
+from bsa_export.verify.bits import both, first_difference, rows_of
+from bsa_export.verify.carried import carried_faults
+from bsa_export.verify.names import ATTRIBUTES, expected_name
 from bsa_export.verify.rules import bits_of, is_interpolated, is_rounded, is_tiled
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -77,7 +80,7 @@ def check_weights(
         faults = [
             *_source_faults(folder, checkpoint, config_path),
             *found,
-            *sidecar_faults(folder, checkpoint),
+            *carried_faults(folder, source, checkpoint),
         ]
         checkpoint.check_unchanged()
     except BsaError as error:
@@ -134,9 +137,9 @@ class _Comparison:
     def __post_init__(self):
         record = self.folder.record
         self.family = FAMILIES[record.family]
-        self.prefix = encoder_prefix(self.checkpoint.tensors)
+        self.prefix = encoder_prefix(self.checkpoint.tensors, record.options.prefix)
         self.reserved = reserved_rows(self.family, record.source.config)
-        self.positions = (f"{self.family.written_prefix}." if self.prefix else "") + POSITIONS
+        self.positions = (f"{ATTRIBUTES[record.family][1]}." if self.prefix else "") + POSITIONS
         self.dtype = DTYPES.get(record.options.dtype)
         self.total = sum(row.nbytes for row in self.folder.tensors.values())
 
@@ -147,7 +150,7 @@ class _Comparison:
         for old, row in self.checkpoint.tensors.items():
             if old in record.dropped:
                 self.count("dropped")
-                if old.removeprefix(self.prefix) not in BUFFERS:
+                if not self.may_be_dropped(old):
                     yield f"{old}: lost: conversion.json drops it, and no model makes it itself"
                 continue
             new, kind = self.destination(old)
@@ -170,6 +173,16 @@ class _Comparison:
                 if fault:
                     yield fault
 
+    def may_be_dropped(self, old: str) -> bool:
+        """Whether a source's tensor may be absent: a buffer, one that the user ignores, or one of another encoder."""
+        options = self.folder.record.options
+        others = (prefix for prefix in encoder_prefixes(self.checkpoint.tensors) if prefix != self.prefix)
+        return (
+            old.removeprefix(self.prefix) in BUFFERS
+            or any(fnmatchcase(old, pattern) for pattern in options.ignore_tensors)
+            or (options.prefix is not None and any(old.startswith(prefix) for prefix in others))
+        )
+
     def is_known(self, old: str, row: Tensor) -> bool:
         """Whether the folder has room for a source's tensor: its name, and its shape but for the length."""
         new, kind = self.destination(old)
@@ -184,7 +197,7 @@ class _Comparison:
             return self.folder.layout_name(int(match[2])), "layout"
         if holder := self.folder.record.tied.get(old):
             return holder, "tied"
-        return written_name(self.family, self.prefix, old), "own"
+        return expected_name(self.family.name, self.prefix, old), "own"
 
     def compare(self, old: str, row: Tensor, new: str, kind: str) -> str | None:
         found, record = self.folder.tensors[new], self.folder.record
@@ -199,23 +212,26 @@ class _Comparison:
             return self.stored_layout(old, row, new, found)
         if positions:
             return self.extended(row, new, found)
-        expected = cast(old, row, self.dtype) if casts else row
-        if fault := self.differs(new, expected, found, again=kind == "tied"):
+        if not casts:
+            return self.differs(new, row, found, again=kind == "tied")
+        if fault := _misshapen(new, (self.dtype, row.shape), found):
             return fault
-        if casts and not all(is_rounded(mine, other, row.dtype, found.dtype).all() for mine, other in both(row, found)):
-            return f"{new}: its values are not those of the source rounded to {found.dtype}"
+        for mine, other in both(row, found):
+            self.advance(other.nbytes)
+            if not is_rounded(mine, other, row.dtype, found.dtype).all():
+                return f"{new}: its values are not those of the source rounded to {found.dtype}"
         return None
 
     def differs(self, name: str, expected: Tensor, found: Tensor, again: bool = False) -> str | None:
         """How a tensor is not what is expected, bit for bit. One that is compared `again`, with another that it holds, is counted once."""
-        if (found.dtype, found.shape) != (expected.dtype, expected.shape):
-            return f"{name}: expected {expected.dtype} {list(expected.shape)} from the source, found {found.dtype} {list(found.shape)}"
+        if fault := _misshapen(name, (expected.dtype, expected.shape), found):
+            return fault
         at = first_difference(expected, found, None if again else self.advance)
         if at is None:
             return None
         index = np.unravel_index(at // ITEM_SIZE[found.dtype], found.shape)
         where = [int(i) for i in index]
-        return f"{name}: it is not what the source gives, from element {where} on"
+        return f"{name}: it differs from the source's, from element {where} on"
 
     def extended(self, row: Tensor, name: str, found: Tensor) -> str | None:
         stated = self.folder.record.positions
@@ -228,20 +244,23 @@ class _Comparison:
         shrinks = length < row.shape[0] - self.reserved
         if stated.method != ("tile" if shrinks else method):
             return f"{name}: conversion.json states two ways to extend it, {method} and {stated.method}"
-        wide = extend(name, row, length, self.reserved, method)
-        if fault := self.differs(name, wide if self.dtype is None else cast(name, wide, self.dtype), found):
+        if fault := _misshapen(name, (self.dtype or row.dtype, (self.reserved + length, *row.shape[1:])), found):
             return fault
         source_bits = bits_of(read(row), row.dtype).reshape(row.shape)
         for start in range(0, found.shape[0], ROWS):
             rows = min(ROWS, found.shape[0] - start)
-            bits = bits_of(read(_rows(found, start, rows)), found.dtype).reshape(rows, -1)
+            bits = bits_of(read(rows_of(found, start, rows)), found.dtype).reshape(rows, -1)
+            self.advance(bits.nbytes)
             if stated.interpolated:
                 right = is_interpolated(source_bits, bits, start, length, self.reserved, row.dtype, found.dtype)
             else:
                 right = is_tiled(source_bits, bits, start, self.reserved, row.dtype, found.dtype)
             if not right.all():
-                return f"{name}: row {start + int(np.argmin(right))} is not what {stated.method} gives"
-        return None
+                return f"{name}: row {start + int(np.argmin(right))} is not what {stated.method} makes of the source"
+        if not stated.interpolated:
+            return None
+        wide = extend(name, row, length, self.reserved, method)
+        return self.differs(name, wide if self.dtype is None else cast(name, wide, self.dtype), found, again=True)
 
     def stored_layout(self, old: str, row: Tensor, name: str, found: Tensor) -> str | None:
         if row.dtype in FLOATS:
@@ -279,73 +298,8 @@ class _Comparison:
             self.progress(min(self.done, self.total), self.total)
 
 
-def first_difference(expected: Tensor, found: Tensor, advance: Callable[[int], None] | None = None) -> int | None:
-    """The first byte in which two tensors of one dtype and shape differ, None if there is none.
-
-    Args:
-        expected: any row of a table.
-        found: a row whose bytes lie in one range of a file.
-        advance: called with the bytes compared since the last call.
-    """
-    position = 0
-    with open(found.data.path, "rb", buffering=0) as file:
-        buffer = np.empty(0, np.uint8)
-        for piece in pieces(expected):
-            piece = np.frombuffer(piece, np.uint8)
-            if len(buffer) < len(piece):
-                buffer = np.empty(len(piece), np.uint8)
-            count = os.preadv(file.fileno(), [memoryview(buffer[: len(piece)])], found.data.offset + position)
-            if count != len(piece) or not _equal(piece, buffer[:count]):
-                count = min(count, len(piece))
-                wrong = np.flatnonzero(piece[:count] != buffer[:count])
-                return position + int(wrong[0] if len(wrong) else count)
-            position += count
-            if advance:
-                advance(count)
-    return None if position == found.nbytes else position
-
-
-def _equal(one: np.ndarray, other: np.ndarray) -> bool:
-    if len(one) % 8 == 0:
-        one, other = one.view(np.uint64), other.view(np.uint64)
-    return bool((one == other).all())
-
-
-def _rows(table: Tensor, start: int, rows: int) -> Tensor:
-    """The rows `[start, start + rows)` of a tensor whose bytes lie in one range of a file."""
-    nbytes = table.nbytes // table.shape[0]
-    data = FileRange(table.data.path, table.data.offset + start * nbytes, rows * nbytes)
-    return Tensor(table.dtype, (rows, *table.shape[1:]), data)
-
-
-def both(source: Tensor, found: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The bits of two float tensors of one shape, flat, piece by piece."""
-    position = 0
-    for piece in pieces(source):
-        bits = bits_of(piece, source.dtype)
-        nbytes = len(bits) * ITEM_SIZE[found.dtype]
-        data = FileRange(found.data.path, found.data.offset + position, nbytes)
-        yield bits, read(Tensor(found.dtype, (len(bits),), data)).view(f"<u{ITEM_SIZE[found.dtype]}")
-        position += nbytes
-
-
-def sidecar_faults(folder: ConvertedFolder, checkpoint: Checkpoint) -> Iterator[str]:
-    """The tokenizer and sentence-transformers files that are not those of the source with their lengths edited."""
-    record = folder.record
-    carried = carried_files.plan(checkpoint.folder, checkpoint, record.source_length, record.max_length).carried
-    for planned in carried:
-        path = folder.path / planned.name
-        if not path.is_file():
-            yield f"{planned.name}: lost: the source has it"
-        elif planned.tensors is not None:
-            theirs, mine = planned.tensors, open_checkpoint(path).tensors
-            if theirs.keys() != mine.keys() or any(
-                (row.dtype, row.shape) != (mine[name].dtype, mine[name].shape)
-                or first_difference(row, mine[name]) is not None
-                for name, row in theirs.items()
-            ):
-                yield f"{planned.name}: its tensors are not those of the source"
-        else:
-            expected = planned.source.read_bytes() if planned.text is None else planned.text.encode()
-            if path.read_bytes() != expected:
-                yield f"{planned.name}: it is not the source's ({planned.how})"
+def _misshapen(name: str, expected: tuple[str, tuple[int, ...]], found: Tensor) -> str | None:
+    dtype, shape = expected
+    if (found.dtype, found.shape) == (dtype, shape):
+        return None
+    return f"{name}: expected {dtype} {list(shape)} from the source, found {found.dtype} {list(found.shape)}"

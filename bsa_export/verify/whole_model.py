@@ -7,29 +7,32 @@ float64.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bsa_export.bert.families import POSITIONS, STORED_LAYOUT, encoder_prefix
+from bsa_export.bert.families import BUFFERS, POSITIONS, STORED_LAYOUT, encoder_prefix
 from bsa_export.checkpoint.dtypes import TORCH_NAMES
 from bsa_export.checkpoint.table import Checkpoint
 from bsa_export.converted.checks import Check, Kind, result, skipped, worst
 from bsa_export.converted.folder import ConvertedFolder
-from bsa_export.errors import BsaError
+from bsa_export.errors import BsaError, MissingLibraryError
 from bsa_export.ops.dispatch import AUTO, MODULES, backends, block_sparse_attention
 from bsa_export.verify.attention_inputs import tensor
+from bsa_export.verify.guard import guarded
 from bsa_export.verify.outputs import ORDERS, larger
 from bsa_export.verify.tolerance import FACTOR, errors
 from bsa_export.version import install_hint
 
 REFERENCE = "bsa_export_reference"
+KEPT, OWN = "every block kept", "its own layout"  # the parts of this check
 
 _order: ContextVar[int | None] = ContextVar(
     "order", default=None
@@ -77,9 +80,9 @@ def load_model(folder: ConvertedFolder, device: str) -> nn.Module | str:
         from bsa_export.hf.register import MIN_TRANSFORMERS, version_of
         from bsa_export.hf.stored_layout import NAME as SPARSE
     except ImportError as error:
-        return f"transformers is not installed ({error}): {install_hint('run')}"
+        return f"transformers cannot be imported ({error}); {install_hint('run')}"
     if version_of(transformers) < MIN_TRANSFORMERS:
-        return f"transformers {transformers.__version__} is older than 5.0"
+        return f"transformers {transformers.__version__} is older than 5.0; {install_hint('run')}"
     _register_reference()
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.logging.get_verbosity()
@@ -183,38 +186,38 @@ class EndToEnd:
         self.short = min(folder.source_length, max(16, affordable // 2))
         self.long = min(folder.longest, longest)
 
-    def check(self, checkpoint: Checkpoint | None) -> list[Check]:
-        """Both comparisons: with every block kept against the source, and with the real layout against `reference`."""
-        return [self.against_source(checkpoint), self.against_reference()]
-
     def against_source(self, checkpoint: Checkpoint | None) -> Check:
         """With every block kept, the sparse model's outputs are those of the dense one.
 
         Args:
             checkpoint: the source's weights, which then run in the source's own class; else the folder's run in its dense class.
         """
-        part = "every block kept"
         inputs = make_inputs(self.folder, 2, self.short, self.device)
         with every_block_kept(self.model):
             actual = outputs(self.model, inputs)
-        dense, what = None, "the dense class with the same weights"
+        dense, what, unused = None, "the dense class with the same weights", []
         if checkpoint is not None:
             dense = self._source_model(checkpoint)
             if isinstance(dense, str):
                 what += f" ({dense})"
-            else:
-                what = f"the source in {type(dense).__name__}{self._rules()}"
         if dense is None or isinstance(dense, str):
             with attending(self.model, "sdpa"), attending(self.exact, "sdpa"):
                 plain, exact = outputs(self.model, inputs), outputs(self.exact, inputs)
         else:
-            plain, exact = outputs(dense, inputs), outputs(dense.double(), inputs)
+            model, unused = dense
+            what = f"the source in {type(model).__name__}{self._rules()}"
+            plain, exact = outputs(model, inputs), outputs(model.double(), inputs)
 
         def again(seed: int) -> dict[str, Tensor]:
             with every_block_kept(self.model):
                 return self._reference(inputs, seed)
 
-        return self._judged(part, actual, plain, exact, again, self.short, {"against": what})
+        faults = [
+            f"{name}: the source's class {type(model).__name__} does not compute with this tensor of the source,"
+            " so the source's outputs are not those of its class"
+            for name in unused
+        ]
+        return self._judged(KEPT, actual, plain, exact, again, self.short, {"against": what}, faults)
 
     def against_reference(self) -> Check:
         """With the real layout, the model's outputs are those of the same model on `reference`."""
@@ -223,9 +226,8 @@ class EndToEnd:
         plain = self._reference(inputs)
         with attending(self.exact, REFERENCE):
             exact = outputs(self.exact, inputs)
-        part = "its own layout"
         again = partial(self._reference, inputs)
-        return self._judged(part, actual, plain, exact, again, self.long, {"against": "reference"})
+        return self._judged(OWN, actual, plain, exact, again, self.long, {"against": "reference"})
 
     def _reference(self, inputs: Inputs, order: int | None = None) -> dict[str, Tensor]:
         """What the model makes of the inputs on `reference`, which sums in another order for each seed `order`."""
@@ -244,10 +246,11 @@ class EndToEnd:
         exact: Mapping[str, Tensor],
         again: Callable[[int], Mapping[str, Tensor]],
         length: int,
-        figures: dict,
+        figures: dict[str, Any],
+        faults: Sequence[str] = (),
     ) -> Check:
-        """The check of results. `again` gives those of plain PyTorch in another order: see `outputs.Call.errors_of`."""
-        faults, details = [], []
+        """The check of results. `again` returns those of plain PyTorch in another order: see `outputs.Call.errors_of`."""
+        faults, details = list(faults), []
         for what in actual:
             if what not in exact or actual[what].shape != exact[what].shape:
                 continue
@@ -309,8 +312,9 @@ class EndToEnd:
         rules += ["with the interpolated positions"] if self._interpolated() else []
         return "".join(f", {rule}" for rule in rules)
 
-    def _source_model(self, checkpoint: Checkpoint) -> nn.Module | str:
-        """The source's weights in the source's own class, or why there is no such model."""
+    def _source_model(self, checkpoint: Checkpoint) -> tuple[nn.Module, list[str]] | str:
+        """The source's weights in the source's own class and the encoder's tensors that it has no place for; or why there
+        is no such model. What conversion.json lists as left out is not among these tensors."""
         import transformers
         from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -338,25 +342,38 @@ class EndToEnd:
             transformers.logging.set_verbosity(verbosity)
         if missing := [name for name in loaded["missing_keys"] if ".layer." in name or "embeddings" in name]:
             return f"the source lacks {missing[0]}"
-        return model.to(self.device).eval()
+        inside = tuple(encoder_prefix(state) + part for part in ("embeddings.", "encoder.", "transformer."))
+        unused = [
+            name
+            for name in sorted(loaded["unexpected_keys"])
+            if name.startswith(inside) and not name.endswith(BUFFERS) and name not in record.dropped
+        ]
+        return model.to(self.device).eval(), unused
 
 
 def check_whole_model(
-    folder: ConvertedFolder, device: str, checkpoint: Checkpoint | None
-) -> tuple[list[Check], EndToEnd | None]:
-    """Runs the model. Returns the checks and, where it ran, what the drift is measured with."""
-    model = load_model_or_reason(folder, device)
-    if isinstance(model, str):
-        return [skipped(Kind.WHOLE_MODEL, model)], None
-    if isinstance(model, BsaError):
-        return [result(Kind.WHOLE_MODEL, [str(model)])], None
-    runs = EndToEnd(folder, model, device)
-    return runs.check(checkpoint), runs
+    folder: ConvertedFolder, device: str, checkpoint: Checkpoint | None, ran: list[EndToEnd] | None = None
+) -> Iterator[Check]:
+    """Both comparisons: with every block kept against the source, and with the real layout against `reference`.
 
-
-def load_model_or_reason(folder: ConvertedFolder, device: str) -> nn.Module | str | BsaError:
-    """`load_model`, with its error as a value."""
+    Args:
+        folder: the converted folder.
+        device: `cpu` or `cuda`.
+        checkpoint: the source's weights, None to compare with the folder's own weights in the dense class.
+        ran: gets what the drift is measured with, where the model can run.
+    """
     try:
-        return load_model(folder, device)
+        model = load_model(folder, device)
+    except MissingLibraryError as error:
+        model = str(error)
     except BsaError as error:
-        return error
+        yield result(Kind.WHOLE_MODEL, [str(error)])
+        return
+    if isinstance(model, str):
+        yield skipped(Kind.WHOLE_MODEL, model)
+        return
+    runs = EndToEnd(folder, model, device)
+    if ran is not None:
+        ran.append(runs)
+    yield from guarded(Kind.WHOLE_MODEL, KEPT, lambda: [runs.against_source(checkpoint)])
+    yield from guarded(Kind.WHOLE_MODEL, OWN, lambda: [runs.against_reference()])

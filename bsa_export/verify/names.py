@@ -1,0 +1,68 @@
+"""The names that a conversion gives to tensors, stated once more for the judge. Nothing is imported from `bert.families`.
+
+Every family keeps its own names (those of transformers' classes), with the encoder under the family's own attribute.
+DistilBERT becomes BERT. `gamma` and `beta` of a LayerNorm, TensorFlow's names, become `weight` and `bias`.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Family -> the attribute that holds the encoder in transformers' classes: in the source, and in what is written.
+ATTRIBUTES = {
+    "bert": ("bert", "bert"),
+    "roberta": ("roberta", "roberta"),
+    "xlm-roberta": ("roberta", "roberta"),
+    "camembert": ("roberta", "roberta"),
+    "electra": ("electra", "electra"),
+    "ernie": ("ernie", "ernie"),
+    "data2vec-text": ("data2vec_text", "data2vec_text"),
+    "distilbert": ("distilbert", "bert"),
+}
+# The modules of a layer in DistilBERT (`TransformerBlock`) and in BERT (`BertLayer`).
+DISTILBERT_LAYER = {
+    "attention.q_lin": "attention.self.query",
+    "attention.k_lin": "attention.self.key",
+    "attention.v_lin": "attention.self.value",
+    "attention.out_lin": "attention.output.dense",
+    "sa_layer_norm": "attention.output.LayerNorm",
+    "ffn.lin1": "intermediate.dense",
+    "ffn.lin2": "output.dense",
+    "output_layer_norm": "output.LayerNorm",
+}
+DISTILBERT_HEAD = {
+    "vocab_transform.weight": "cls.predictions.transform.dense.weight",
+    "vocab_transform.bias": "cls.predictions.transform.dense.bias",
+    "vocab_layer_norm.weight": "cls.predictions.transform.LayerNorm.weight",
+    "vocab_layer_norm.bias": "cls.predictions.transform.LayerNorm.bias",
+    "vocab_projector.weight": "cls.predictions.decoder.weight",
+    "vocab_projector.bias": "cls.predictions.bias",
+}
+
+
+def expected_name(family: str, prefix: str, name: str) -> str:
+    """The name that a tensor of the source has in the converted folder.
+
+    Args:
+        family: the source's, as conversion.json has it.
+        prefix: what stands before the encoder's names in the source, with its dot; empty for an encoder alone.
+        name: of the source's tensor.
+    """
+    name = re.sub(r"(LayerNorm)\.gamma$", r"\1.weight", name)
+    name = re.sub(r"(LayerNorm)\.beta$", r"\1.bias", name)
+    found, written = ATTRIBUTES[family]
+    if name.startswith(prefix):
+        inner = name[len(prefix) :]
+        if family != "distilbert":
+            return f"{written}.{inner}" if prefix else inner
+        start = f"{written}." if prefix else ""
+        if match := re.fullmatch(r"transformer\.layer\.(\d+)\.(.+)\.(weight|bias)", inner):
+            if module := DISTILBERT_LAYER.get(match[2]):
+                return f"{start}encoder.layer.{match[1]}.{module}.{match[3]}"
+        if inner.startswith("embeddings.") or (prefix and inner not in DISTILBERT_HEAD):
+            return start + inner
+        return DISTILBERT_HEAD.get(inner, inner)
+    # What a wrapper put in front of the encoder's attribute stands in front of a head's names too.
+    wrapper = prefix[: -len(f"{found}.")] if prefix.endswith(f".{found}.") else ""
+    name = name.removeprefix(wrapper)
+    return DISTILBERT_HEAD.get(name, name) if family == "distilbert" else name
