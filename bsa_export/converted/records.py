@@ -142,6 +142,8 @@ class ChosenOptions:
     different_layout_per_layer: bool = False
     positions: str = "tile"
     dtype: str = "keep"
+    prefix: str | None = None
+    ignore_tensors: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
