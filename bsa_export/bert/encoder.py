@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,16 @@ from bsa_export.bert.families import (
     BUFFERS,
     LAYOUT,
     POSITIONS,
+    STORED_LAYOUT,
     Family,
     encoder_prefix,
+    encoder_prefixes,
     find_family,
     reserved_rows,
     written_name,
 )
+from bsa_export.bert.other_models import in_encoder
+from bsa_export.checkpoint.foreign import recognise
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.errors import FamilyError
 
@@ -31,6 +35,7 @@ class Encoder:
         config: content of config.json in the field names that are written.
         sizes: the checked sizes of config.json.
         reserved: position rows in front that are not positions.
+        other_prefixes: those of further encoders in the checkpoint, which are not meant.
     """
 
     family: Family
@@ -38,25 +43,38 @@ class Encoder:
     config: Mapping[str, Any]
     sizes: Sizes
     reserved: int
+    other_prefixes: tuple[str, ...] = ()
 
     @classmethod
-    def find(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: object = "config.json") -> Encoder:
+    def find(
+        cls,
+        tensors: Mapping[str, Tensor],
+        config: Mapping[str, Any],
+        where: object = "config.json",
+        prefix: str | None = None,
+    ) -> Encoder:
         """Finds out what a checkpoint is. No tensor is read.
 
         Args:
             tensors: the table of the checkpoint.
             config: content of its config.json.
             where: that file, for messages.
+            prefix: which encoder is meant, where there are several.
 
         Raises:
             FamilyError: it is not of a BERT family, or config.json lacks what has to be known.
         """
-        prefix = encoder_prefix(tensors)
+        prefixes = encoder_prefixes(tensors)
+        if not prefixes and (foreign := recognise(tensors)):
+            raise FamilyError("expected the plain weights of a BERT family", found=foreign.what, hint=foreign.hint)
+        prefix = encoder_prefix(tensors, prefix)
         positions = tensors.get(f"{prefix}{POSITIONS}")
         rows = positions.shape[0] if positions is not None and positions.shape else None
-        family = find_family(config, tensors, rows)
+        family = find_family(config, tensors, rows, prefix)
         written = family.config(config)
-        encoder = cls(family, prefix, written, read_sizes(written, where), reserved_rows(family, written))
+        others = tuple(other for other in prefixes if other != prefix)
+        sizes = read_sizes(written, where)
+        encoder = cls(family, prefix, written, sizes, reserved_rows(family, written), others)
         if encoder.longest < 1:
             rows = encoder.sizes.max_position_embeddings
             raise FamilyError(
@@ -104,6 +122,21 @@ class Encoder:
     def is_buffer(self, name: str) -> bool:
         """Whether a tensor of the checkpoint is a buffer that the model makes itself."""
         return name.removeprefix(self.prefix) in BUFFERS
+
+    def is_of_other(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint belongs to another encoder than the one that is meant."""
+        matching = [
+            prefix
+            for prefix in (self.prefix, *self.other_prefixes)
+            if (name.startswith(prefix) if prefix else in_encoder(name))
+        ]
+        return bool(matching) and max(matching, key=len) != self.prefix
+
+    def unused_names(self, written: Iterable[str]) -> list[str]:
+        """The written names of the encoder that its class does not compute with: all but those of `dense_spec`."""
+        spec, prefix = self.dense_spec(), self.written_prefix
+        own = (name for name in written if (name.startswith(prefix) if prefix else in_encoder(name)))
+        return [name for name in own if name not in spec and not STORED_LAYOUT.fullmatch(name)]
 
     def dense_spec(self) -> Spec:
         """The written names and shapes of the dense encoder and of the masked-LM heads."""

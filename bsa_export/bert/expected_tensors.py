@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from bsa_export.bert.families import LAYER, LAYOUT, POSITIONS, TOKEN_TYPES, WORDS, Family, family_list, reserved_rows
+from bsa_export.bert.other_models import other_computation
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.errors import FamilyError
+from bsa_export.text import some
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-OTHER_MODEL = "is this config.json from the same model?"
+MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,20 @@ class Misfits:
     mismatched: dict[str, tuple[str, str]] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
 
-    def raise_if_any(self, where: object) -> None:
-        """Raises FamilyError that tells the first missing or mismatched name and counts the others."""
-        hint = OTHER_MODEL
+    def raise_if_any(self, where: object, hint: str | None = None) -> None:
+        """Raises FamilyError with the first mismatched or missing name and the number of the others."""
         if self.mismatched:
             (name, (expected, found)), *others = self.mismatched.items()
             more = f", and {len(others)} more do not fit" if others else ""
-            if name.endswith(POSITIONS) and not others:
-                hint = "if its length was changed before, state its rows as max_position_embeddings"
             raise FamilyError(
                 f"{name}: expected {expected} from config.json", found=f"{found}{more}", where=where, hint=hint
             )
         if self.missing:
-            some = ", ".join(self.missing[:3]) + (f" and {len(self.missing) - 3} more" if len(self.missing) > 3 else "")
             raise FamilyError(
-                f"expected all tensors of a BERT family ({family_list()})", found=f"no {some}", where=where, hint=hint
+                f"expected all tensors of a BERT family ({family_list()})",
+                found=f"no {some(self.missing)}",
+                where=where,
+                hint=hint,
             )
 
 
@@ -85,7 +86,8 @@ def read_sizes(config: Mapping[str, Any], where: object = "config.json") -> Size
         "embedding_size": config.get("hidden_size"),
         "task_type_vocab_size": 3,
     }
-    found = {field.name: config.get(field.name, defaults.get(field.name)) for field in fields(Sizes)}
+    stated = {name: value for name, value in config.items() if value is not None}
+    found = {field.name: stated.get(field.name, defaults.get(field.name)) for field in fields(Sizes)}
     for name, value in found.items():
         least = 0 if name == "type_vocab_size" else 1
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**40:
@@ -99,16 +101,24 @@ def read_sizes(config: Mapping[str, Any], where: object = "config.json") -> Size
             found=sizes.num_attention_heads,
             where=where,
         )
-    if config.get("position_embedding_type", "absolute") != "absolute":
+    if sizes.num_hidden_layers > MAX_LAYERS:
         raise FamilyError(
-            "expected absolute position embeddings",
-            found=f"position_embedding_type {config['position_embedding_type']!r}",
+            f"num_hidden_layers: expected at most {MAX_LAYERS:,}", found=f"{sizes.num_hidden_layers:,}", where=where
+        )
+    if other := other_computation(config):
+        name, what = other
+        raise FamilyError(
+            "expected the computation of BERT: an encoder with absolute positions and a layer norm after each sublayer",
+            found=f"{name}: {what}",
             where=where,
         )
-    if config.get("pre_layer_norm"):
-        raise FamilyError("expected a layer norm after each sublayer, as in BERT", found="pre_layer_norm", where=where)
-    if config.get("is_decoder") or config.get("add_cross_attention"):
-        raise FamilyError("expected an encoder", found="is_decoder or add_cross_attention", where=where)
+    if config.get("quantization_config"):
+        raise FamilyError(
+            "expected weights that are not quantized",
+            found="quantization_config",
+            where=where,
+            hint="convert the weights from before the quantization",
+        )
     return sizes
 
 
@@ -122,25 +132,27 @@ def dense_spec(family: Family, config: Mapping, prefix: str, where: object = "co
     """
     sizes = read_sizes(config, where)
 
-    def shape(names):
+    def shape(names: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(getattr(sizes, name) for name in names)
 
-    embedding, hidden = ("embedding_size",), ("hidden_size",)
+    embedding, hidden = ("embedding_size" if family.projects_embeddings else "hidden_size",), ("hidden_size",)
     encoder = {
         WORDS: Entry(shape(("vocab_size", *embedding))),
         POSITIONS: Entry(shape(("max_position_embeddings", *embedding))),
         TOKEN_TYPES: Entry(shape(("type_vocab_size", *embedding)), required=sizes.type_vocab_size > 0),
         "embeddings.LayerNorm.weight": Entry(shape(embedding)),
         "embeddings.LayerNorm.bias": Entry(shape(embedding)),
-        "embeddings.task_type_embeddings.weight": Entry(shape(("task_type_vocab_size", *hidden)), required=False),
-        "pooler.dense.weight": Entry(shape(hidden * 2), required=False),
-        "pooler.dense.bias": Entry(shape(hidden), required=False),
     }
-    if sizes.embedding_size != sizes.hidden_size:
+    if not family.lacks_pooler:
+        encoder["pooler.dense.weight"] = Entry(shape(hidden * 2), required=False)
+        encoder["pooler.dense.bias"] = Entry(shape(hidden), required=False)
+    if config.get(family.own_tensors_if):
+        encoder |= {name: Entry(shape(fields)) for name, fields in family.own_tensors.items()}
+    if family.projects_embeddings and sizes.embedding_size != sizes.hidden_size:
         encoder["embeddings_project.weight"] = Entry(shape(hidden + embedding))
         encoder["embeddings_project.bias"] = Entry(shape(hidden))
     for layer in range(sizes.num_hidden_layers):
-        encoder |= {f"encoder.layer.{layer}.{name}": Entry(shape(sizes)) for name, sizes in LAYER.items()}
+        encoder |= {f"encoder.layer.{layer}.{name}": Entry(shape(fields)) for name, fields in LAYER.items()}
     head = {
         **{name: shape(("vocab_size", *embedding)) for name in family.tied if name.endswith(".weight")},
         **{name: shape(("vocab_size",)) for pair in family.tied.items() for name in pair if name.endswith(".bias")},

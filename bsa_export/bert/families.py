@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bsa_export.bert.other_models import appearance
 from bsa_export.errors import FamilyError
 from bsa_export.files import read_json
 
@@ -61,6 +62,10 @@ class Family:
         own_fields: fields that `written_as` has no field for.
         head_classes: classes -> those of `written_as` that compute the same; a class that is absent runs as an encoder alone.
         lacks_token_types: whether it has no token types, so that rows of zeros are added.
+        lacks_pooler: whether its encoder has no pooler.
+        projects_embeddings: whether embeddings have a size of their own, `embedding_size`, and are projected.
+        own_tensors: names behind the prefix that only this family has -> their shape in fields of config.json.
+        own_tensors_if: the field of config.json that says whether the model has `own_tensors`.
     """
 
     name: str
@@ -77,6 +82,10 @@ class Family:
     own_fields: tuple[str, ...] = ()
     head_classes: Mapping[str, str] | None = None
     lacks_token_types: bool = False
+    lacks_pooler: bool = False
+    projects_embeddings: bool = False
+    own_tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    own_tensors_if: str = ""
 
     def config(self, config: Mapping[str, object]) -> dict[str, object]:
         """The config.json that goes with the written names."""
@@ -93,6 +102,12 @@ class Family:
         """The transformers class of the encoder that is written."""
         return f"{FAMILIES[self.written_as or self.name].classes}Model"
 
+    def has_class(self, name: str) -> bool:
+        """Whether a class of transformers is one of this family's."""
+        return (
+            re.fullmatch(rf"(TF|Flax)?{self.classes}(Model|PreTrainedModel|LMHeadModel|For[A-Z]\w*)", name) is not None
+        )
+
     @property
     def written_prefix(self) -> str:
         """The attribute that holds the encoder in what is written."""
@@ -105,10 +120,11 @@ class Family:
         return next((name for name in class_names(config) if name not in self.head_classes), None)
 
 
-# Found -> written, in every family: BERT's TensorFlow heritage.
+# Found -> written, in every family: BERT's TensorFlow heritage, and NVIDIA's fused module of a product and its activation.
 _EVERY_FAMILY: Renames = (
     (r"(.*LayerNorm)\.gamma", r"\1.weight"),
     (r"(.*LayerNorm)\.beta", r"\1.bias"),
+    (r"(.*\b(?:intermediate|pooler|transform))\.dense_act\.(.*)", r"\1.dense.\2"),
 )
 _BERT_HEAD = {"cls.predictions.decoder.weight": f".{WORDS}", "cls.predictions.decoder.bias": "cls.predictions.bias"}
 _ROBERTA_HEAD = {"lm_head.decoder.weight": f".{WORDS}", "lm_head.decoder.bias": "lm_head.bias"}
@@ -126,8 +142,19 @@ FAMILIES = {
             False,
             {"generator_lm_head.weight": f".{WORDS}"},
             marks=("embeddings_project.",),
+            lacks_pooler=True,
+            projects_embeddings=True,
         ),
-        Family("ernie", "Ernie", "ernie", False, _BERT_HEAD, marks=("embeddings.task_type_embeddings.",)),
+        Family(
+            "ernie",
+            "Ernie",
+            "ernie",
+            False,
+            _BERT_HEAD,
+            marks=("embeddings.task_type_embeddings.",),
+            own_tensors={"embeddings.task_type_embeddings.weight": ("task_type_vocab_size", "hidden_size")},
+            own_tensors_if="use_task_id",
+        ),
         Family("data2vec-text", "Data2VecText", "data2vec_text", True, _ROBERTA_HEAD),
         Family(
             "distilbert",
@@ -211,18 +238,36 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def encoder_prefix(names: Collection[str]) -> str:
-    """What stands before `embeddings.word_embeddings.weight`, such as `bert.`; empty for a model without a head.
+def encoder_prefixes(names: Collection[str]) -> list[str]:
+    """What stands before each `embeddings.word_embeddings.weight`, such as `bert.`; empty for a model without a head."""
+    return sorted(name.removesuffix(WORDS) for name in names if name == WORDS or name.endswith(f".{WORDS}"))
+
+
+def encoder_prefix(names: Collection[str], chosen: str | None = None) -> str:
+    """The prefix of the encoder that is meant, with its dot.
+
+    Args:
+        names: those of the tensors.
+        chosen: the prefix that the user names, with or without the dot at its end; needed where there are several.
 
     Raises:
-        FamilyError: no name or more than one ends so.
+        FamilyError: there is no encoder, or several of which none is chosen.
     """
-    found = sorted(name.removesuffix(WORDS) for name in names if name == WORDS or name.endswith(f".{WORDS}"))
+    found = encoder_prefixes(names)
+    what = ", ".join(repr(prefix.removesuffix(".")) for prefix in found)
+    if chosen is not None:
+        match = [prefix for prefix in found if prefix.removesuffix(".") == chosen.removesuffix(".")]
+        if not match:
+            raise FamilyError(
+                f"no encoder has the prefix {chosen!r}", found=f"the prefixes {what}" if found else "no encoder"
+            )
+        return match[0]
     if len(found) == 1:
         return found[0]
     if found:
-        what = ", ".join(repr(prefix) for prefix in found)
-        raise FamilyError("expected one encoder", found=f"{len(found)}, with the prefixes {what}")
+        raise FamilyError(
+            "expected one encoder", found=f"{len(found)}, with the prefixes {what}", hint="choose one with --prefix"
+        )
     some = ", ".join(sorted(names)[:4])
     raise FamilyError(
         f"expected a checkpoint of a BERT family ({family_list()}), with a tensor ...{WORDS}",
@@ -230,13 +275,16 @@ def encoder_prefix(names: Collection[str]) -> str:
     )
 
 
-def find_family(config: Mapping, names: Collection[str], position_rows: int | None = None) -> Family:
+def find_family(
+    config: Mapping, names: Collection[str], position_rows: int | None = None, prefix: str | None = None
+) -> Family:
     """The family of a checkpoint: by `model_type`; without one by the class in `architectures`, or the names of its tensors.
 
     Args:
         config: content of config.json.
         names: those of the tensors.
-        position_rows: of the position embeddings; without a prefix they tell RoBERTa (two more than a round number).
+        position_rows: of the position embeddings; without a prefix they identify RoBERTa (two more than a round number).
+        prefix: the encoder's, if it is known.
 
     Raises:
         FamilyError: it is of none of the families.
@@ -248,37 +296,25 @@ def find_family(config: Mapping, names: Collection[str], position_rows: int | No
         raise FamilyError(
             f"expected a model_type of a BERT family ({family_list()})", found=repr(kind), where="config.json"
         )
-    prefix = encoder_prefix(names)
-    inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    by_prefix = next(
-        (family for family in FAMILIES.values() if family.prefix == prefix.rstrip(".").rpartition(".")[2]), None
-    )
-    classes = next(iter(class_names(config)), "")
-    by_class = next((family for family in FAMILIES.values() if classes.startswith(family.classes)), None)
-    by_mark = next(
-        (family for family in FAMILIES.values() if any(name.startswith(family.marks) for name in inner)), None
-    )
-    if found := by_prefix or by_class or by_mark:
-        family = found
-    else:
-        roberta = position_rows is not None and position_rows % 16 == 2 and config.get("pad_token_id") == 1
-        family = FAMILIES["roberta" if roberta else "bert"]
-    _refuse_other_encoders(inner, family)
-    return family
-
-
-def _refuse_other_encoders(inner: Collection[str], family: Family) -> None:
-    """Raises FamilyError when layers hold what no BERT has: without a model_type the names alone must tell."""
-    for name in inner:
-        written = written_name(family, "", name)
-        parts = written.split(".", 3)
-        if parts[:2] != ["encoder", "layer"] or written.endswith(".master_layout") or parts[-1] in LAYER:
-            continue
+    prefix = encoder_prefix(names) if prefix is None else prefix
+    class_name = next(iter(class_names(config)), "")
+    if other := appearance(config, prefix):
+        model, sign = other
         raise FamilyError(
-            f"expected the tensors of a BERT family ({family_list()})",
-            found=name,
-            hint="if it is one of them with more tensors, state its model_type in config.json",
+            f"expected a model of a BERT family ({family_list()})",
+            found=f"{model} ({sign})",
+            hint="if it is one of them, state its model_type in config.json",
         )
+    inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    last = prefix.rstrip(".").rpartition(".")[2]
+    roberta = position_rows is not None and position_rows % 16 == 2 and config.get("pad_token_id") == 1
+    families = FAMILIES.values()
+    return (
+        next((family for family in families if family.prefix == last), None)
+        or next((family for family in families if family.has_class(class_name)), None)
+        or next((family for family in families if any(name.startswith(family.marks) for name in inner)), None)
+        or FAMILIES["roberta" if roberta else "bert"]
+    )
 
 
 def written_name(family: Family, prefix: str, name: str) -> str:
@@ -307,7 +343,7 @@ def _renamed(name: str, table: Renames) -> str | None:
 
 
 def reserved_rows(family: Family, config: Mapping) -> int:
-    """How many rows at the start of the position embeddings are no positions: `pad_token_id + 1`, or none."""
+    """How many rows at the start of the position embeddings are not positions: `pad_token_id + 1`, or none."""
     if not family.reserves:
         return 0
     padding = config.get("pad_token_id", 1)

@@ -23,7 +23,7 @@ def extend(name: str, table: Tensor, length: int, reserved: int, method: str = "
         name: of the tensor, for messages.
         table: float `[reserved + rows, size]`.
         length: tokens to read, at least 1.
-        reserved: rows in front that are no positions.
+        reserved: rows in front that are not positions.
         method: one of METHODS.
 
     Returns:

@@ -10,26 +10,26 @@ import click
 
 from bsa_export.cli import command
 from bsa_export.cli.progress import Progress, is_watched
-from bsa_export.text import aligned, size
+from bsa_export.text import Lines, aligned, size
 
 if TYPE_CHECKING:
     from bsa_export.conversion.options import Options
 
 COUNTS = {
     "--num-local-blocks": "windowed, fixed: blocks of an aligned window.",
-    "--num-sliding-window-blocks": "windowed, bigbird, bslongformer, local: width of the sliding window.",
-    "--num-global-blocks": "fixed, bigbird: global blocks (of each window in fixed).",
-    "--num-random-blocks": "bigbird, variable: random blocks of a row.",
-    "--num-different-global-patterns": "fixed: heads take turns at so many choices of global blocks.",
+    "--num-sliding-window-blocks": "windowed, bigbird, bslongformer, local: width of the sliding window in blocks.",
+    "--num-global-blocks": "fixed, bigbird: number of global blocks (in fixed: for each window).",
+    "--num-random-blocks": "bigbird, variable: number of random blocks in each row.",
+    "--num-different-global-patterns": "fixed: number of choices of global blocks; the heads alternate between them.",
 }
 LISTS = {
-    "--local-window-blocks": "variable: blocks of the first, second, ... window; the last repeats. 4,8",
-    "--global-block-indices": "variable, bslongformer: global blocks, or where they start. 0,5",
-    "--global-block-end-indices": "variable, bslongformer: where they end, exclusive. 1,8",
+    "--local-window-blocks": "variable: blocks of the first, second, ... window; the last one repeats. Example: 4,8",
+    "--global-block-indices": "variable, bslongformer: global blocks, or the first of each range. Example: 0,5",
+    "--global-block-end-indices": "variable, bslongformer: the end of each range, exclusive. Example: 1,8",
 }
 FLAGS = {
-    "--horizontal-global-attention": "fixed, variable: global blocks also attend to all.",
-    "--different-layout-per-head": "A layout of its own for each head.",
+    "--horizontal-global-attention": "fixed, variable: global blocks also attend to all blocks.",
+    "--different-layout-per-head": "Use a different layout for each head.",
 }
 MODES = ("windowed", "dense", "fixed", "variable", "bigbird", "bslongformer", "local", "custom")
 
@@ -46,6 +46,24 @@ def _size(_, parameter: click.Parameter, text: str | None) -> int | None:
 
     try:
         return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param=parameter) from None
+
+
+def _length(_, parameter: click.Parameter, text: str | None) -> int | None:
+    from bsa_export.conversion.options import parse_length
+
+    try:
+        return None if text is None else parse_length(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param=parameter) from None
+
+
+def _dtype(_, parameter: click.Parameter, text: str) -> str:
+    from bsa_export.conversion.options import parse_dtype
+
+    try:
+        return parse_dtype(text)
     except ValueError as error:
         raise click.BadParameter(str(error), param=parameter) from None
 
@@ -67,7 +85,7 @@ def _mode_options(function):
         click.option(
             "--attention",
             type=click.Choice(["bidirectional", "unidirectional"]),
-            help="Whether a token sees later ones.  [default: bidirectional]",
+            help="Whether a token attends to later ones.  [default: bidirectional]",
         ),
     ]
     for option in reversed(options):
@@ -78,9 +96,19 @@ def _mode_options(function):
 @command("bsa-convert")
 @click.argument("source")
 @click.argument("target", type=click.Path(path_type=Path), required=False)
-@click.option("--max-length", type=click.IntRange(min=1), metavar="N", help="Tokens to read.  [default: the source's]")
+@click.option(
+    "--max-length",
+    callback=_length,
+    metavar="N",
+    help="Tokens that the new model reads, such as 4096 or 4k.  [default: 8 times the source's length; its own from 4,096]",
+)
 @click.option("--mode", type=click.Choice(MODES), help="Which blocks are kept.  [default: windowed]")
-@click.option("--block", type=click.IntRange(min=1), metavar="N", help="Side of a block in tokens.  [default: 64]")
+@click.option(
+    "--block",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Side of a block in tokens.  [default: 64, or 32 or 16 where 64 does not divide the lengths]",
+)
 @click.option(
     "--sparsity",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
@@ -89,11 +117,11 @@ def _mode_options(function):
 @click.option(
     "--layout",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="custom: .npy or .safetensors with a layout for all layers or one a layer.",
+    help="custom: .npy or .safetensors with one layout for all layers, or one for each.",
 )
 @_mode_options
-@click.option("--different-layout-per-layer", is_flag=True, help="Random blocks of its own for each layer.")
-@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of random blocks.")
+@click.option("--different-layout-per-layer", is_flag=True, help="Draw other random blocks for each layer.")
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed for random blocks.")
 @click.option(
     "--positions",
     type=click.Choice(["tile", "interpolate"]),
@@ -103,29 +131,44 @@ def _mode_options(function):
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["keep", "fp32", "fp16", "bf16"]),
+    callback=_dtype,
     default="keep",
     show_default=True,
-    help="Of floating tensors.",
+    metavar="[keep|fp32|fp16|bf16]",
+    help="Dtype for floating tensors; float32, float16, half and bfloat16 are accepted too.",
+)
+@click.option("--prefix", metavar="NAME", help="Which encoder is converted, if the source holds several.")
+@click.option(
+    "--ignore-tensors",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave out tensors that the model's class would not use, such as 'bert.embeddings.rank*'. Repeatable.",
 )
 @click.option(
-    "--max-shard-size", callback=_size, metavar="SIZE", help="Of a file of weights, such as 5GB.  [default: one file]"
+    "--max-shard-size",
+    callback=_size,
+    metavar="SIZE",
+    help="Largest file of weights, such as 5GB.  [default: one file]",
 )
 @click.option(
     "--config",
     "config_path",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="config.json, if not beside the weights.",
+    help="config.json, if it is not next to the weights.",
 )
 @click.option(
-    "--to-dense", is_flag=True, help="The way back: SOURCE is a converted folder, TARGET gets the dense checkpoint."
+    "--to-dense",
+    is_flag=True,
+    help="The way back: SOURCE is a converted folder, and TARGET becomes the dense checkpoint.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")
 @click.option(
     "--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the layouts into a .png, .svg or .pdf."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print the last line only.")
+@click.option("-v", "--verbose", is_flag=True, help="Print names of tensors too, as --dry-run does.")
 @click.option(
     "--list-families",
     is_flag=True,
@@ -141,9 +184,11 @@ def main(context: click.Context, source: str, target: Path | None, to_dense: boo
     SOURCE is a file of weights, an index of shards, a folder, or a repository of the Hugging Face Hub (org/name or
     org/name@revision). TARGET is the folder to make.
 
-    By default the new model gives the source's outputs for every text that the source could read; --max-length lets it
-    read longer ones.
+    By default the new model reads 8 times as many tokens as the source, 4,096 for 512. Inputs that the source could read
+    keep its outputs.
     """
+    if choices["quiet"] and choices["verbose"]:
+        raise click.UsageError("--quiet and --verbose cannot be combined.")
     if target is None and not choices["dry_run"]:
         raise click.UsageError("Missing argument 'TARGET'.")
     if to_dense:
@@ -183,18 +228,28 @@ def _convert(source: str, target: Path | None, as_json: bool, choices: dict[str,
             )
         planned = done.plan
         content = summary.plan_content(planned) | to_json(done.record) | {"seconds": done.seconds}
-        lines = summary.conversion_lines(done)
-    click.echo(json.dumps(content, indent=2) if as_json else aligned(lines))
+        lines = summary.conversion_lines(done, names=choices["verbose"])
+    _print(lines, content, as_json, choices["quiet"])
     if choices["plot"]:
         title = f"{planned.sparsity.mode}, block {planned.sparsity.block}, {planned.max_length:,} tokens"
         pictures.plot_layouts(choices["plot"], planned.layouts, planned.sparsity.block, title, planned.source_length)
 
 
 def _to_dense(context: click.Context, source: str, target: Path, as_json: bool, choices: dict[str, Any]) -> None:
-    allowed = {"to_dense", "source", "target", "max_length", "max_shard_size", "overwrite", "as_json"}
+    allowed = {
+        "to_dense",
+        "source",
+        "target",
+        "max_length",
+        "max_shard_size",
+        "overwrite",
+        "as_json",
+        "quiet",
+        "verbose",
+    }
     for name in context.params:
         if name not in allowed and context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--to-dense takes no --{name.replace('_', '-')}.")
+            raise click.UsageError(f"--to-dense does not accept --{name.replace('_', '-')}.")
     from bsa_export.conversion.to_dense import to_dense
 
     with Progress() as progress:
@@ -221,7 +276,11 @@ def _to_dense(context: click.Context, source: str, target: Path, as_json: bool, 
         *(("note", note) for note in dense.notes),
         ("written", f"{target} in {done.seconds:.2f} s"),
     ]
-    click.echo(json.dumps(content, indent=2) if as_json else aligned(lines))
+    _print(lines, content, as_json, choices["quiet"])
+
+
+def _print(lines: Lines, content: dict[str, Any], as_json: bool, quiet: bool) -> None:
+    click.echo(json.dumps(content, indent=2) if as_json else aligned(lines[-1:] if quiet else lines))
 
 
 def _options(choices: dict[str, Any]) -> Options:
@@ -237,7 +296,7 @@ def _options(choices: dict[str, Any]) -> Options:
     if choices["sparsity"]:
         clash = next((name for name in ("mode", "block", *given) if choices[name] is not None), None)
         if clash:
-            raise click.UsageError(f"--sparsity holds what --{clash.replace('_', '-')} says: give one of them.")
+            raise click.UsageError(f"--sparsity and --{clash.replace('_', '-')} cannot be combined.")
         section = sparsity_section(choices["sparsity"])
     allowed = CONFIGS[mode].parameter_names()
     wrong = next((name for name in given if name not in allowed), None)
@@ -254,4 +313,6 @@ def _options(choices: dict[str, Any]) -> Options:
         different_layout_per_layer=choices["different_layout_per_layer"],
         positions=choices["positions"],
         dtype=choices["dtype"],
+        prefix=choices["prefix"],
+        ignore_tensors=choices["ignore_tensors"],
     )

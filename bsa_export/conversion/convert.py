@@ -19,8 +19,10 @@ from bsa_export.checkpoint.table import Checkpoint
 from bsa_export.checkpoint.writer import FileRecord, write_weights
 from bsa_export.conversion import carried_files
 from bsa_export.conversion.carried_files import CarriedFiles
-from bsa_export.conversion.options import BARE, Options
+from bsa_export.conversion.config_fields import BLOCK_SPARSE
+from bsa_export.conversion.options import BARE, Options, parse_dtype, parse_length
 from bsa_export.conversion.plan import Plan, plan
+from bsa_export.conversion.resources import refuse_full_disk
 from bsa_export.conversion.source_folder import encoder_folder
 from bsa_export.converted import card
 from bsa_export.converted.names import CARD, CONFIG, CONVERSION_RECORD
@@ -36,7 +38,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Converted:
-    """A conversion that was done: the folder, its plan, the record (conversion.json), and what it took in seconds."""
+    """A conversion that was done: the folder, its plan, the record (conversion.json), and how many seconds it took."""
 
     folder: Path
     plan: Plan
@@ -48,7 +50,7 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
-    max_length: int | None = None,
+    max_length: int | str | None = None,
     mode: str | None = None,
     block: int | None = None,
     sparsity: str | Path | Mapping[str, Any] | None = None,
@@ -68,6 +70,8 @@ def convert(
     seed: int = 0,
     positions: str = "tile",
     dtype: str = "keep",
+    prefix: str | None = None,
+    ignore_tensors: Sequence[str] = (),
     max_shard_size: int | None = None,
     config: str | Path | None = None,
     overwrite: bool = False,
@@ -80,7 +84,8 @@ def convert(
     Args:
         source: a file of weights, an index of shards, a folder, or a repository of the Hub (`org/name[@revision]`).
         target: the folder to make.
-        max_length: tokens that the new model reads, in whole blocks; the source's length unless given.
+        max_length: tokens that the new model reads, in whole blocks; unless given, 8 times the source's length, or that length
+            itself from 4,096 tokens on. `"4k"` is 4096.
         mode: which blocks are kept, one of `bsa_export.sparsity.MODES`; `windowed` unless given.
         block: side of a block in tokens; 64, or 32 or 16 where 64 does not divide the lengths.
         sparsity: mode and parameters as the `sparse_attention` section of a DeepSpeed config, or a JSON file with it.
@@ -91,7 +96,9 @@ def convert(
         different_layout_per_layer: whether each layer draws its own random blocks.
         seed: for random blocks.
         positions: how position embeddings are extended, `tile` or `interpolate`.
-        dtype: `keep`, or what floating tensors are rounded to: `fp32`, `fp16` or `bf16`.
+        dtype: `keep`, or what floating tensors are rounded to: `fp32`, `fp16` or `bf16`, in any usual spelling.
+        prefix: the prefix of the encoder that is meant, where a checkpoint holds several.
+        ignore_tensors: patterns of names, as in a shell; such tensors are left out.
         max_shard_size: bytes of a file of weights; one file unless given.
         config: the source's config.json, if it is not stored next to the weights.
         overwrite: whether an earlier conversion may be replaced.
@@ -116,8 +123,13 @@ def convert(
         "different_layout_per_head": different_layout_per_head,
         "attention": attention,
     }
+    try:
+        length = None if max_length is None else parse_length(max_length)
+        dtype = parse_dtype(dtype)
+    except ValueError as error:
+        raise SparsityError(str(error)) from None
     options = Options(
-        max_length=max_length,
+        max_length=length,
         mode=mode,
         block=block,
         parameters={name: value for name, value in given.items() if value is not None},
@@ -127,6 +139,8 @@ def convert(
         different_layout_per_layer=different_layout_per_layer,
         positions=positions,
         dtype=dtype,
+        prefix=prefix,
+        ignore_tensors=[ignore_tensors] if isinstance(ignore_tensors, str) else ignore_tensors,
     )
     found = Source(source) if isinstance(source, Path) else find_source(source, progress=progress is not None)
     return convert_source(
@@ -156,7 +170,11 @@ def plan_source(
         keep_card=planned.sparse_source and card.is_edited(checkpoint.folder),
     )
     notes = [*planned.notes, *carried.notes()]
-    return checkpoint, replace(planned, skipped=dict(checkpoint.skipped), notes=notes), carried
+    return (
+        checkpoint,
+        replace(planned, skipped={entry.name: entry.why for entry in checkpoint.skipped}, notes=notes),
+        carried,
+    )
 
 
 def check_options(options: Options) -> None:
@@ -207,15 +225,14 @@ def convert_source(
     read = [path.resolve() for path in (checkpoint.folder, *checkpoint.files)]
     if any(folder.target in (path, *path.parents) for path in read):
         raise CheckpointError("the target would replace the source", where=target, hint="choose another folder")
+    refuse_full_disk(folder.target, planned.nbytes)
     with folder as staging:
         files = write_weights(staging, planned.tensors, max_shard_size=max_shard_size, progress=progress)
         checkpoint.check_unchanged()
         write_json(staging / CONFIG, planned.config)
         files[CONFIG] = _file_record(staging / CONFIG)
         files |= {name: file for name, file in carried_files.write(carried, staging).items() if name != CARD}
-        record = replace(
-            conversion_record(planned, source, checkpoint.files, options, files), lengths=carried.changes
-        )
+        record = replace(conversion_record(planned, source, checkpoint.files, options, files), lengths=carried.changes)
         write_json(staging / CONVERSION_RECORD, to_json(record))
         card.write(staging, repo=_text(target.resolve().name))
     return Converted(target, planned, record, time.perf_counter() - started)
@@ -251,6 +268,8 @@ def conversion_record(
         sparse_source=planned.sparse_source,
         skipped=planned.skipped,
         notes=planned.notes,
+        removed_fields=planned.removed_fields,
+        attn_implementation=BLOCK_SPARSE,
         not_finite={name: what for file in files.values() for name, what in file.not_finite.items()},
         files={name: FileEntry(file.bytes, file.sha256, file.checksum) for name, file in files.items()},
         versions={"python": platform.python_version(), "numpy": np.__version__},

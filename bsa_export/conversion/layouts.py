@@ -10,9 +10,11 @@ import numpy as np
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.conversion.options import Options
+from bsa_export.conversion.resources import refuse_large_layouts
 from bsa_export.errors import SparsityError
 from bsa_export.sparsity.configs import (
     DEEPSPEED_LENGTH,
+    MAX_BLOCKS,
     MODES,
     CustomSparsityConfig,
     SparsityConfig,
@@ -25,13 +27,51 @@ from bsa_export.sparsity.facts import check_layout
 from bsa_export.sparsity.layout_file import load_layouts
 
 BLOCKS = (64, 32, 16)  # tried in this order where no block is named
+TIMES_LONGER = 8  # than the source, where no length is named
+LONG_ENOUGH = 4096  # tokens of a source that keeps its length, where no length is named
 
 
 def chosen_layouts(
     options: Options, source_length: int, heads: int, layers: int
 ) -> tuple[SparsityConfig, list[np.ndarray]]:
-    """The sparsity config that the options describe, and its layouts."""
-    length = options.max_length or source_length
+    """The sparsity config that the options describe, and its layouts: one array for all layers unless they differ."""
+    config = _chosen_config(options, source_length, heads)
+    if (config.mode == "custom") != (options.layout is not None):
+        raise SparsityError(
+            "a layout file goes with the mode custom, and that mode with a layout file",
+            found=f"mode {config.mode}",
+            where="--layout",
+        )
+    if options.layout is not None:
+        blocks = None if options.max_length is None else _whole_blocks(options.max_length, config.block)
+        return config, load_layouts(options.layout, layers, heads, blocks)
+    if options.different_layout_per_layer and not getattr(config, "num_random_blocks", 0):
+        raise SparsityError(
+            "layers differ only in random blocks",
+            found=f"{config.mode} without any",
+            where="--different-layout-per-layer",
+        )
+    length = config.block * (
+        _whole_blocks(options.max_length, config.block)
+        if options.max_length
+        else -(-default_length(source_length) // config.block)
+    )
+    distinct = layers if options.different_layout_per_layer else 1
+    if length <= MAX_BLOCKS * config.block:
+        refuse_large_layouts(length // config.block, config.block, config.num_layout_heads * distinct)
+    layouts = make_layouts(config, length, layers, options.seed, options.different_layout_per_layer)
+    for layout in {id(layout): layout for layout in layouts}.values():
+        check_layout(layout, f"{config.mode} at {length:,} tokens")
+    return config, layouts
+
+
+def default_length(source_length: int) -> int:
+    """The tokens that the new model reads where no length is named, before they are rounded up to whole blocks."""
+    return source_length if source_length >= LONG_ENOUGH else TIMES_LONGER * source_length
+
+
+def _chosen_config(options: Options, source_length: int, heads: int) -> SparsityConfig:
+    """The sparsity config that the options describe."""
     if options.section is not None:
         section = {key: value for key, value in options.section.items() if key != "sparse_config_cls"}
         config = _configured_sparsity(options.section, section, heads)
@@ -39,50 +79,36 @@ def chosen_layouts(
             raise SparsityError(
                 "a custom layout comes from a file", where="sparse_attention: mode", hint="--layout names it"
             )
-    else:
-        block = options.block or _default_block(source_length, length)
-        mode = options.mode or ("custom" if options.layout else "windowed")
-        if mode == "windowed":
-            config = windowed_for(source_length, heads, block)
-            config = replace(config, **options.parameters)
-        else:
-            config = MODES[mode](num_heads=heads, block=block, **options.parameters)
-    if (config.mode == "custom") != (options.layout is not None):
-        raise SparsityError(
-            "a layout file goes with the mode custom, and that mode with a layout file",
-            found=f"mode {config.mode}",
-            where="--layout",
-        )
-    if length % config.block:
-        below, above = length - length % config.block, length - length % config.block + config.block
-        choices = " or ".join(f"{choice:,}" for choice in (below, above) if choice)
-        raise SparsityError(
-            f"expected a length in whole blocks of {config.block} tokens",
-            found=f"{length:,}",
-            where="--max-length" if options.max_length else "the source's length",
-            hint=f"choose {'' if options.max_length else 'another --block, or --max-length '}{choices}",
-        )
-    if options.layout is not None:
-        return config, load_layouts(options.layout, layers, heads, length // config.block)
-    if options.different_layout_per_layer and not getattr(config, "num_random_blocks", 0):
-        raise SparsityError(
-            "layers differ only in random blocks",
-            found=f"{config.mode} without any",
-            where="--different-layout-per-layer",
-        )
-    layouts = make_layouts(config, length, layers, options.seed, options.different_layout_per_layer)
-    for layout in {id(layout): layout for layout in layouts}.values():
-        check_layout(layout, f"{config.mode} at {length:,} tokens")
-    return config, layouts
+        return config
+    block = options.block or _default_block(source_length, options.max_length)
+    mode = options.mode or ("custom" if options.layout else "windowed")
+    if mode == "windowed":
+        return replace(windowed_for(source_length, heads, block), **options.parameters)
+    return MODES[mode](num_heads=heads, block=block, **options.parameters)
 
 
-def _default_block(source_length: int, length: int) -> int:
-    """The largest of BLOCKS in which both lengths are whole, so that a window is as long as the source; else the new one alone."""
-    for lengths in ((source_length, length), (length,)):
+def _whole_blocks(length: int, block: int) -> int:
+    """The blocks of a length that the user named. Raises SparsityError where they are not whole."""
+    if length % block == 0:
+        return length // block
+    below, above = length - length % block, length - length % block + block
+    choices = " or ".join(f"{choice:,}" for choice in (below, above) if choice)
+    raise SparsityError(
+        f"expected a length in whole blocks of {block} tokens",
+        found=f"{length:,}",
+        where="--max-length",
+        hint=f"choose {choices}",
+    )
+
+
+def _default_block(source_length: int, length: int | None) -> int:
+    """The largest of BLOCKS that divides both lengths, so that a window is as long as the source; else the new one alone."""
+    wanted = length or default_length(source_length)
+    for lengths in ((source_length, wanted), (wanted,)):
         for block in BLOCKS:
             if not any(tokens % block for tokens in lengths):
                 return block
-    return BLOCKS[0]
+    return BLOCKS[0] if length else BLOCKS[-1]  # no length named: it is rounded up, to as little as possible
 
 
 def kept_layouts(
@@ -144,7 +170,7 @@ def _block_of(blocks: int, source_length: int) -> int:
         if length % blocks == 0 and length // blocks in (16, 32, 64, 128):
             return length // blocks
     raise SparsityError(
-        f"its layouts have {blocks} blocks a row, and no config tells the tokens of a block",
+        f"its layouts have {blocks} blocks a row, and no config states the tokens of a block",
         where="source",
         hint='add "sparse_attention": {"block": ...} to config.json',
     )

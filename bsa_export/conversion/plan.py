@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from bsa_export.bert.encoder import Encoder
-from bsa_export.bert.expected_tensors import OTHER_MODEL, compare, sparse_spec
+from bsa_export.bert.expected_tensors import compare, sparse_spec
 from bsa_export.bert.families import STORED_LAYOUT, TOKEN_TYPES, WORDS, Family
+from bsa_export.bert.misfits import refuse_misfits
 from bsa_export.bert.positions import extend
 from bsa_export.checkpoint.dtypes import DTYPES, TORCH_NAMES, cast, pieces, read
 from bsa_export.checkpoint.table import Computed, Tensor, tied
+from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE, taken_out
 from bsa_export.conversion.layouts import chosen_layouts, kept_layouts
 from bsa_export.conversion.options import BARE, Options
 from bsa_export.converted.records import Change, DropReason, Note, NoteKind, Positions
@@ -45,6 +48,7 @@ class Plan:
         sparse_source: whether the source was sparse already, so that its own layouts are kept.
         skipped: what is stored next to the source's tensors -> why it is not read.
         notes: what a user should know.
+        removed_fields: fields of the source's config.json that are taken out.
     """
 
     family: Family
@@ -63,6 +67,7 @@ class Plan:
     positions: Positions | None
     sparse_source: bool
     notes: list[Note]
+    removed_fields: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -122,13 +127,14 @@ def plan(
         FamilyError: it is of no BERT family, or its tensors do not fit the config.
         SparsityError: the sparsity or the length cannot be.
     """
-    encoder = Encoder.find(tensors, config)
     draft = _Draft()
+    tensors = _without_ignored(draft, tensors, options.ignore_tensors)
+    encoder = Encoder.find(tensors, config, prefix=options.prefix)
+    tensors = _without_other_encoders(draft, encoder, tensors)
     _map_names(draft, encoder, tensors, where)
     _leave_out_tied(draft, encoder)
     _add_token_types(draft, encoder)
-    compare(draft.written, encoder.dense_spec()).raise_if_any(where)
-    _refuse_more_layers(draft.written, encoder, where)
+    refuse_misfits(draft.written, encoder, tensors, where)
 
     sparse_source = bool(
         draft.stored or encoder.config.get("sparse_attention") or encoder.config.get("sparse_config_cls")
@@ -143,7 +149,8 @@ def plan(
     positions = _extend_positions(draft, encoder, max_length, options)
     _cast(draft, options)
     _store_layouts(draft, encoder, layouts)
-    new_config = _sparse_config(encoder, max_length, sparsity, options)
+    removed = _note_removed_fields(draft, config)
+    new_config = _sparse_config(encoder, removed, max_length, sparsity, options)
     compare(draft.written, sparse_spec(encoder.family, new_config, encoder.written_prefix)).raise_if_any(where)
     if (head := encoder.family.class_without_equal(config)) is not None:
         kept = f"BERT has no class like {head}: its head's tensors are kept, but only the encoder runs in transformers"
@@ -165,7 +172,45 @@ def plan(
         positions=positions,
         sparse_source=sparse_source,
         notes=draft.notes,
+        removed_fields=removed,
     )
+
+
+def _without_ignored(draft: _Draft, tensors: Mapping[str, Tensor], patterns: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors that no pattern of --ignore-tensors names."""
+    ignored: list[str] = []
+    for pattern in patterns:
+        matching = [name for name in tensors if fnmatchcase(name, pattern)]
+        if not matching:
+            raise FamilyError(
+                f"no tensor matches {pattern!r}", found=f"names such as {some(tensors, 2)}", where="--ignore-tensors"
+            )
+        ignored += matching
+    if ignored:
+        draft.dropped |= dict.fromkeys(ignored, DropReason.IGNORED)
+        text = f"ignored, as asked: {some(dict.fromkeys(ignored))}. Outputs differ from the source's if it computes with them"
+        draft.notes.append(Note(NoteKind.IGNORED_TENSORS, text))
+    return {name: row for name, row in tensors.items() if name not in draft.dropped}
+
+
+def _without_other_encoders(draft: _Draft, encoder: Encoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that do not belong to another encoder than the one that is meant."""
+    others = [name for name in tensors if encoder.is_of_other(name)]
+    if others:
+        draft.dropped |= dict.fromkeys(others, DropReason.OTHER_ENCODER)
+        prefixes = ", ".join(repr(prefix.removesuffix(".")) for prefix in encoder.other_prefixes)
+        text = f"{len(others)} tensors of other encoders are left out, those with the prefixes {prefixes}"
+        draft.notes.append(Note(NoteKind.OTHER_ENCODER, text))
+    return {name: row for name, row in tensors.items() if name not in draft.dropped}
+
+
+def _note_removed_fields(draft: _Draft, config: Mapping[str, Any]) -> list[str]:
+    """The fields of config.json that are taken out; a note says why where a user should know."""
+    removed = taken_out(config)
+    for name, why in removed.items():
+        if why is not None:
+            draft.notes.append(Note(NoteKind.CONFIG_FIELD, f"{name} is taken out of config.json: {why}"))
+    return list(removed)
 
 
 def _map_names(draft: _Draft, encoder: Encoder, tensors: Mapping[str, Tensor], where: object) -> None:
@@ -258,9 +303,12 @@ def _store_layouts(draft: _Draft, encoder: Encoder, layouts: list[np.ndarray]) -
         draft.changed[name] = Change(layout=True)
 
 
-def _sparse_config(encoder: Encoder, max_length: int, sparsity: SparsityConfig, options: Options) -> dict[str, Any]:
+def _sparse_config(
+    encoder: Encoder, removed: Iterable[str], max_length: int, sparsity: SparsityConfig, options: Options
+) -> dict[str, Any]:
     """The config.json of the sparse model."""
-    config = dict(encoder.config)
+    config = {name: value for name, value in encoder.config.items() if name not in removed}
+    config[ATTENTION] = BLOCK_SPARSE
     if options.dtype != "keep":
         config["dtype" if "dtype" in config else "torch_dtype"] = TORCH_NAMES[options.dtype]
     config["max_position_embeddings"] = encoder.reserved + max_length
@@ -269,21 +317,8 @@ def _sparse_config(encoder: Encoder, max_length: int, sparsity: SparsityConfig, 
     return config
 
 
-def _refuse_more_layers(names: Iterable[str], encoder: Encoder, where: object) -> None:
-    """Raises FamilyError for tensors of layers that the config.json does not have: they would never be used."""
-    layer = re.compile(re.escape(encoder.written_prefix) + r"encoder\.layer\.(\d+)\.")
-    more = [name for name in names if (match := layer.match(name)) and int(match[1]) >= encoder.layers]
-    if more:
-        raise FamilyError(
-            f"expected tensors of {encoder.layers} layers, which is num_hidden_layers of config.json",
-            found=some(more, 1),
-            where=where,
-            hint=OTHER_MODEL,
-        )
-
-
 def buffer_values(name: str, rows: int) -> np.ndarray:
-    """What a model makes of one of BUFFERS: int64 `[1, rows]`, the positions in order or zeros."""
+    """What a model stores under one of BUFFERS: int64 `[1, rows]`, the positions in order or zeros."""
     return (np.arange(rows) if name.endswith("position_ids") else np.zeros(rows)).astype("<i8")[None]
 
 
@@ -301,8 +336,8 @@ def _natural(name: str) -> list:
 def _ties(written: Mapping[str, Tensor], encoder: Encoder) -> dict[str, str]:
     """Written names of a head that transformers ties to another, where they hold the same bytes: name -> the other.
 
-    Shared storage tells; where a format or a shard forced a copy, the bytes do. Nothing is tied where the config says so: then
-    transformers looks for both names.
+    They share storage, or hold equal bytes where a format or a shard forced a copy. Nothing is tied where the config says so:
+    then transformers looks for both names.
     """
     if not encoder.config.get("tie_word_embeddings", True):
         return {}
@@ -341,4 +376,9 @@ def _zeros(dtype: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _layout_row(layout: np.ndarray) -> Tensor:
-    return Tensor("U8", layout.shape, Computed(lambda: iter([memoryview(np.ascontiguousarray(layout).reshape(-1))])))
+    """The tensor of a layout `[heads, n, n]`, made head by head: heads may share one array."""
+
+    def chunks() -> Iterator[memoryview]:
+        return (memoryview(np.ascontiguousarray(head).reshape(-1)) for head in layout)
+
+    return Tensor("U8", layout.shape, Computed(chunks))

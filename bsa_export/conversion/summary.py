@@ -6,7 +6,7 @@ from typing import Any
 
 from bsa_export.conversion.convert import Converted
 from bsa_export.conversion.plan import Plan
-from bsa_export.converted.records import Change, DropReason, to_json
+from bsa_export.converted.records import Change, DropReason, NoteKind, to_json
 from bsa_export.text import Lines, size
 
 MAX_NAMES = 8
@@ -15,6 +15,7 @@ DROP_WORDS = {
     DropReason.BUFFER: "a buffer that the model makes itself",
     DropReason.CHANGED_BUFFER: "a buffer that the model makes itself, with other values",
     DropReason.IGNORED: "ignored, as --ignore-tensors says",
+    DropReason.OTHER_ENCODER: "of another encoder than the one that is converted",
 }
 
 
@@ -30,8 +31,8 @@ def change_words(change: Change) -> str:
     return ", ".join(parts)
 
 
-def conversion_lines(done: Converted) -> Lines:
-    """What a conversion did, and what its choice means."""
+def conversion_lines(done: Converted, names: bool = False) -> Lines:
+    """What a conversion did, and what its choice means; with the names that are not just copied, if they are wanted."""
     weights = [name for name in done.record.files if name.endswith(".safetensors") and "/" not in name]
     nbytes = sum(done.record.files[name].bytes for name in weights)
     files = f", {len(weights)} files of weights" if len(weights) > 1 else ""
@@ -40,12 +41,19 @@ def conversion_lines(done: Converted) -> Lines:
         (name, what), *others = broken.items()
         more = f", and {len(others)} more tensors" if others else ""
         lines.append(("warning", f"{name} holds {what} values{more}; they are copied as they are"))
+    if names:
+        lines += name_lines(done.plan)
     return [*lines, ("written", f"{done.folder}, {size(nbytes)}{files} in {done.seconds:.2f} s")]
 
 
 def plan_lines(planned: Plan) -> Lines:
     """What a conversion would do, with the names that are not just copied."""
-    lines = plan_facts(planned)
+    return [*plan_facts(planned), *name_lines(planned), ("written", "nothing: this is a dry run")]
+
+
+def name_lines(planned: Plan) -> Lines:
+    """The names of tensors that are not just copied, the middle of long lists left out."""
+    lines: Lines = []
     for label, names in (
         ("renamed", [f"{old} -> {new}" for old, new in planned.renamed.items()]),
         ("changed", [f"{name}: {change_words(change)}" for name, change in planned.changed.items()]),
@@ -55,7 +63,7 @@ def plan_lines(planned: Plan) -> Lines:
     ):
         shown = names if len(names) <= MAX_NAMES else [*names[:2], f"... {len(names) - 3} more", names[-1]]
         lines += [(label if number == 0 else "", name) for number, name in enumerate(shown)]
-    return [*lines, ("written", "nothing: this is a dry run")]
+    return lines
 
 
 def plan_facts(planned: Plan) -> Lines:
@@ -104,10 +112,6 @@ def plan_facts(planned: Plan) -> Lines:
     if planned.skipped:
         (name, why), *others = planned.skipped.items()
         lines.append(("skipped", f"{name}: {why}" + (f"; and {len(others)} more" if others else "")))
-    if not grown and not planned.sparse_source:
-        lines.append(
-            ("longer", f"--max-length {8 * planned.source_length} lets it read {8 * planned.source_length:,} tokens")
-        )
     return lines
 
 
@@ -119,27 +123,31 @@ def meaning(planned: Plan) -> Lines:
                 "layouts",
                 "the source's own, as stored"
                 if planned.keeps_source_layouts
-                else "made again from the source's config.json",
+                else "recomputed from the source's config.json",
             )
         ]
     facts = planned.facts
+    ignored = any(note.kind is NoteKind.IGNORED_TENSORS for note in planned.notes)
     length = f"{min(facts.source_length, facts.seq_len):,} tokens"
     if facts.interpolated:
-        short = "other outputs than the source's: no position is one that it knows"
+        short = "other outputs than the source's: its positions are interpolated"
     elif facts.short_inputs_differ:
         short = f"other outputs than the source's: {facts.kept_share:.1%} of the blocks within {length} are kept"
+    elif ignored:
+        short = "the source's outputs, as far as it does not compute with the ignored tensors"
     else:
         short = f"the source's outputs: every block within {length} is kept"
     lines = [("short inputs", short)]
     if planned.max_length > planned.source_length:
-        if facts.interpolated:
-            reach = f"a token sees others up to {facts.reach:,} tokens away"
-        elif facts.repeats_positions:
-            reach = f"a token sees others {facts.reach:,} tokens away, where positions repeat"
-        else:
-            reach = f"a token sees others up to {facts.reach:,} tokens away, fewer than repeat a position"
+        reach = f"each token attends up to {facts.local_reach:,} tokens away"
+        if facts.reach > facts.local_reach:
+            reach += f", and up to {facts.reach:,} through global or random blocks"
+        if facts.repeats_positions:
+            reach += "; position embeddings repeat within that distance"
+        elif not facts.interpolated and facts.reach < facts.source_length:
+            reach += ", so no two visible tokens share a position embedding"
         lines.append(("reach", reach))
-    training = "needed before it is as good as its source" if facts.needs_training else "not needed"
+    training = "needed before it is as good as the source" if facts.needs_training else "not needed"
     return [*lines, ("training", training)]
 
 
@@ -156,6 +164,8 @@ def plan_content(planned: Plan) -> dict[str, Any]:
         "kept_share": planned.facts.kept_share,
         "short_inputs_differ": planned.facts.short_inputs_differ,
         "reach": planned.facts.reach,
+        "local_reach": planned.facts.local_reach,
+        "local_reach": planned.facts.local_reach,
         "repeats_positions": planned.facts.repeats_positions,
         "needs_training": planned.facts.needs_training,
         "attention_flops": {

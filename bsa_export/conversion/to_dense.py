@@ -18,6 +18,7 @@ from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Computed, FileRange, Tensor
 from bsa_export.checkpoint.writer import write_weights
 from bsa_export.conversion import carried_files
+from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
 from bsa_export.conversion.lengths import change_words
 from bsa_export.conversion.plan import buffer_values
 from bsa_export.conversion.summary import DROP_WORDS
@@ -82,7 +83,7 @@ def plan_dense(
         rows = positions.source_rows - positions.reserved
         if length not in (rows, longest):
             raise FamilyError(
-                f"its positions are interpolated: they give {rows:,} or {longest:,} tokens back",
+                f"its positions are interpolated: only {rows:,} or {longest:,} tokens are possible",
                 found=f"{length:,}",
                 where="--max-length",
             )
@@ -97,7 +98,9 @@ def plan_dense(
     if record:
         dense = _restored(dense, record, reserved + length, notes)
     new_config = {
-        key: value for key, value in (record.source.config if record else config).items() if key not in SPARSE_FIELDS
+        key: value
+        for key, value in (record.source.config if record else config).items()
+        if key not in SPARSE_FIELDS and (key, value) != (ATTENTION, BLOCK_SPARSE)
     }
     new_config["max_position_embeddings"] = reserved + length
     if record and record.options.dtype != "keep":
@@ -134,7 +137,7 @@ def _cut(table: Tensor, rows: int) -> Tensor:
     shape = (rows, *table.shape[1:])
     if isinstance(table.data, FileRange):
         nbytes = table.nbytes // table.shape[0] * rows
-        return Tensor(table.dtype, shape, replace(table.data, nbytes=nbytes))
+        return Tensor(table.dtype, shape, replace(table.data, nbytes=nbytes, crc32=None))
     return Tensor(table.dtype, shape, Computed(lambda: iter([read(table)[:rows].tobytes()])))
 
 
@@ -145,7 +148,7 @@ def _picked(table: Tensor, reserved: int, places: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class WrittenDense:
-    """A dense checkpoint that was written: the folder, what is in it, and what it took in seconds."""
+    """A dense checkpoint that was written: the folder, what is in it, and how many seconds it took."""
 
     folder: Path
     plan: Dense
