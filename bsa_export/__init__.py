@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bsa_export.errors import MissingLibraryError
-from bsa_export.hf.import_hook import register_with_transformers
+from bsa_export.hf.import_hook import register, unregister
 from bsa_export.version import __version__, install_hint
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ __all__ = [
     "load",
     "pull",
     "push",
+    "register",
     "to_dense",
+    "unregister",
     "verify",
 ]
 
@@ -68,4 +70,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-register_with_transformers()
+register()

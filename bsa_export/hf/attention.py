@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 
 from bsa_export.errors import AttentionError
 from bsa_export.hf.stored_layout import NAME, StoredLayout
-from bsa_export.hf.unpadding import Texts
+from bsa_export.hf.unpadding import Packed
 from bsa_export.ops import block_sparse_attention, block_sparse_attention_varlen
 
 log = logging.getLogger(__name__)
 
 
-def key_padding_mask(*, attention_mask: torch.Tensor | None, mask_function, config, **_) -> torch.Tensor | None:
-    """The mask function: hands the tokenizer's mask `[batch, seq]` on, as bool.
+def key_padding_mask(
+    *, attention_mask: torch.Tensor | None, mask_function: Any, config: Any, **_: Any
+) -> torch.Tensor | None:
+    """The mask function: passes the tokenizer's mask `[batch, seq]` on as bool, where dense attention makes `[batch, 1, seq, seq]`.
 
-    Dense attention builds `[batch, 1, seq, seq]` of it.
-    Registered with `transformers.masking_utils.AttentionMaskInterface`; a 4-D mask does not come by here.
+    Registered with `transformers.masking_utils.AttentionMaskInterface`. transformers does not call it for a 4-D mask.
+
+    Raises:
+        AttentionError: a causal or custom mask function, or a mask of another shape.
     """
     from transformers.masking_utils import bidirectional_mask_function
 
@@ -44,10 +49,10 @@ def attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    texts: Texts | None = None,
-    **kwargs,
+    packed: Packed | None = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function: block-sparse self-attention over the layout that `module`, one layer's, stores.
+    """The attention function: block-sparse self-attention over the layout that `module`, a layer's self-attention, stores.
 
     Registered with `transformers.modeling_utils.AttentionInterface` (transformers 5.0 to 5.x).
 
@@ -55,10 +60,10 @@ def attention(
         query, key, value: `[batch, heads, seq, head_dim]`.
         attention_mask: None; bool `[batch, seq]` from `key_padding_mask`; or the caller's own 4-D mask, which broadcasts
             to `[batch, heads, seq, seq]`: bool (True takes part) or added to the scores.
-        texts: in a row, from `unpad_input`; then batch is 1, and there is no mask.
+        packed: sequences packed into one row, from `unpad_input`; then batch is 1 and there is no mask.
 
     Returns:
-        `[batch, seq, heads, head_dim]` in the query's dtype, and None in the place of the attention probabilities.
+        `[batch, seq, heads, head_dim]` in the query's dtype, and None instead of the attention probabilities.
 
     Raises:
         AttentionError: for what a stored layout cannot do: probabilities, cross-attention, a cache, more tokens.
@@ -70,7 +75,7 @@ def attention(
             hint=f'load the converted folder with attn_implementation="{NAME}" (it cannot be switched to later, and there is '
             "no cross-attention)",
         )
-    if kwargs.get("output_attentions") or module.config.output_attentions:
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise AttentionError(
             "output_attentions=True: block-sparse attention never holds the probabilities",
             hint='for a short text load the model with attn_implementation="eager"',
@@ -85,9 +90,9 @@ def attention(
     stored = vars(stored).get("replica_of", stored)
     stored.check()
 
-    if texts is not None:
+    if packed is not None:
         context = block_sparse_attention_varlen(
-            query, key, value, stored.master_layout, stored.block, texts.cu_seqlens, texts.max_seqlen, scale=scaling
+            query, key, value, stored.master_layout, stored.block, packed.cu_seqlens, packed.max_seqlen, scale=scaling
         )
         return context.transpose(1, 2), None
     padding = pairs = None

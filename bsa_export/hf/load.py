@@ -4,41 +4,51 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bsa_export.bert.families import find_family, read_config
-from bsa_export.checkpoint.open import open_checkpoint
-from bsa_export.errors import CheckpointError, MissingLibraryError
+from bsa_export.bert.expected_tensors import compare
+from bsa_export.bert.families import FAMILIES, class_names
+from bsa_export.converted.folder import ConvertedFolder, open_folder
+from bsa_export.errors import BsaError, CheckpointError, MissingLibraryError
 from bsa_export.hf.register import MIN_TRANSFORMERS, register, version_of
 from bsa_export.hf.stored_layout import NAME, StoredLayout
 from bsa_export.hub.source import find_source
 from bsa_export.text import some
 from bsa_export.version import install_hint
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 log = logging.getLogger(__name__)
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None):
+def load(
+    path: str | os.PathLike[str], *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Loads a converted model into the transformers class that its config.json names, on block-sparse attention.
 
-    Stricter than `from_pretrained`: every weight of that class must be there, nothing of the encoder may be left over,
-    and every layer's layout is checked. A class that transformers does not have gives way to the one whose head the tensors
-    hold, and a pooler without weights is left out.
+    Stricter than `from_pretrained`: every weight of that class has to be there, no tensor of the encoder may be left over,
+    and every layer's layout is checked. Where transformers has no class of that name, the tensors decide which head the model
+    has. A pooler without weights is left out.
 
     Args:
-        path: the folder that bsa-convert or bsa-pull wrote, or a repository of the Hub, `org/name` or
-            `org/name@revision` (a str that names no folder here), which goes into huggingface_hub's cache.
-        device: where the model goes; the CPU by default.
-        dtype: of the weights; as stored by default.
+        path: the folder that bsa-convert or bsa-pull wrote, or a repository on the Hub, `org/name` or
+            `org/name@revision` (a str that names no folder here), which is downloaded into huggingface_hub's cache.
+        device: device of the model; the CPU by default.
+        dtype: dtype of the weights; as stored by default.
 
     Returns:
-        The model (`transformers.PreTrainedModel`) in evaluation mode.
+        The model in evaluation mode.
 
     Raises:
-        CheckpointError: it is no converted model, or its weights do not fit the class.
-        HubError: the Hub does not give it.
+        MissingLibraryError: transformers is not installed.
+        CheckpointError: not a converted model, or its weights do not fit the class.
+        FamilyError: config.json does not describe a BERT encoder that fits the weights.
+        HubError: the repository cannot be downloaded.
         AttentionError: a stored layout is damaged.
     """
     try:
@@ -55,37 +65,16 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: t
             found=transformers.__version__,
         )
     register()
-    folder = path if isinstance(path, Path) else find_source(path, progress=True).path
-    names = _names(folder)
-    model_class = _model_class(folder, names)
-    options = {} if dtype is None else {"dtype": dtype}
-    has_pooler = any(name.endswith("pooler.dense.weight") for name in names)
-    if not has_pooler and "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-        options["add_pooling_layer"] = False
-    config = model_class.config_class.from_pretrained(folder)
-    if not hasattr(config, "tie_word_embeddings"):  # CamemBERT's before transformers 5.4, which left its head random
-        config.tie_word_embeddings = True
-    model, loaded = model_class.from_pretrained(
-        folder,
-        config=config,
-        attn_implementation=NAME,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **options,
-    )
-    _refuse_misfits(folder, model, **loaded)
+    local = Path(path) if not isinstance(path, str) else find_source(path, progress=True).path
+    folder = open_folder(local)
+    # Before a module is built: config.json may describe a model that fits into no memory.
+    compare(folder.tensors, folder.encoder.sparse_spec()).raise_if_any(folder.path)
+    model, loaded = _from_pretrained(folder, _model_class(folder), dtype)
+    _refuse_misfits(folder.path, model, **loaded)
     for module in model.modules():
         if isinstance(module, StoredLayout):
             module.check()
-    return model if device is None else model.to(device)
-
-
-def _names(folder: Path) -> list[str]:
-    """The names of a converted model's tensors."""
-    if not (folder / "config.json").is_file():
-        found = "no folder" if not folder.is_dir() else "none"
-        raise CheckpointError("expected a converted model's folder with a config.json", where=folder, found=found)
-    return list(open_checkpoint(folder).tensors)
+    return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
 # The head that tensors of these names are, and transformers' table of the classes that have it.
@@ -97,28 +86,69 @@ HEADS = {
 }
 
 
-def _model_class(folder: Path, names: list[str]) -> type:
+def _model_class(folder: ConvertedFolder) -> type[PreTrainedModel]:
     """The class that config.json names, else that of the head that the tensors hold, else the encoder's."""
     import transformers
 
-    config = read_config(folder / "config.json")
-    named = next(iter(config.get("architectures") or ()), None)
-    if hasattr(transformers, str(named)):
-        return getattr(transformers, named)
-    family = find_family(config, names).name
-    tables = [table for head, table in HEADS.items() if any(name.startswith(head) for name in names)]
+    named = next(iter(class_names(folder.config)), None)
+    found = getattr(transformers, named, None) if named else None
+    if found is not None:
+        kind = getattr(getattr(found, "config_class", None), "model_type", None)
+        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and kind in FAMILIES):
+            raise CheckpointError(
+                "architectures: expected a model class of a BERT family", found=named, where=folder.path / "config.json"
+            )
+        return found
+    family = folder.encoder.family.name
+    tables = [table for head, table in HEADS.items() if any(name.startswith(head) for name in folder.tensors)]
     table = getattr(transformers, tables[0] if tables else "MODEL_MAPPING")
-    model_class = table[transformers.CONFIG_MAPPING[family]]
+    model_class: type[PreTrainedModel] = table[transformers.CONFIG_MAPPING[family]]
     log.warning(
         "%s: architectures names %s, which transformers does not have; loaded as %s, by its tensors",
-        folder,
+        folder.path,
         named or "no class",
         model_class.__name__,
     )
     return model_class
 
 
-def _refuse_misfits(folder: Path, model, missing_keys, unexpected_keys, mismatched_keys, **_) -> None:
+def _from_pretrained(
+    folder: ConvertedFolder, model_class: type[PreTrainedModel], dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and transformers' account of the tensors that did not fit."""
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    has_pooler = any(name.endswith("pooler.dense.weight") for name in folder.tensors)
+    if not has_pooler and "add_pooling_layer" in inspect.signature(model_class).parameters:
+        options["add_pooling_layer"] = False
+    try:
+        config = model_class.config_class.from_pretrained(folder.path)
+        if not hasattr(config, "tie_word_embeddings"):  # CamemBERT's before transformers 5.4, which left its head random
+            config.tie_word_embeddings = True
+        return model_class.from_pretrained(
+            folder.path,
+            config=config,
+            attn_implementation=NAME,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    except BsaError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"transformers cannot build {model_class.__name__} from this config.json ({type(error).__name__}: {error})",
+            where=folder.path,
+        ) from error
+
+
+def _refuse_misfits(
+    folder: Path,
+    model: PreTrainedModel,
+    missing_keys: set[str],
+    unexpected_keys: set[str],
+    mismatched_keys: set[tuple[str, Any, Any]],
+    **_: Any,
+) -> None:
     """Raises CheckpointError for weights that would be random or lost.
 
     A head that the class does not have only gets a line in the log.
@@ -133,7 +163,7 @@ def _refuse_misfits(folder: Path, model, missing_keys, unexpected_keys, mismatch
         ),
     }
     if any(misfits.values()):
-        told = "; ".join(f"{kind}: {some(names)}" for kind, names in misfits.items() if names)
+        found = "; ".join(f"{kind}: {some(names)}" for kind, names in misfits.items() if names)
         hint = "is this config.json from the same model?"
         if not lost and not mismatched_keys and not any(name.startswith(encoder) for name in missing_keys):
             hint = (
@@ -141,7 +171,7 @@ def _refuse_misfits(folder: Path, model, missing_keys, unexpected_keys, mismatch
                 f'AutoModel.from_pretrained, with attn_implementation="{NAME}"'
             )
         raise CheckpointError(
-            f"its weights do not fit {type(model).__name__} as its config.json describes it ({told})",
+            f"its weights do not fit {type(model).__name__} as its config.json describes it ({found})",
             where=folder,
             hint=hint,
         )

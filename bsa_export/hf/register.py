@@ -1,11 +1,15 @@
-"""What importing this package registers with transformers, by name; and the hook that gives each self-attention its layout.
+"""What this package registers with transformers and torch, and the hook that adds a stored layout to each self-attention.
 
 Needs transformers 5.0 or newer, the first release whose BERT family calls a registered attention function.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,51 +17,83 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from bsa_export.errors import AttentionError
 from bsa_export.hf.attention import attention, key_padding_mask
-from bsa_export.hf.stored_layout import IN_MEMORY, NAME, StoredLayout, blocks_of
+from bsa_export.hf.stored_layout import IN_MEMORY, NAME, StoredLayout, blocks_of, has_section
 from bsa_export.hf.unpadding import pad_input, unpad_input
 
 MIN_TRANSFORMERS = (5, 0)
 
-_registered = False
+_undo: list[Callable[[], object]] = []  # what `unregister` calls; empty while nothing is registered
 
 
 def register() -> bool:
-    """Registers `block_sparse` with transformers, once; False, and nothing done, where that is older than 5.0."""
-    global _registered
+    """Registers `block_sparse` with transformers, once; returns False, and does nothing, where transformers is older than 5.0."""
     import transformers
 
     if version_of(transformers) < MIN_TRANSFORMERS:
         return False
-    # The first import of these registers by itself (`hf.import_hook`): whether it is done is asked after it.
+    # The first import of these may register by itself (`hf.import_hook`): whether it did is asked afterwards.
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    if not _registered:
+    if not _undo:
         for name in (NAME, IN_MEMORY):
-            AttentionInterface.register(name, attention)
-            AttentionMaskInterface.register(name, key_padding_mask)
-        register_module_module_registration_hook(give_layout)
-        _registered = True
+            for interface, function in ((AttentionInterface, attention), (AttentionMaskInterface, key_padding_mask)):
+                interface.register(name, function)
+                _undo.append(partial(interface._global_mapping.pop, name, None))
+        _undo.append(register_module_module_registration_hook(give_layout).remove)
+        _undo.append(_read_attn_implementation())
     return True
 
 
-def version_of(transformers) -> tuple[int, ...]:
+def unregister() -> None:
+    """Removes what `register` registered. Models that were built before say so when they are called."""
+    while _undo:
+        _undo.pop()()
+
+
+def version_of(transformers: ModuleType) -> tuple[int, ...]:
+    """Major and minor version."""
     return tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
+def _read_attn_implementation() -> Callable[[], object]:
+    """Makes transformers read `"attn_implementation": "block_sparse"` in a config.json; returns the function that undoes it.
+
+    transformers reads the key by itself since 5.4; 5.0 to 5.3 overwrite it with the argument of `from_pretrained`, or None.
+    """
+    from transformers import PreTrainedConfig
+
+    original = vars(PreTrainedConfig)["from_dict"]
+    if PreTrainedConfig.from_dict({"attn_implementation": NAME})._attn_implementation == NAME:
+        return lambda: None
+
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if config_dict.get("attn_implementation") == NAME and kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = NAME
+        return original.__func__(cls, config_dict, **kwargs)
+
+    PreTrainedConfig.from_dict = classmethod(from_dict)
+    return partial(setattr, PreTrainedConfig, "from_dict", original)
+
+
 def give_layout(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    """Gives each self-attention of a model that is being built for `block_sparse` its (still empty) `StoredLayout`.
+    """Adds an empty `StoredLayout` to each self-attention of a model that is being built for `block_sparse`.
 
     A buffer has to exist before `from_pretrained` fills it and `save_pretrained` writes it. torch calls this hook for
-    every submodule that any module takes in; all but the self-attention, embeddings and encoder of such a model pass
-    untouched, and so do these when they are put into another module, or wrapped and put back.
+    every submodule that any module registers. Only the self-attention, embeddings and encoder of such a model are changed, and
+    only the first time: they may be put into another module, or wrapped and put back.
+
+    A model with a `sparse_attention` section that is built for dense attention gets a warning instead.
     """
     if submodule is None or name not in ("self", "embeddings", "encoder"):
         return
-    # What the module itself holds: a wrapper's or a stranger's `config` may be a property that raises.
+    # What the module itself holds: the `config` of a wrapper or of an unrelated class may be a property that raises.
     own = vars(submodule)
-    config = vars(parent).get("config") if name == "embeddings" else own.get("config")
-    if getattr(config, "_attn_implementation", None) != NAME:
+    config: Any = vars(parent).get("config") if name == "embeddings" else own.get("config")
+    implementation = getattr(config, "_attn_implementation", None)
+    if implementation != NAME:
+        if name == "embeddings" and implementation in DENSE and has_section(config):
+            _warn_dense(parent, implementation)
         return
     if name == "self" and hasattr(submodule, "query") and not hasattr(submodule, "sparse_self_attention"):
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
@@ -65,19 +101,37 @@ def give_layout(parent: nn.Module, name: str, submodule: nn.Module | None) -> No
                 "block-sparse attention runs encoders only", found="is_decoder or add_cross_attention in the config"
             )
         submodule.sparse_self_attention = StoredLayout(config.num_attention_heads, *blocks_of(config))
-    elif name == "embeddings" and hasattr(submodule, "position_embeddings") and "longest" not in own:
+    elif name == "embeddings" and hasattr(submodule, "word_embeddings") and "longest" not in own:
+        config.attn_implementation = NAME  # a plain attribute, which save_pretrained writes into config.json
         num_blocks, block = blocks_of(config)
-        submodule.longest = num_blocks * block
+        own["longest"] = num_blocks * block
         submodule.register_forward_pre_hook(_refuse_longer, with_kwargs=True)
-        parent.register_forward_pre_hook(partial(_refuse_longer_in_row, submodule.longest), with_kwargs=True)
+        parent.register_forward_pre_hook(partial(_refuse_longer_in_row, own["longest"]), with_kwargs=True)
     elif name == "encoder" and hasattr(submodule, "layer") and "drops_padding" not in own:
-        submodule.drops_padding = True
+        own["drops_padding"] = True
         submodule.register_forward_pre_hook(unpad_input, with_kwargs=True)
         submodule.register_forward_hook(pad_input, with_kwargs=True)
 
 
-def _refuse_longer(embeddings: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Says so before the position table's index error would. Positions of the caller's own may be a packed row's."""
+# The dense attention functions of transformers. Others may be sparse too.
+DENSE = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+def _warn_dense(model: nn.Module, implementation: str) -> None:
+    warnings.warn(
+        f'{type(model).__name__} is built with dense attention ("{implementation}"), but its config has a sparse_attention section: '
+        f"its outputs differ from those of the sparse model, above all for long inputs. "
+        f'Load it with bsa_export.load, or with attn_implementation="{NAME}".',
+        stacklevel=3,
+    )
+
+
+def _refuse_longer(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses an input that is too long before the position table's index error; `position_ids` may be those of a packed row."""
+    if not _undo:
+        raise AttentionError(
+            f'attn_implementation="{NAME}" is not registered with transformers', hint="call bsa_export.register() again"
+        )
     if kwargs.get("position_ids") is not None:
         return
     inputs = args[0] if args else kwargs.get("input_ids")
@@ -86,19 +140,24 @@ def _refuse_longer(embeddings: nn.Module, args: tuple, kwargs: dict) -> None:
         _refuse_more_than(embeddings.longest, inputs.shape[1])
 
 
-def _refuse_longer_in_row(longest: int, model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """The same for each text of a packed row, where that is known without waiting for a device."""
-    tokens, ends = kwargs.get("max_length_q"), kwargs.get("cu_seq_lens_q")
-    if tokens is None and ends is not None and ends.device.type == "cpu" and not torch.compiler.is_compiling():
-        tokens = int(ends.diff().max())
+def _refuse_longer_in_row(longest: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The same for each sequence of a packed row, where its length is known without a synchronisation with the GPU."""
+    tokens, cu_seqlens = kwargs.get("max_length_q"), kwargs.get("cu_seq_lens_q")
+    if (
+        tokens is None
+        and cu_seqlens is not None
+        and cu_seqlens.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    ):
+        tokens = int(cu_seqlens.diff().max())
     if tokens is not None:
-        _refuse_more_than(longest, tokens)
+        _refuse_more_than(longest, int(tokens))
 
 
 def _refuse_more_than(longest: int, tokens: int) -> None:
     if tokens > longest:
         raise AttentionError(
             f"this model reads up to {longest} tokens",
-            found=f"{tokens}",
+            found=tokens,
             hint="truncate, or convert the source again with a larger --max-length",
         )

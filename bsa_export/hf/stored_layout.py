@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,7 +12,7 @@ from bsa_export.bert.families import FAMILIES
 from bsa_export.errors import AttentionError
 
 NAME = "block_sparse"
-# For models that `SparseAttentionUtils` made sparse: masks as for NAME, but no stored layouts and no padding dropped.
+# For models that `SparseAttentionUtils` made sparse: masks as for NAME, but no stored layouts and no unpadding.
 IN_MEMORY = "block_sparse_in_memory"
 
 
@@ -21,16 +23,18 @@ class StoredLayout(nn.Module):
     memory in it where the checkpoint has no layout; `load` refuses such a checkpoint by its names.
     """
 
+    master_layout: torch.Tensor
+
     def __init__(self, num_heads: int, num_blocks: int, block: int):
         super().__init__()
         self.block = block
-        self.checked = None
+        self.checked: tuple[torch.Tensor, int | None] | None = None
         self.register_buffer("master_layout", torch.zeros(num_heads, num_blocks, num_blocks, dtype=torch.uint8))
 
     def check(self) -> None:
         """Raises AttentionError unless the layout holds only 0 and 1 and no empty row, as every converted one does.
 
-        Looks once at each layout; compiled code while it is compiled, and again only when a state dict is loaded.
+        Each layout is read once; in compiled code it is read at compile time, and again when a state dict is loaded.
         """
         layout = self.master_layout
         if layout.is_meta:
@@ -47,12 +51,21 @@ class StoredLayout(nn.Module):
         self.checked = now
 
     def _replicate_for_data_parallel(self) -> StoredLayout:
-        """For each call, `nn.DataParallel` copies a layout to each device, where it would be read anew: replicas attend by this one."""
-        replica = super()._replicate_for_data_parallel()
+        """A replica of `nn.DataParallel`, which attends by the original: its copied layout would be read at each call."""
+        replica = super()._replicate_for_data_parallel()  # type: ignore[operator]
         vars(replica)["replica_of"] = self
         return replica
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         if f"{prefix}master_layout" in state_dict:
             try:
@@ -73,15 +86,27 @@ def _refuse_no_layout(layout: torch.Tensor) -> None:
         )
 
 
-def blocks_of(config) -> tuple[int, int]:
-    """The number of blocks in a master layout's row, and the block's width in tokens."""
+def has_section(config: Any) -> bool:
+    """Whether a model's config has the `sparse_attention` section of a converted model."""
     section = getattr(config, "sparse_attention", None)
-    if not isinstance(section, dict) or "block" not in section:
+    return isinstance(section, dict) and "block" in section
+
+
+def blocks_of(config: Any) -> tuple[int, int]:
+    """The number of blocks in a row of the master layout, and the width of a block in tokens.
+
+    Raises:
+        AttentionError: the config has no `sparse_attention` section, or the section has no usable block.
+    """
+    if not has_section(config):
         raise AttentionError(
             f'attn_implementation="{NAME}" needs the sparse_attention section of a converted model',
             found="a config without one",
             hint="bsa-convert makes such a model from a dense checkpoint",
         )
+    block = config.sparse_attention["block"]
     family = FAMILIES.get(config.model_type)
     longest = longest_input(family, config.to_dict()) if family else config.max_position_embeddings
-    return longest // section["block"], section["block"]
+    if not isinstance(block, int) or isinstance(block, bool) or not 1 <= block <= longest:
+        raise AttentionError(f"sparse_attention.block: expected 1 to {longest} tokens", found=repr(block))
+    return longest // block, block

@@ -1,8 +1,12 @@
-"""Padding left out of an encoder: `unpad_input` packs the real tokens of a batch into one row, `pad_input` puts them back."""
+"""Padding removal: `unpad_input` packs the real tokens of a batch into one row, `pad_input` puts them back.
+
+The words are those of FlashAttention and ModernBERT: `indices`, `cu_seqlens`, `max_seqlen`. Both functions are hooks of an encoder;
+what they hand to the layers is the keyword argument `packed`.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,72 +15,89 @@ from bsa_export.errors import AttentionError
 from bsa_export.hf.stored_layout import NAME
 
 
-class Unpadded(NamedTuple):
-    """What puts the tokens of a row back: `batch`, `seq`, and int64 `indices [tokens]` in the flattened batch."""
+class Packed(NamedTuple):
+    """Sequences packed into one row, one after another.
 
-    batch: int
-    seq: int
-    indices: torch.Tensor
-
-
-class Texts(NamedTuple):
-    """Where texts lie in a row, one after another: int32 `cu_seqlens [texts + 1]`, and the tokens of the longest."""
+    Attributes:
+        cu_seqlens: where each sequence starts and the last one ends, int32 `[sequences + 1]`.
+        max_seqlen: tokens of the longest sequence.
+        indices: where each token stands in the flattened batch, int64 `[tokens]`; None where the caller packed the row.
+        batch_shape: batch size and padded length, for `pad_input`; None as above.
+    """
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    indices: torch.Tensor | None = None
+    batch_shape: tuple[int, int] | None = None
 
 
-def unpad_input(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Lays the real tokens of a right-padded batch `[batch, seq, hidden]` into one row: no layer works on padding.
+def unpad_input(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Packs the real tokens of a right-padded batch into one row, so that no layer computes on padding.
 
-    Any other padding is left to the mask: a text has to start where the layout does. Stays out of `torch.compile` and
-    `torch.jit.trace` (the shapes depend on the data), of calls that ask for every layer's hidden states, and of feed-forward
-    in chunks, which divide the batch's length. A row that the caller packed, in transformers' own form (`cu_seq_lens_q`), is
-    taken as it is.
+    A pre-forward hook of the encoder: `hidden_states` go from `[batch, seq, hidden]` to `[1, tokens, hidden]`,
+    `attention_mask` (bool `[batch, seq]`) goes to None, and the layers get `packed`. A row that the caller packed, with
+    transformers' `cu_seq_lens_q`, stays as it is.
+
+    Any other padding is left to the mask: a sequence has to start where the layout does. Nothing is packed inside
+    `torch.compile` and `torch.jit.trace` (the shapes depend on the data), where all hidden states are asked for, and with
+    feed-forward in chunks, which have to divide the length.
+
+    Raises:
+        AttentionError: an attention_mask of another shape than the batch.
     """
     if encoder.config._attn_implementation != NAME:
         return None
     hidden = args[0] if args else kwargs.pop("hidden_states")
     args = (hidden, *args[1:])
-    mask, ends = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
-    if ends is not None:
+    mask, cu_seqlens = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
+    if cu_seqlens is not None:
         longest = kwargs.get("max_length_q")
-        texts = Texts(ends.to(torch.int32), int(ends.diff().max() if longest is None else longest))
-        return args, kwargs | {"texts": texts}
-    if mask is None or mask.ndim != 2:
-        return args, kwargs
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return args, kwargs
-    if kwargs.get("output_hidden_states") or encoder.config.output_hidden_states:
-        return args, kwargs
-    if any(getattr(layer, "chunk_size_feed_forward", 0) for layer in encoder.layer):
+        max_seqlen = int(cu_seqlens.diff().max() if longest is None else longest)
+        return args, kwargs | {"packed": Packed(cu_seqlens.to(torch.int32), max_seqlen)}
+    if mask is None or mask.ndim != 2 or not _can_pack(encoder, kwargs):
         return args, kwargs
     if mask.shape != hidden.shape[:2]:
         raise AttentionError(f"expected an attention_mask of {tuple(hidden.shape[:2])}", found=tuple(mask.shape))
-    sizes = mask.sum(1)
-    in_front = torch.arange(mask.shape[1], device=mask.device) < sizes[:, None]
-    *lengths, right_padded = torch.cat([sizes, (mask == in_front).all()[None]]).tolist()  # the one synchronisation
-    if not right_padded or not any(lengths):
+    batch, seq = mask.shape
+    seqlens = mask.sum(1)
+    right_padded_mask = torch.arange(seq, device=mask.device) < seqlens[:, None]
+    right_padded = (mask == right_padded_mask).all()
+    *lengths, is_right_padded = torch.cat([seqlens, right_padded[None]]).tolist()  # the one synchronisation
+    tokens = sum(lengths)
+    if not is_right_padded or not tokens:
         return args, kwargs
     kwargs = kwargs | {"attention_mask": None}
-    if (tokens := sum(lengths)) < mask.numel():
-        sizes = sizes.to(hidden.device)
-        ends = nn.functional.pad(sizes.cumsum(0), (1, 0))
-        padding_before = torch.arange(len(lengths), device=hidden.device) * mask.shape[1] - ends[:-1]
-        padding_before = padding_before.repeat_interleave(sizes, output_size=tokens)
-        indices = torch.arange(tokens, device=hidden.device) + padding_before
-        kwargs |= {"unpadded": Unpadded(*mask.shape, indices), "texts": Texts(ends.to(torch.int32), max(lengths))}
-        args = (hidden.flatten(0, 1).index_select(0, indices)[None], *args[1:])
-    return args, kwargs
+    if tokens == mask.numel():
+        return args, kwargs
+    seqlens = seqlens.to(hidden.device)
+    cu_seqlens = nn.functional.pad(seqlens.cumsum(0), (1, 0))
+    padding_before = torch.arange(batch, device=hidden.device) * seq - cu_seqlens[:-1]
+    padding_before = padding_before.repeat_interleave(seqlens, output_size=tokens)
+    indices = torch.arange(tokens, device=hidden.device) + padding_before
+    packed = Packed(cu_seqlens.to(torch.int32), max(lengths), indices, (batch, seq))
+    hidden = hidden.flatten(0, 1).index_select(0, indices)[None]  # [1, tokens, hidden]
+    return (hidden, *args[1:]), kwargs | {"packed": packed}
 
 
-def pad_input(encoder: nn.Module, args: tuple, kwargs: dict, output):
-    """Puts the tokens back where they came from; padding gets zeros."""
-    unpadded = kwargs.get("unpadded")
-    if unpadded is None:
+def _can_pack(encoder: Any, kwargs: dict[str, Any]) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+        return False
+    if kwargs.get("output_hidden_states") or encoder.config.output_hidden_states:
+        return False
+    return not any(getattr(layer, "chunk_size_feed_forward", 0) for layer in encoder.layer)
+
+
+def pad_input(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """Puts the tokens back to where `unpad_input` took them from; padding gets zeros.
+
+    A forward hook of the encoder: `output.last_hidden_state` goes from `[1, tokens, hidden]` to `[batch, seq, hidden]`.
+    """
+    packed: Packed | None = kwargs.get("packed")
+    if packed is None or packed.indices is None or packed.batch_shape is None:
         return output
     hidden = output.last_hidden_state[0]
-    indices = unpadded.indices.to(hidden.device)  # the last layer may be on another one than the first
-    padded = hidden.new_zeros(unpadded.batch * unpadded.seq, hidden.shape[-1]).index_copy(0, indices, hidden)
-    output.last_hidden_state = padded.unflatten(0, (unpadded.batch, unpadded.seq))
+    indices = packed.indices.to(hidden.device)  # the last layer may be on another device than the first
+    batch, seq = packed.batch_shape
+    padded = hidden.new_zeros(batch * seq, hidden.shape[-1]).index_copy(0, indices, hidden)
+    output.last_hidden_state = padded.unflatten(0, (batch, seq))
     return output
