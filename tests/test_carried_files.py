@@ -1,4 +1,4 @@
-"""Files carried over by a conversion: which, how, what stays behind and why; sentence-transformers loads what it loaded."""
+"""Files that a conversion carries over, and why others stay behind; sentence-transformers loads what it loaded."""
 
 import json
 import os
@@ -71,7 +71,9 @@ def test_takes_the_tokenizer_and_the_modules_and_says_what_stays(from_minilm):
         "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
     }  # fmt: skip
     assert {name: why for name, why in found.left_behind.items() if name != ".gitattributes"} == {
-        "README.md": LeftBehind.REPLACED, "config.json": LeftBehind.REPLACED, "data_config.json": LeftBehind.NOT_OF_THE_MODEL
+        "README.md": LeftBehind.REPLACED,
+        "config.json": LeftBehind.REPLACED,
+        "data_config.json": LeftBehind.NOT_OF_THE_MODEL,
     }  # fmt: skip
     (note,) = found.notes()
     assert note.kind is NoteKind.LEFT_BEHIND and "data_config.json" in note.text and "README.md" not in note.text
@@ -132,22 +134,22 @@ def test_the_same_length_changes_nothing(minilm, target):
 @pytest.mark.parametrize(
     ("name", "before", "after"),
     [
-        ("tokenizer_config.json", '{\r\n  "model_max_length": 512,\r\n  "a": 1\r\n}\r\n', '{\r\n  "model_max_length": 4096,\r\n  "a": 1\r\n}\r\n'),
+        ("tokenizer_config.json", '{\r\n  "max_len": 512,\r\n "a": 1}\r\n', '{\r\n  "max_len": 4096,\r\n "a": 1}\r\n'),
         ("tokenizer_config.json", '{"max_len": 512}', '{"max_len": 4096}'),
-        ("tokenizer_config.json", '{"model_max_length": 1000000000000000019884624838656}', '{"model_max_length": 4096}'),
+        ("tokenizer_config.json", '{"max_len": 1000000000000000019884624838656}', '{"max_len": 4096}'),
         ("tokenizer_config.json", '{"model_max_length": 128.0}', '{"model_max_length": 4096}'),
         ("tokenizer_config.json", '{"model_max_length": 1e30}', '{"model_max_length": 4096}'),
         ("tokenizer_config.json", '{"model_max_length": null}', '{"model_max_length": 4096}'),
         ("tokenizer_config.json", '{"model_max_length": -1}', '{"model_max_length": 4096}'),
         ("tokenizer_config.json", '{"do_lower_case": true}', '{"do_lower_case": true, "model_max_length": 4096}'),
-        ("tokenizer_config.json", '{\n  "a": "{é}\\u00e9"\n}', '{\n  "a": "{é}\\u00e9",\n  "model_max_length": 4096\n}'),
+        ("tokenizer_config.json", '{\n "a": "{é}\\u00e9"\n}', '{\n "a": "{é}\\u00e9",\n "model_max_length": 4096\n}'),
         ("tokenizer_config.json", "{ }", '{"model_max_length": 4096 }'),
         ("tokenizer_config.json", "[1]", "[1]"),
-        ("tokenizer_config.json", '{"max_length": 512, "model_max_length": 512}', '{"max_length": 4096, "model_max_length": 4096}'),
+        ("tokenizer_config.json", '{"max_length": 128, "max_len": 512}', '{"max_length": 4096, "max_len": 4096}'),
         ("tokenizer_config.json", '{"model_max_length": [512]}', '{"model_max_length": [512]}'),
         ("sentence_bert_config.json", '{"max_seq_length": null}', '{"max_seq_length": null}'),
         ("sentence_roberta_config.json", '{"max_seq_length": 128}', '{"max_seq_length": 4096}'),
-        ("sentence_bert_config.json", '{"tokenizer_args": {"model_max_length": 512}}', '{"tokenizer_args": {"model_max_length": 4096}}'),
+        ("sentence_bert_config.json", '{"tokenizer_args": {"max_len": 512}}', '{"tokenizer_args": {"max_len": 4096}}'),
         ("tokenizer.json", '{"truncation": null, "padding": null}', '{"truncation": null, "padding": null}'),
         ("tokenizer.json", '{"truncation": [1], "padding": 7}', '{"truncation": [1], "padding": 7}'),
         ("tokenizer.json", '{"truncation": {"max_length": [1]}}', '{"truncation": {"max_length": [1]}}'),
@@ -219,8 +221,9 @@ def test_every_file_is_carried_or_named_with_its_reason(source, target):
         {"module.encoder.layer.0.attention.self.query.weight": torch.zeros(64, 64)}, source / "pytorch_model.bin"
     )
     torch.save(big, source / "decoder.bin")
-    for name in ("tf_model.h5", "model.onnx", "modeling_x.py", "training_args.bin", "optimizer.pt", "adapter_config.json",
-                 "LICENSE", "license.txt", ".gitattributes", "results.csv", "conversion.json", "model.pkl"):  # fmt: skip
+    for name in ("tf_model.h5", "model.onnx", "modeling_x.py", "training_args.bin", "optimizer.pt",
+                 "adapter_config.json", "LICENSE", "license.txt", ".gitattributes", "results.csv",
+                 "conversion.json", "model.pkl"):  # fmt: skip
         (source / name).write_bytes(b"text")
     for name in ("onnx", "checkpoint-500", ".git", "notes", "__pycache__"):
         (source / name).mkdir()
@@ -341,8 +344,9 @@ def test_folders_of_modules_are_carried_whole_without_code(source, target):
     (source / "1_Router" / "onnx").mkdir()
     found = carried(source, target)
     assert files(target) == {
-        "modules.json", "1_Router/config.json", "1_Router/model.safetensors", "1_Router/query_0_Dense/deeper/config.json",
-        "1_Router/query_0_Dense/deeper/emoji.dat", "1_Router/query_0_Dense/deeper/model.safetensors",
+        "modules.json", "1_Router/config.json", "1_Router/model.safetensors",
+        "1_Router/query_0_Dense/deeper/config.json", "1_Router/query_0_Dense/deeper/emoji.dat",
+        "1_Router/query_0_Dense/deeper/model.safetensors",
     }  # fmt: skip
     loaded = load_file(target / "1_Router/query_0_Dense/deeper/model.safetensors")
     assert loaded.keys() == weights.keys() and all(torch.equal(loaded[name], weights[name]) for name in weights)
@@ -524,7 +528,7 @@ def embeddings(folder: Path) -> list:
 
 
 def assert_loads_the_same(source: Path, target: Path) -> None:
-    """The converted folder without the conversion: the source's encoder with the carried files embeds as the source does."""
+    """The source's encoder with the carried files embeds as the source does."""
     found = carried(source, target)
     encoder = encoder_folder(source)
     for name in ("config.json", "model.safetensors"):

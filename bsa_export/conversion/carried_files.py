@@ -61,14 +61,22 @@ CODE = ("*.py", "*.pyc", "*.so", "*.sh", "*.ipynb", "__pycache__")
 ADAPTERS = ("adapter_*",)
 OTHER_FORMATS = (
     "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.gguf", "*.ggml", "*.tflite", "*.keras", "*.pb",
-    "*.mlmodel", "*.mlpackage", "*.ckpt.data-*", "*.ckpt.index", "*.ckpt.meta", "openvino_*", "onnx", "openvino", "coreml",
+    "*.mlmodel", "*.mlpackage", "*.ckpt.data-*", "*.ckpt.index", "*.ckpt.meta", "openvino_*", "onnx", "openvino",
+    "coreml",
 )  # fmt: skip
 TRAINING_STATE = (
     *(name for name in NOT_WEIGHTS if not fnmatch("adapter_model.bin", name)),
     "trainer_state.json", "training_args*", "sampler*.bin", "sampler*.pt", "events.out.tfevents*", "latest",
     "checkpoint-*", "global_step*", "runs", "logs", "wandb", "mlruns", "eval",
 )  # fmt: skip
-PICKLES = (*(f"*{ending}" for ending in WEIGHT_ENDINGS if ending != ".safetensors"), "*.pkl", "*.pickle", "*.joblib")
+PICKLES = (
+    *(f"*{ending}" for ending in WEIGHT_ENDINGS if ending != ".safetensors"),
+    "*.pkl",
+    "*.pickle",
+    "*.joblib",
+    "*.npy",
+    "*.npz",
+)
 
 
 class How(str, Enum):
@@ -163,12 +171,12 @@ def plan(
 ) -> CarriedFiles:
     """Decides about every file next to the weights. Reads JSON files and the tables of weights; writes nothing.
 
-    With `max_length == source_length` every length stays. Else every length of the tokenizer and of sentence-transformers
-    becomes `max_length`, whatever it was (`lengths.set_lengths`).
+    With `max_length == source_length` every length stays. Else every length of the tokenizer and of
+    sentence-transformers becomes `max_length`, whatever it was (`lengths.set_lengths`).
 
     Args:
-        source: what the user named: a folder, whose every file is decided about, or a file of weights, from whose folder
-            only tokenizer and sentence-transformers files are carried.
+        source: what the user named: a folder, whose every file is decided about, or a file of weights, from whose
+            folder only tokenizer and sentence-transformers files are carried.
         checkpoint: the opened weights. Its folder holds config.json and the tokenizer.
         source_length: tokens that the source reads (reserved position rows not counted).
         max_length: tokens that the new model reads.
@@ -177,21 +185,21 @@ def plan(
             `max_length`, as without a record.
 
     Raises:
-        CheckpointError: a file is damaged, is not what its name says, is stored outside the folder, or modules.json needs
-            what cannot be carried.
+        CheckpointError: a file is damaged, is not what its name says, is stored outside the folder, or modules.json
+            needs what cannot be carried.
     """
     source = Path(source)
     folder = source if source.is_dir() and encoder_folder(source) == checkpoint.folder else checkpoint.folder
-    planner = _Planner(
-        SourceFolder(folder),
-        checkpoint,
-        length=max_length if source_length != max_length else None,
-        restore=restore,
-        everything=source.is_dir(),
-        keep_card=keep_card,
-    )
+    length = max_length if source_length != max_length else None
     try:
-        return planner.plan()
+        return _Planner(
+            SourceFolder(folder),
+            checkpoint,
+            length=length,
+            restore=restore,
+            everything=source.is_dir(),
+            keep_card=keep_card,
+        ).plan()
     except RecursionError:
         raise CheckpointError("a JSON file in it is nested too deeply", where=folder) from None
     except OSError as error:
@@ -269,26 +277,27 @@ class _Planner:
         self.checkpoint = checkpoint
         self.length = length
         self.restore = restore
-        encoder = os.path.realpath(checkpoint.folder)
-        self.encoder = PurePosixPath(os.path.relpath(encoder, root.real))  # its folder, seen from the top
+        self.encoder = PurePosixPath(checkpoint.folder.relative_to(root.folder))  # its folder, seen from the top
         self.everything = everything
         self.keep_card = keep_card and (root.folder / MODULES).is_file()
         self.carried: dict[str, CarriedFile] = {}
         self.left_behind: dict[str, LeftBehind] = {}
         self.weights = {Path(os.path.realpath(path)) for path in checkpoint.files}
         self.files_of_modules = 0
+        self.modules = dict.fromkeys(self.module_folders())  # in their order
+        self.above_modules = {parent for module in self.modules for parent in module.parents}
 
     def plan(self) -> CarriedFiles:
         """The folder at the top, that of the encoder if it has one of its own, then those of the modules."""
-        folders = self.module_folders()
-        modules = [path for path in folders if path != self.encoder]
-        if self.encoder.parts:
-            self.top_folder(self.encoder, OF_THE_ENCODER, [])
-            self.top_folder(PurePosixPath(), OF_ALL_MODULES, folders)
+        top = PurePosixPath()
+        if self.encoder != top:
+            self.top_folder(self.encoder, OF_THE_ENCODER)
+            self.top_folder(top, OF_ALL_MODULES)
         else:
-            self.top_folder(PurePosixPath(), (*OF_THE_ENCODER, *OF_ALL_MODULES), folders)
-        for module in modules:
-            self.module(module)
+            self.top_folder(top, (*OF_THE_ENCODER, *OF_ALL_MODULES))
+        for module in self.modules:
+            if module != self.encoder:
+                self.module(module)
         self.refuse_collisions()
         self.refuse_custom_code()
         return CarriedFiles(list(self.carried.values()), dict(sorted(self.left_behind.items())))
@@ -310,14 +319,14 @@ class _Planner:
             folders.append(path)
         return folders
 
-    def top_folder(self, folder: PurePosixPath, patterns: Collection[str], modules: Sequence[PurePosixPath]) -> None:
+    def top_folder(self, folder: PurePosixPath, patterns: Collection[str]) -> None:
         """The files of a folder: those of `patterns` are carried, also licenses and heads if every file counts."""
         for entry in sorted_entries(self.root.folder / folder):
             name, path = entry.name, Path(entry.path)
             shown = _text(str(folder / name))
             if entry.is_dir():
                 if self.everything:
-                    self.folder(folder / name, modules)
+                    self.folder(folder / name)
             elif _matches(name, patterns):
                 self.carry(name, path)
             elif not self.everything or Path(os.path.realpath(path)) in self.weights:
@@ -329,16 +338,16 @@ class _Planner:
             else:
                 self.left_behind[shown] = reason
 
-    def folder(self, path: PurePosixPath, modules: Sequence[PurePosixPath]) -> None:
+    def folder(self, path: PurePosixPath) -> None:
         """A folder that is not a module's: left behind as a whole, or with what is next to the modules inside it."""
-        if path in modules:
+        if path in self.modules:
             return
-        if not any(path in module.parents for module in modules):
+        if path not in self.above_modules:
             self.left_behind[f"{_text(str(path))}/"] = _reason_by_name(path.name) or LeftBehind.NOT_OF_THE_MODEL
             return
         for entry in sorted_entries(self.root.folder / path):
             if entry.is_dir():
-                self.folder(path / entry.name, modules)
+                self.folder(path / entry.name)
             else:
                 reason = _reason_by_name(entry.name) or LeftBehind.NOT_OF_THE_MODEL
                 self.left_behind[_text(str(path / entry.name))] = reason

@@ -15,6 +15,9 @@ from bsa_export.files import MAX_JSON_BYTES, open_file, parse_json, read_text
 
 MODULES = "modules.json"
 MOST_BYTES = 100_000_000  # of a file that is copied and holds no weights: the largest vocabularies have some 20 MB
+MOST_MODULES = 1000
+LONGEST_PATH = 1000  # characters of the path of a module
+MOST_FOLDERS = 8  # in it
 WITHOUT_LINKS = "make a copy without links: cp -rL FOLDER COPY"
 NOT_THE_FILE = {
     b"version https://git-lfs": ("a Git LFS pointer", "fetch the file with git lfs pull"),
@@ -31,8 +34,9 @@ class SourceFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.real = Path(os.path.realpath(folder))
-        snapshot = next((path for path in (self.real, *self.real.parents) if path.parent.name == "snapshots"), None)
-        self.blobs = snapshot and snapshot.parent.parent / "blobs"
+        snapshots = next((path for path in self.real.parents if path.name == "snapshots"), None)
+        cached = snapshots is not None and snapshots.parent.name.startswith("models--")
+        self.blobs = snapshots.parent / "blobs" if cached and snapshots else None
 
     def holds(self, path: Path) -> Path | None:
         """The file that `path` leads to, if it is one of the source's own."""
@@ -87,6 +91,8 @@ def read_modules(root: SourceFolder) -> list[dict]:
         isinstance(entry, dict) and isinstance(entry.get("path"), str) for entry in content
     ):
         raise CheckpointError("expected a list of modules, each with a path", where=path)
+    if len(content) > MOST_MODULES:
+        raise CheckpointError(f"expected at most {MOST_MODULES:,} modules", found=f"{len(content):,}", where=path)
     return content
 
 
@@ -94,8 +100,10 @@ def module_paths(entries: list[dict], where: Path) -> list[PurePosixPath]:
     """The folders that modules.json names; the top folder is the empty path. Raises CheckpointError for one outside."""
     paths = []
     for entry in entries:
-        path, text = PurePosixPath(entry["path"]), entry["path"]
-        if path.is_absolute() or ".." in path.parts or not text.isprintable() or "\\" in text:
+        text = entry["path"]
+        path = PurePosixPath(text if len(text) < LONGEST_PATH else "..")
+        outside = path.is_absolute() or ".." in path.parts
+        if outside or not text.isprintable() or "\\" in text or len(path.parts) > MOST_FOLDERS:
             raise CheckpointError("expected the paths of its modules inside the folder", found=text, where=where)
         paths.append(path)
     return paths
