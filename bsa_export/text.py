@@ -17,7 +17,7 @@ _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~!])")
 
 
 def printable(value: object, most: int = LONGEST) -> str:
-    """`value` in one line that is safe on a terminal: what is unsafe is escaped, and the middle of long text is left out."""
+    """`value` in one line that is safe on a terminal: unsafe is escaped, and the middle of long text is left out."""
     text = str(value)
     if len(text) > most:
         text = f"{text[: most * 2 // 3]} [... {len(text) - most:,} characters ...] {text[-most // 3 :]}"
@@ -25,7 +25,7 @@ def printable(value: object, most: int = LONGEST) -> str:
 
 
 def markdown(value: object, most: int = 300) -> str:
-    """`value` as plain text of a Markdown paragraph or table cell: it can neither format anything nor leave its place."""
+    """`value` as plain text of a Markdown paragraph or table cell: it cannot format anything or leave its place."""
     return _MARKDOWN.sub(r"\\\1", printable(value, most)).replace("&", "&amp;")
 
 
@@ -48,8 +48,8 @@ def size(nbytes: float) -> str:
 
 def some(names: Iterable[object], most: int = 3) -> str:
     """The first of `names`, and how many more there are: `a, b, c and 4 more`."""
-    names = [str(name) for name in names]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def aligned(lines: Lines) -> str:

@@ -29,12 +29,13 @@ _RENAME_EXCHANGE = 2  # linux/fs.h
 class AtomicFolder(AbstractContextManager):
     """Write into a hidden folder that is renamed to `target` at the end: `with AtomicFolder("out") as folder: ...`.
 
-    The staging folder is `.NAME.tmp-XXXXXXXX` beside `target`. It holds MARKER and `NAME`, the folder to write into, and is
-    locked (flock) while its process lives. After an exception, Ctrl-C, SIGTERM or SIGHUP it is removed. A process that was
-    killed leaves it behind; the next run with the same target sees that nobody holds the lock, and removes it. A folder of
-    such a name without a MARKER that names it (its name and inode) is somebody else's and stays.
+    The staging folder is `.NAME.tmp-XXXXXXXX` next to `target`. It holds MARKER and `NAME`, the folder to write into,
+    and is locked (flock) while its process lives. After an exception, Ctrl-C, SIGTERM or SIGHUP it goes. A process
+    that was killed leaves it behind; the next run with the same target sees that nobody holds the lock, and removes it.
+    A folder of such a name without a MARKER that names it (its name and inode) is somebody else's and stays.
 
-    Power loss is covered too: the files and folders are flushed to the disk (fsync) before the rename, and the rename after.
+    Power loss is covered too: files and folders are flushed to the disk (fsync) before the rename, and the rename
+    after it.
 
     Args:
         target: the folder to make. Its parents are made. An empty folder in its place is replaced.
@@ -87,7 +88,7 @@ class AtomicFolder(AbstractContextManager):
             raise plain_error(error, self.target) from error
 
     def hold_signals(self) -> None:
-        """From here on Ctrl-C, SIGTERM and SIGHUP do not end the process between making the staging folder and removing it."""
+        """From here on a signal does not end the process between making the staging folder and removing it."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from bsa_export.errors import CheckpointError
+from bsa_export.files import open_file
 
 SIDE = 256
 PIECE_BYTES = SIDE * SIDE * 8
@@ -16,12 +17,12 @@ PIECE_BYTES = SIDE * SIDE * 8
 class Checksum:
     """Sums up a stream of bytes that comes in pieces.
 
-    A piece is a square of little-endian 64-bit words, SIDE by SIDE, padded with zeros; the sums of its rows and those of
-    its columns, modulo 2**64, go into a sha256, and at the end the number of bytes. One damaged word changes a row and a
-    column, words that change places change two of one kind or other, and pieces are in order.
+    A piece is a square of little-endian 64-bit words, SIDE by SIDE, padded with zeros; the sums of its rows and those
+    of its columns, modulo 2**64, go into a sha256, and at the end the number of bytes. One damaged word changes a row
+    and a column, words that change places change two of one kind or other, and pieces are in order.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.digest = sha256()
         self.bytes = 0
 
@@ -48,7 +49,7 @@ def file_checksum(path: Path) -> str:
     checksum = Checksum()
     buffer = memoryview(bytearray(PIECE_BYTES))
     try:
-        with open(path, "rb", buffering=0) as file:
+        with open_file(path) as file:
             while count := file.readinto(buffer):
                 checksum.update(buffer[:count])
     except OSError as error:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import mmap
 import os
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from bsa_export.checkpoint.table import ITEM_SIZE, Computed, FileRange, StridedRange, Tensor
+from bsa_export.checkpoint.table import ITEM_SIZE, Computed, FileRange, StridedRange, Tensor, fill, wrong_crc
 from bsa_export.errors import CheckpointError
 
 PIECE_BYTES = 4 << 20
+Piece = bytes | memoryview
 
 # numpy has no bfloat16 and no float8: their arrays hold the bits.
 NUMPY_DTYPE = {
@@ -28,47 +30,55 @@ TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
 
 
-def pieces(tensor: Tensor) -> Iterator[bytes | memoryview | np.ndarray]:
+def pieces(tensor: Tensor) -> Iterator[Piece]:
     """The bytes of a tensor, row-major, in pieces of at most PIECE_BYTES (those of `Computed` as they come).
 
     A piece is valid until the next one is asked for.
 
     Raises:
-        CheckpointError: the file is shorter than the table says.
+        CheckpointError: the file is shorter than the table says, cannot be read, or has another CRC-32 than it states.
     """
     match tensor.data:
         case Computed(chunks):
             yield from chunks()
-        case FileRange(path, offset, nbytes):
-            with open(path, "rb", buffering=0) as file:
-                buffer = memoryview(bytearray(min(PIECE_BYTES, nbytes)))
-                for start in range(0, nbytes, PIECE_BYTES):
-                    piece = buffer[: min(PIECE_BYTES, nbytes - start)]
-                    if os.preadv(file.fileno(), [piece], offset + start) != len(piece):
-                        raise CheckpointError("it became shorter while it was being read", where=path)
-                    yield piece
-        case StridedRange():
-            yield from _strided_pieces(tensor)
+        case FileRange() as place:
+            yield from _contiguous_pieces(place)
+        case StridedRange() as place:
+            yield from _strided_pieces(tensor, place)
 
 
-def _strided_pieces(tensor: Tensor) -> Iterator[np.ndarray]:
-    path, offset, item = tensor.data.path, tensor.data.offset, ITEM_SIZE[tensor.dtype]
-    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.data.strides, strict=True))
+def _contiguous_pieces(place: FileRange) -> Iterator[memoryview]:
+    with open(place.path, "rb", buffering=0) as file:
+        buffer = memoryview(bytearray(min(PIECE_BYTES, place.nbytes)))
+        crc = 0
+        for start in range(0, place.nbytes, PIECE_BYTES):
+            piece = buffer[: min(PIECE_BYTES, place.nbytes - start)]
+            fill(piece, file.fileno(), place.offset + start, place.path)
+            if place.crc32 is not None:
+                crc = zlib.crc32(piece, crc)
+            yield piece
+    if place.crc32 is not None and crc != place.crc32:
+        raise wrong_crc(place)
+
+
+def _strided_pieces(tensor: Tensor, place: StridedRange) -> Iterator[memoryview]:
+    path, offset, item = place.path, place.offset, ITEM_SIZE[tensor.dtype]
+    elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, place.strides, strict=True))
     with open(path, "rb") as file:
 
-        def check_length():  # a page of a map beyond the end of its file would end the process
+        def check_length() -> None:  # a page of a map beyond the end of its file would end the process
             if os.fstat(file.fileno()).st_size < offset + elements * item:
                 raise CheckpointError("it became shorter while it was being read", where=path)
 
         check_length()
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # closed when the last view of it goes
         flat = np.frombuffer(memory, NUMPY_DTYPE[tensor.dtype], elements, offset)
-        strides = [stride * item for stride in tensor.data.strides]
+        strides = [stride * item for stride in place.strides]
         for piece in _blocks(as_strided(flat, tensor.shape, strides, writeable=False)):
             check_length()
             out = np.empty(piece.shape, piece.dtype)
             _gather(out, piece, memory)
-            yield out.reshape(-1)
+            yield out.reshape(-1).view(np.uint8).data
 
 
 def _blocks(view: np.ndarray) -> Iterator[np.ndarray]:
@@ -112,9 +122,9 @@ def read(tensor: Tensor, *, float32: bool = False) -> np.ndarray:
     out = np.empty(tensor.shape, NUMPY_DTYPE[tensor.dtype])
     flat, position = out.reshape(-1).view(np.uint8), 0
     for piece in pieces(tensor):
-        piece = np.frombuffer(piece, np.uint8)
-        flat[position : position + piece.size] = piece
-        position += piece.size
+        data = np.frombuffer(piece, np.uint8)
+        flat[position : position + data.size] = data
+        position += data.size
     return out
 
 
@@ -149,7 +159,7 @@ def _cast_chunks(name: str, tensor: Tensor, dtype: str) -> Iterator[memoryview]:
                 where=name,
                 hint="choose another --dtype (bf16 has the range of fp32)",
             )
-        yield memoryview(cast_piece).cast("B")
+        yield cast_piece.data.cast("B")
 
 
 def _arrays(tensor: Tensor) -> Iterator[np.ndarray]:

@@ -1,30 +1,43 @@
-"""What lies in a path: a weight file, an index of shards, or a folder with either. Content decides, not the ending."""
+"""What a path holds: a weight file, an index of shards, or a folder with either. Content decides, not the ending."""
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 
 from bsa_export.checkpoint.restricted_pickle import describe
-from bsa_export.checkpoint.safetensors_file import read_safetensors, unique_keys
-from bsa_export.checkpoint.table import Checkpoint, Tensor, file_stamp
+from bsa_export.checkpoint.safetensors_file import read_safetensors
+from bsa_export.checkpoint.table import MAX_TENSORS, Checkpoint, Skipped, SkipReason, Tensor, file_stamp
 from bsa_export.checkpoint.torch_file import read_torch
 from bsa_export.errors import CheckpointError
+from bsa_export.files import MAX_JSON_BYTES, open_file, read_json
+from bsa_export.text import some
 
 # The names of the Hub, in the order of preference; then any single file with one of these endings.
 KNOWN_NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 ZERO_SHARDS = "*zero_pp_rank_*_states.pt"  # of the optimizer, and with stage 3 of the model
 NOT_WEIGHTS = (
-    "adapter_model.*", "optimizer*", "*optim_states.pt", "random_states*", "rng_state*", "scaler*", "scheduler*",
-    "training_args.bin", ZERO_SHARDS,
+    "adapter_model.*", "dl_state_dict*", "optimizer*", "*optim_states.pt", "random_states*", "rng_state*", "sampler*",
+    "scaler*", "scheduler*", "training_args.bin", ZERO_SHARDS,
 )  # fmt: skip
-SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")
-# Where training scripts put the weights, outermost first.
+SHARD = re.compile(r"-([0-9]{5})-of-([0-9]{5})\.")
+# Where training scripts put the weights, the usual name first; any other name will do if it is the only one.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-MAX_INDEX_BYTES = 100_000_000
+# Entries of a saved object that hold tensors and are not the model.
+NOT_MODEL = re.compile(
+    r".*(optim|scheduler|scaler|rng|random).*|amp|callbacks|loops|(.*_)?metrics|hyper_parameters|hparams|args|config"
+    r"|(.*\._)?extra_state|buffer_names|param_shapes",
+    re.DOTALL,
+)
+# What training and distribution put into names: anywhere, and in front of all names.
+WRAPPED_ANYWHERE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module)\.")
+WRAPPED_IN_FRONT = ("module.", "_forward_module.", "_module.")
+AVERAGED = "n_averaged"  # the counter that torch.optim.swa_utils.AveragedModel has beside `module.`
+MAX_WRAPPERS = 8  # that are in each other
+MAX_SKIPPED = 100
 
 HEADS = {
     b"version https://git-lfs": ("a Git LFS pointer", "fetch the weights with git lfs pull"),
@@ -33,43 +46,69 @@ HEADS = {
     b"\x89HDF": ("an HDF5 file (Keras)", "save the model from PyTorch"),
     b"GGUF": ("a GGUF file", "use the original weights"),
     b"\x93NUMPY": ("a numpy array", "name the checkpoint"),
+    b"BZh": ("a bzip2 archive", "unpack it first"),
+    b"\xfd7zXZ": ("an xz archive", "unpack it first"),
+    b"(\xb5/\xfd": ("a Zstandard archive", "unpack it first"),
+    b"7z\xbc\xaf": ("a 7z archive", "unpack it first"),
+    b"\x08": ("an ONNX model, or another protocol buffer", "use the PyTorch weights it was exported from"),
 }
+_TENSORFLOW = "convert it with transformers' convert_bert_original_tf_checkpoint_to_pytorch.py"
+_PYTORCH = "use the PyTorch weights that it was made from"
+_LOAD = "in transformers 4, and save the model from PyTorch"
+_MERGE = "PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(OUTPUT)"
+_JOIN = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
+# What a folder without readable weights may hold: pattern, what it is, what to do. The first that is there counts.
+ELSEWHERE = (
+    ("adapter_*", "an adapter of PEFT, without the model", f"merge it: {_MERGE}"),
+    ("*.distcp", "a distributed checkpoint of torch", f"join it: {_JOIN}"),
+    ("tf_model*.h5", "TensorFlow weights", f"load them with from_tf=True {_LOAD}"),
+    ("flax_model*.msgpack", "Flax weights", f"load them with from_flax=True {_LOAD}"),
+    ("*.ckpt.index", "a TensorFlow checkpoint", _TENSORFLOW),
+    ("*.onnx", "an ONNX model", _PYTORCH),
+    ("onnx", "ONNX models", _PYTORCH),
+    ("*.gguf", "GGUF files", _PYTORCH),
+    ("openvino_model.*", "an OpenVINO model", _PYTORCH),
+    ("rust_model.ot", "weights of rust-bert", _PYTORCH),
+)  # fmt: skip
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the table of a checkpoint: which tensors it holds and where their bytes lie. No tensor is read.
+    """Read the table of a checkpoint: which tensors it holds and where their bytes are. No tensor is read.
 
     Args:
         path: a file of `torch.save` (zip or older) or of safetensors, a `*.index.json` of shards, or a folder with one.
 
     Returns:
-        the table; wrappers (`state_dict`, `model`, `module`) and the prefix `module.` are removed.
+        the table. Entries around the state dict (`state_dict`, `model`, any other) are removed, and what wrappers of
+        training put into names (`module.`, `_orig_mod.`, `_fsdp_wrapped_module.`, `_checkpoint_wrapped_module.`).
 
     Raises:
-        UnsafePickleError: a pickle names code. Nothing is ever executed.
+        UnsafePickleError: a pickle names a function. Nothing is ever executed.
         CheckpointError: there are no weights, they are damaged, or they are of a kind that cannot be read.
     """
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise CheckpointError("expected a file or a folder", found="a device or a pipe", where=path)
     try:
-        file, skipped = _weight_file(path) if path.is_dir() else (path, [])
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise CheckpointError("expected a file or a folder", found="a device or a pipe", where=path)
+        file, others = _weight_file(path) if path.is_dir() else (path, [])
         checkpoint = _open_file(file)
+        checkpoint.skipped[:0] = [_other_file(path / name, checkpoint) for name in others]
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error.strerror or error})", where=error.filename or path) from None
-    checkpoint.skipped[:0] = skipped
-    checkpoint.tensors = _without_prefix(checkpoint.tensors)
+    except ValueError as error:  # a NUL in the path
+        raise CheckpointError(f"it cannot be read ({error})", where=path) from None
+    tensors = _without_wrappers(checkpoint.tensors)
+    if AVERAGED in checkpoint.tensors and AVERAGED not in tensors:
+        why = "how many models torch's AveragedModel averaged"
+        checkpoint.skipped.append(Skipped(AVERAGED, SkipReason.IN_THE_FILE, why))
+    checkpoint.tensors = tensors
     return checkpoint
 
 
-def _weight_file(folder: Path) -> tuple[Path, list[tuple[str, str]]]:
-    """The file of a folder that holds its weights, and the others that could be meant."""
+def _weight_file(folder: Path) -> tuple[Path, list[str]]:
+    """The file of a folder that holds its weights, and the names of others that have the ending of weights."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    weights = [
-        name
-        for name in names
-        if name.endswith(WEIGHT_ENDINGS) and not any(fnmatch(name, pattern) for pattern in NOT_WEIGHTS)
-    ]
+    weights = [name for name in names if name.endswith(WEIGHT_ENDINGS) and not _fits(name, NOT_WEIGHTS)]
     indexes = [name for name in names if name.endswith(".index.json")]
     known = [name for name in KNOWN_NAMES if name in weights or (name in indexes and _is_complete(folder / name))]
     single = [name for name in weights if not SHARD.search(name)]
@@ -84,21 +123,68 @@ def _weight_file(folder: Path) -> tuple[Path, list[tuple[str, str]]]:
     elif weights:
         raise CheckpointError(
             "expected one checkpoint",
-            found=_listed(indexes + weights),
+            found=some(indexes + weights, 12),
             where=folder,
             hint="name the file that is meant",
         )
     else:
-        there = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
-        run = "latest" in there and "zero_to_fp32.py" in there
-        raise CheckpointError(
-            f"expected a folder with weights ({', '.join(KNOWN_NAMES)})",
-            found=_listed(there) if there else "an empty folder",
-            where=folder,
-            hint="of a DeepSpeed run name the file mp_rank_00_model_states.pt below it, and --config" if run else None,
-        )
-    others = dict.fromkeys(name for name in known + single if name != chosen)
-    return folder / chosen, [(name, f"{chosen} is read instead") for name in others]
+        raise _nothing_readable(folder)
+    return folder / chosen, list(dict.fromkeys(name for name in known + single if name != chosen))
+
+
+def _nothing_readable(folder: Path) -> CheckpointError:
+    """The error for a folder without weights: what it holds, and what to do."""
+    entries = sorted(folder.iterdir())
+    there = [entry.name + ("/" if entry.is_dir() else "") for entry in entries]
+    inside = [
+        f"{entry.name}/{file.name}"
+        for entry in entries[:200]
+        if entry.is_dir()
+        for file in sorted(_listed(entry))
+        if file.name.endswith(WEIGHT_ENDINGS) and not _fits(file.name, NOT_WEIGHTS)
+    ]
+    found = some(there, 12) if there else "an empty folder"
+    hint = None
+    if "latest" in there and "zero_to_fp32.py" in there:
+        hint = "of a DeepSpeed run name the file mp_rank_00_model_states.pt below it, and --config"
+    elif other := next((known for known in ELSEWHERE if any(fnmatch(entry.name, known[0]) for entry in entries)), None):
+        _, what, hint = other
+        found = f"{what} ({found})"
+        if inside:
+            hint += f"; or name {some(inside)}"
+    elif inside:
+        hint = f"weights are below it: name {some(inside)}"
+    return CheckpointError(
+        f"expected a folder with weights ({', '.join(KNOWN_NAMES)})", found=found, where=folder, hint=hint
+    )
+
+
+def _listed(folder: Path) -> Iterator[Path]:
+    try:
+        yield from folder.iterdir()
+    except OSError:
+        return
+
+
+def _fits(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _other_file(path: Path, checkpoint: Checkpoint) -> Skipped:
+    """What a file is that has the ending of weights and stands beside those that are read."""
+    chosen = checkpoint.files[0].name if len(checkpoint.files) == 1 else "the sharded checkpoint"
+    same = Skipped(path.name, SkipReason.SAME_WEIGHTS, f"{chosen} is read instead")
+    if path.name in KNOWN_NAMES:
+        return same
+    try:
+        other = _open_file(path)
+        tensors = _without_wrappers(other.tensors)
+    except (CheckpointError, OSError):
+        return Skipped(path.name, SkipReason.UNREADABLE, "it cannot be read as weights")
+    if len(tensors.keys() & _without_wrappers(checkpoint.tensors).keys()) * 2 > len(tensors):
+        return same
+    names = some(f"{name} {list(row.shape)}" for name, row in tensors.items())
+    return Skipped(path.name, SkipReason.OTHER_WEIGHTS, f"it holds other tensors: {names}")
 
 
 def _zero_shards(where: Path) -> CheckpointError:
@@ -110,20 +196,15 @@ def _zero_shards(where: Path) -> CheckpointError:
     )
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
 def _is_complete(index: Path) -> bool:
-    return all((index.parent / name).is_file() for name in _weight_map(index).values())
+    return all((index.parent / name).is_file() for name in set(_weight_map(index).values()))
 
 
 def _open_file(path: Path) -> Checkpoint:
     if fnmatch(path.name, ZERO_SHARDS):
         raise _zero_shards(path)
     stamp = file_stamp(path)
-    with open(path, "rb") as file:
-        head = file.read(512)
+    head = _head(path)
     if head.lstrip()[:1] == b"{" and not _is_safetensors(head):
         checkpoint = _open_index(path)
     else:
@@ -137,12 +218,17 @@ def _open_file(path: Path) -> Checkpoint:
     return checkpoint
 
 
+def _head(path: Path) -> bytes:
+    with open_file(path) as file:
+        return file.read(512)
+
+
 def _is_safetensors(head: bytes) -> bool:
     """Whether a file starts with a length, whose upper bytes are 0 as those of no text are, and a JSON object."""
     return head[5:9] == b"\0\0\0{"
 
 
-def _read_file(path: Path, head: bytes) -> tuple[dict[str, Tensor], list[tuple[str, str]], dict[str, str]]:
+def _read_file(path: Path, head: bytes) -> tuple[dict[str, Tensor], list[Skipped], dict[str, str]]:
     """Tensors, what was skipped, and metadata of one weight file."""
     if _is_safetensors(head):
         tensors, metadata = read_safetensors(path)
@@ -153,36 +239,41 @@ def _read_file(path: Path, head: bytes) -> tuple[dict[str, Tensor], list[tuple[s
     if not head:
         found, hint = "an empty file", "download it again"
     elif head[257:262] == b"ustar":
-        found, hint = "a tar archive (torch before 0.1.10)", "load and save it with a torch between 0.4 and 1.5"
+        old = head.startswith(
+            (b"./sys_info\0", b"sys_info\0", b"./pickle\0", b"pickle\0", b"./tensors\0", b"tensors\0")
+        )
+        found = "a tar archive of torch before 0.1.10" if old else "a tar archive"
+        hint = "load and save it with a torch between 0.4 and 1.5" if old else "unpack it first"
     elif found is None:
         found = f"a file that starts with {head[:16]!r}"
     raise CheckpointError("expected the weights of torch.save or safetensors", found=found, where=path, hint=hint)
 
 
-def _state_dict(saved: object, path: Path) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-    """The tensors of a saved object, out of its wrappers, and what lies beside them."""
-    skipped: list[tuple[str, str]] = []
+def _state_dict(saved: object, path: Path) -> tuple[dict[str, Tensor], list[Skipped]]:
+    """The tensors of a saved object, out of the entries around them, and what is stored beside them."""
+    skipped: list[Skipped] = []
     outer = ""
-    while isinstance(saved, dict):
-        wrapper = next((name for name in WRAPPERS if _holds_tensors(saved.get(name))), None)
-        if wrapper is None:
+    for _ in range(MAX_WRAPPERS):
+        inner = _wrapped(saved, path)
+        if inner is None or not isinstance(saved, dict):
             break
-        skipped += [(f"{outer}{name}", _what(value)) for name, value in saved.items() if name != wrapper]
-        saved, outer = saved[wrapper], f"{outer}{wrapper}."
+        skipped += _beside(saved, {inner}, outer)
+        saved, outer = saved[inner], f"{outer}{inner}."
     if not isinstance(saved, dict):
         raise CheckpointError(
             "expected a state dict", found=describe(saved), where=path, hint="save model.state_dict() with torch.save"
         )
     tensors = {name: value for name, value in saved.items() if isinstance(value, Tensor) and isinstance(name, str)}
-    skipped += [(f"{outer}{name}", _what(value)) for name, value in saved.items() if name not in tensors]
+    skipped += _beside(saved, tensors, outer)
     if not tensors:
-        found = ", ".join(f"{name} ({what})" for name, what in skipped[:8]) or "an empty dict"
         raise CheckpointError(
             "expected a state dict with tensors",
-            found=found,
+            found=some((f"{entry.name} ({entry.why})" for entry in skipped), 8) or "an empty dict",
             where=path,
             hint="save model.state_dict() with torch.save",
         )
+    if len(tensors) > MAX_TENSORS:
+        raise CheckpointError(f"expected at most {MAX_TENSORS:,} tensors", found=f"{len(tensors):,}", where=path)
     for name in tensors:
         try:
             name.encode()
@@ -191,14 +282,68 @@ def _state_dict(saved: object, path: Path) -> tuple[dict[str, Tensor], list[tupl
     return tensors, skipped
 
 
-def _holds_tensors(value: object) -> bool:
-    """Whether a dict holds tensors, itself or in a wrapper inside it."""
-    if not isinstance(value, dict):
-        return False
-    inside = [value.get(name) for name in WRAPPERS]
-    return any(isinstance(item, Tensor) for item in value.values()) or any(
-        isinstance(item, dict) and any(isinstance(tensor, Tensor) for tensor in item.values()) for item in inside
-    )
+def _wrapped(saved: object, path: Path) -> str | None:
+    """The entry of a dict that holds the tensors, where they are not in the dict itself.
+
+    Raises:
+        CheckpointError: several entries could be the model, and none has a usual name.
+    """
+    if not isinstance(saved, dict):
+        return None
+    known: dict[int, int] = {}
+    inside = {name: count for name, value in _entries(saved) if (count := _count_tensors(value, known))}
+    own = sum(isinstance(name, str) and isinstance(value, Tensor) for name, value in saved.items())
+    usual = next((name for name in WRAPPERS if name in inside), None)
+    if usual is not None or not inside or own > max(inside.values()):
+        return usual
+    if len(inside) > 1:
+        raise CheckpointError(
+            "expected one state dict",
+            found=some((f"{name} with {count} tensors" for name, count in inside.items()), 8),
+            where=path,
+            hint="save the one that is meant alone, with torch.save",
+        )
+    return next(iter(inside))
+
+
+def _entries(saved: Mapping[object, object]) -> Iterator[tuple[str, dict]]:
+    """The entries of a dict that are dicts and could be the model."""
+    for name, value in saved.items():
+        if isinstance(value, dict) and isinstance(name, str) and not NOT_MODEL.fullmatch(name):
+            yield name, value
+
+
+def _count_tensors(saved: Mapping[object, object], known: dict[int, int], depth: int = MAX_WRAPPERS) -> int:
+    """How many tensors the state dict has that is in a dict, itself or an entry of an entry; 0 if there is none.
+
+    `known` has the counts of the dicts that were seen before: a dict may contain itself, or the same dict many times.
+    """
+    if id(saved) in known or not depth:
+        return known.get(id(saved), 0)
+    known[id(saved)] = 0
+    found = [value for name, value in saved.items() if isinstance(name, str) and isinstance(value, Tensor)]
+    if any(value.shape for value in found):  # numbers alone (a best score, a step) are not those of a model
+        count = len(found)
+    else:
+        count = max((_count_tensors(value, known, depth - 1) for _, value in _entries(saved)), default=0)
+    known[id(saved)] = count
+    return count
+
+
+def _beside(saved: Mapping[object, object], taken: Mapping[str, Tensor] | set[str], outer: str) -> list[Skipped]:
+    """What is stored in a dict beside `taken`; of many entries the first."""
+    others = [(name, value) for name, value in saved.items() if name not in taken]
+    skipped = [
+        Skipped(
+            f"{outer}{name if isinstance(name, (str, int)) else describe(name)}"[:500],
+            SkipReason.IN_THE_FILE,
+            _what(value),
+        )
+        for name, value in others[:MAX_SKIPPED]
+    ]
+    if len(others) > MAX_SKIPPED:
+        skipped.append(Skipped(f"{outer}...", SkipReason.IN_THE_FILE, f"{len(others) - MAX_SKIPPED:,} more entries"))
+    return skipped
 
 
 def _what(value: object) -> str:
@@ -211,21 +356,16 @@ def _what(value: object) -> str:
 
 def _weight_map(path: Path) -> dict[str, str]:
     """Tensor -> shard, of an index."""
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise CheckpointError(
-            f"expected an index of at most {MAX_INDEX_BYTES:,} bytes", found=f"{path.stat().st_size:,}", where=path
-        )
-    try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"it is no valid JSON: {str(error)[:200]}", where=path) from None
+    index = read_json(path, MAX_JSON_BYTES)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(
             "expected the index of a sharded checkpoint, with a weight_map of tensor to file", where=path
         )
-    for name in names.values():
-        if name != Path(name).name:
+    if len(names) > MAX_TENSORS:
+        raise CheckpointError(f"expected at most {MAX_TENSORS:,} tensors", found=f"{len(names):,}", where=path)
+    for name in set(names.values()):
+        if not name or "\0" in name or name != Path(name).name:
             raise CheckpointError(f"its shard {name!r} is no plain file name", where=path)
     return names
 
@@ -237,34 +377,40 @@ def _open_index(path: Path) -> Checkpoint:
     if missing:
         raise CheckpointError(
             f"expected {len(shards)} shards",
-            found=f"{len(missing)} missing: {_listed(missing)}",
+            found=f"{len(missing)} missing: {some(missing, 12)}",
             where=path,
             hint="fetch them too",
         )
     checkpoint = Checkpoint({}, path.parent, [path.parent / name for name in shards])
     for shard in checkpoint.files:
         checkpoint.stamps[shard] = file_stamp(shard)
-        with open(shard, "rb") as file:
-            tensors, skipped, metadata = _read_file(shard, file.read(512))
+        tensors, skipped, metadata = _read_file(shard, _head(shard))
         checkpoint.skipped += skipped
         checkpoint.metadata |= metadata
         for name, row in tensors.items():
             if weight_map.get(name) == shard.name:
                 checkpoint.tensors[name] = row
             else:
-                checkpoint.skipped.append((name, f"{path.name} does not name it in {shard.name}"))
+                why = f"{path.name} does not name it in {shard.name}"
+                checkpoint.skipped.append(Skipped(name, SkipReason.NOT_INDEXED, why))
     absent = [name for name in weight_map if name not in checkpoint.tensors]
     if absent:
         raise CheckpointError(
-            f"{weight_map[absent[0]]} lacks {_listed(absent)}", where=path, hint="is the index of this checkpoint?"
+            f"{weight_map[absent[0]]} lacks {some(absent, 12)}", where=path, hint="is the index of this checkpoint?"
         )
     return checkpoint
 
 
-def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the `_orig_mod.` of torch.compile, wherever it stands, and the `module.` that DataParallel puts before every name."""
-    plain = {name.replace("_orig_mod.", ""): row for name, row in tensors.items()}
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that the model itself gives them."""
+    plain = {WRAPPED_ANYWHERE.sub("", name): row for name, row in tensors.items()}
     tensors = plain if len(plain) == len(tensors) else tensors
-    while tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): row for name, row in tensors.items()}
+    while front := _in_front(tensors):
+        tensors = {name.removeprefix(front): row for name, row in tensors.items() if name != AVERAGED}
     return tensors
+
+
+def _in_front(tensors: Mapping[str, Tensor]) -> str | None:
+    """What a wrapper put in front of every name."""
+    names = [name for name in tensors if name != AVERAGED]
+    return next((front for front in WRAPPED_IN_FRONT if names and all(name.startswith(front) for name in names)), None)

@@ -11,14 +11,24 @@ import mmap
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO, NoReturn, cast
 
 from bsa_export.checkpoint import restricted_pickle
-from bsa_export.checkpoint.restricted_pickle import MAX_PICKLE_BYTES, Global, describe
-from bsa_export.checkpoint.table import ITEM_SIZE, FileRange, StridedRange, Tensor, checked_shape
+from bsa_export.checkpoint.restricted_pickle import MAX_PICKLE_BYTES, Global, brief, describe
+from bsa_export.checkpoint.table import (
+    ITEM_SIZE,
+    FileRange,
+    StridedRange,
+    Tensor,
+    checked_shape,
+    read_at,
+    wrong_crc,
+)
 from bsa_export.errors import CheckpointError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -52,8 +62,10 @@ _REFUSED = tuple(
         "qtensor", "sparse_csr_tensor", "sparse_tensor", "wrapper_subclass", "xla_tensor",
     )
 )  # fmt: skip
-# An expanded tensor (stride 0) may be larger than its storage; larger than this and its file, it is to fill a disk.
-MAX_EXPANDED_BYTES = 64 << 20
+# Tensors may share and repeat (stride 0) the elements of a storage: written, all of them are at most 4 times the file
+# and this much, or they are made to fill a disk.
+MAX_EXPANDED_BYTES = 1 << 20
+MAX_ENTRIES = 200_000
 
 
 @dataclass(frozen=True)
@@ -88,20 +100,25 @@ def _read_zip(path: Path, file: io.BufferedReader) -> object:
         )
     prefix = pickles[0].removesuffix("data.pkl")
     byteorder = ranges.get(f"{prefix}byteorder")
-    if byteorder and (order := os.pread(file.fileno(), min(byteorder.nbytes, 16), byteorder.offset)) != b"little":
+    if byteorder and (order := _entry(file, byteorder, 16)) != b"little":
         raise CheckpointError(
             "expected little-endian tensors", found=order, where=path, hint="save it again on a little-endian machine"
         )
     data = ranges[pickles[0]]
     if data.nbytes > MAX_PICKLE_BYTES:
         raise CheckpointError(f"its pickle takes {data.nbytes:,} bytes; {MAX_PICKLE_BYTES:,} are the most", where=path)
-    stream = io.BytesIO(os.pread(file.fileno(), data.nbytes, data.offset))
+    stream = io.BytesIO(_entry(file, data, MAX_PICKLE_BYTES))
     tensors = _Tensors(path, lambda key: ranges.get(f"{prefix}data/{key}"))
     return restricted_pickle.load(stream, path, tensors.rebuild, tensors.persistent)
 
 
 def _zip_ranges(path: Path, file: io.BufferedReader) -> dict[str, FileRange]:
-    """Entry -> its bytes. Every entry is stored as it is, lies inside the file and overlaps no other."""
+    """Entry -> its bytes. Every entry is stored as it is, lies inside the file and overlaps no other.
+
+    Its header says what the directory says: the name, that it is not compressed, and the CRC-32 of the bytes. The bytes
+    are compared with the CRC-32 where they are read (`dtypes.pieces`, `writer`), if one tensor takes the whole entry:
+    what is shared in parts, strided or not used is not. A CRC-32 of 0 is none: torch can leave them out.
+    """
     size = os.fstat(file.fileno()).st_size
     try:
         with zipfile.ZipFile(file) as archive:
@@ -120,6 +137,8 @@ def _zip_ranges(path: Path, file: io.BufferedReader) -> dict[str, FileRange]:
         raise CheckpointError(
             f"its zip directory cannot be read ({error})", where=path, hint="is the download complete?"
         ) from None
+    if len(entries) > MAX_ENTRIES:
+        raise CheckpointError(f"expected at most {MAX_ENTRIES:,} zip entries", found=f"{len(entries):,}", where=path)
     if any(entry.filename.endswith("/constants.pkl") for entry in entries):
         raise CheckpointError(
             "expected a state dict",
@@ -138,6 +157,7 @@ def _zip_ranges(path: Path, file: io.BufferedReader) -> dict[str, FileRange]:
                 hint="is the file complete?",
             )
         start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+        _check_local_header(path, file, entry, header)
         if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size or entry.flag_bits & 1:
             raise CheckpointError(
                 f"its zip entry {entry.filename!r} is compressed or encrypted",
@@ -150,8 +170,34 @@ def _zip_ranges(path: Path, file: io.BufferedReader) -> dict[str, FileRange]:
             )
         if entry.filename in ranges:
             raise CheckpointError(f"its zip entry {entry.filename!r} is there twice", where=path)
-        ranges[entry.filename] = FileRange(path, start, entry.file_size)
+        ranges[entry.filename] = FileRange(path, start, entry.file_size, entry.CRC or None)
     return ranges
+
+
+def _check_local_header(path: Path, file: io.BufferedReader, entry: zipfile.ZipInfo, header: bytes) -> None:
+    """Raise CheckpointError where the header before an entry contradicts the directory (APPNOTE.TXT 6.3.10, 4.3.7)."""
+    flags, method, _, _, crc, _, size, name_length, extra = struct.unpack("<HHHHIIIHH", header[6:])
+    name = os.pread(file.fileno(), name_length, entry.header_offset + 30)
+    described = flags & 8 and not crc  # sizes and CRC-32 stand in a descriptor behind the bytes
+    if described:
+        behind = os.pread(file.fileno(), 8, entry.header_offset + 30 + name_length + extra + entry.file_size)
+        crc = struct.unpack("<I", behind[4:])[0] if behind[:4] == b"PK\x07\x08" and len(behind) == 8 else entry.CRC
+    same_size = described or size in (entry.file_size, 0xFFFF_FFFF)
+    same_name = name.decode("utf-8" if flags & 0x800 else "cp437", "replace") == entry.orig_filename
+    if (flags, method, crc) != (entry.flag_bits, entry.compress_type, entry.CRC) or not (same_size and same_name):
+        raise CheckpointError(
+            f"its zip entry {entry.filename!r} has a header that contradicts the directory",
+            where=path,
+            hint="the file is damaged or was changed; download it again",
+        )
+
+
+def _entry(file: io.BufferedReader, entry: FileRange, most: int) -> bytes:
+    """The bytes of a small entry, at most `most`, compared with its CRC-32."""
+    content = read_at(file.fileno(), min(entry.nbytes, most), entry.offset, entry.path)
+    if len(content) == entry.nbytes and entry.crc32 is not None and zlib.crc32(content) != entry.crc32:
+        raise wrong_crc(entry)
+    return content
 
 
 def _read_legacy(path: Path, file: io.BufferedReader) -> object:
@@ -159,8 +205,8 @@ def _read_legacy(path: Path, file: io.BufferedReader) -> object:
     with mmap.mmap(file.fileno(), min(size, MAX_PICKLE_BYTES), access=mmap.ACCESS_READ) as stream:
         names = _Tensors(path, None)
 
-        def load():
-            return restricted_pickle.load(stream, path, names.rebuild, names.persistent)
+        def load() -> object:
+            return restricted_pickle.load(cast(IO[bytes], stream), path, names.rebuild, names.persistent)
 
         if load() != LEGACY_MAGIC:
             raise CheckpointError(
@@ -208,7 +254,7 @@ def _read_legacy(path: Path, file: io.BufferedReader) -> object:
             position += 8 + nbytes
         stream.seek(start)
         tensors = _Tensors(path, ranges.get)
-        return restricted_pickle.load(stream, path, tensors.rebuild, tensors.persistent)
+        return restricted_pickle.load(cast(IO[bytes], stream), path, tensors.rebuild, tensors.persistent)
 
 
 class _Tensors:
@@ -221,6 +267,8 @@ class _Tensors:
         self.path, self.find = path, find
         self.file_size = os.stat(path).st_size
         self.storages: dict[str, _Storage] = {}
+        self.rows: set[Tensor] = set()
+        self.written = 0  # bytes of the rows
         self.rebuild: dict[str, Callable[[tuple], object] | None] = dict.fromkeys(_REFERRED_TO)
         self.rebuild |= {name: partial(self.refuse, name) for name in _REFUSED}
         self.rebuild |= {
@@ -236,8 +284,11 @@ class _Tensors:
     def error(self, message: str, hint: str | None = "is the file complete?") -> CheckpointError:
         return CheckpointError(message, where=self.path, hint=hint)
 
-    def refuse(self, name: str, args: tuple):
-        raise self.error(
+    def refuse(self, name: str, args: tuple) -> NoReturn:
+        raise self.refused(name)
+
+    def refused(self, name: str) -> CheckpointError:
+        return self.error(
             f"a tensor is stored by {name}, not as plain elements",
             hint="save it dense, on the CPU, in a float or integer dtype",
         )
@@ -247,24 +298,24 @@ class _Tensors:
         match pid:
             case ("module", Global() as cls, *_):
                 return cls
-            case ("storage", Global(name), str(key), str(), int(total)):
-                view = None
-            case ("storage", Global(name), str(key), str(), int(total), view):
+            case ("storage", Global(name), str(key), str(), int(total)) if 0 <= total < 2**62:
+                view: object = None
+            case ("storage", Global(name), str(key), str(), int(total), view) if 0 <= total < 2**62:
                 pass
             case _:
-                raise self.error(f"a storage is described as {str(pid)[:100]}")
+                raise self.error(f"a storage is described as {brief(pid)}")
         dtype = STORAGE_DTYPE.get(name.rpartition(".")[2].removesuffix("Storage"))
         if dtype is None:
-            self.refuse(name, ())
+            raise self.refused(name)
         match view:
             case None:
                 storage = _Storage(key, dtype, 0, total, total)
             case (str(), int(first), int(numel)) if 0 <= first <= first + numel <= total:
                 storage = _Storage(key, dtype, first, numel, total)
             case _:
-                raise self.error(f"storage {key!r} has {total:,} elements and a view {str(view)[:100]}")
+                raise self.error(f"storage {key!r} has {total:,} elements and a view {brief(view)}")
         known = self.storages.setdefault(key, storage)
-        if total < 0 or (known.dtype, known.total) != (dtype, total):
+        if (known.dtype, known.total) != (dtype, total):
             raise self.error(
                 f"storage {key!r} has {total:,} elements of {dtype} here, {known.total:,} of {known.dtype} elsewhere"
             )
@@ -283,7 +334,7 @@ class _Tensors:
             case (_Storage() as storage, offset, shape, strides, _, _, Global(name), *rest):
                 dtype = TORCH_DTYPE.get(name.removeprefix("torch."))
                 if dtype is None:
-                    self.refuse(name, args)
+                    raise self.refused(name)
                 return self.resolve(storage, dtype, offset, shape, strides, rest[0] if rest else None)
         raise self.error(
             "a tensor is described by other arguments than a storage, an offset, a shape, strides and a dtype"
@@ -299,9 +350,9 @@ class _Tensors:
         """`_rebuild_from_type_v2(function, type, arguments, state)`: a tensor with Python attributes."""
         match args:
             case (Global(name), _, tuple(inner), *_) if name in _REBUILD_TENSOR:
-                return self.rebuild[name](inner)
+                return self.tensor_v3(inner) if name.endswith("_v3") else self.tensor(inner)
             case (Global(name), *_):
-                self.refuse(name, args)
+                raise self.refused(name)
         raise self.error("a tensor is described by other arguments than a function, a type and its arguments")
 
     def resolve(
@@ -315,7 +366,7 @@ class _Tensors:
             raise self.error(f"a tensor of storage {storage.key!r} is damaged: {error}") from None
         if type(offset) is not int or offset < 0 or len(strides) != len(shape):
             raise self.error(
-                f"storage {storage.key!r} has a tensor of offset {str(offset)[:40]}, shape {shape}, strides {strides}"
+                f"storage {storage.key!r} has a tensor of offset {brief(offset)}, shape {shape}, strides {strides}"
             )
         if isinstance(metadata, dict) and (metadata.get("conj") or metadata.get("neg")):
             raise self.error(
@@ -340,15 +391,23 @@ class _Tensors:
             raise self.error(
                 f"a tensor reaches to element {last:,} of storage {storage.key!r}, which has {available:,}"
             )
-        if count > available and count * item > max(self.file_size, MAX_EXPANDED_BYTES):
-            raise self.error(
-                f"a tensor of shape {shape} repeats the {available:,} elements of storage {storage.key!r}",
-                hint="save it contiguous",
-            )
         start = found.offset + storage.first * ITEM_SIZE[storage.dtype] + offset * item
         if count == 0 or _is_contiguous(shape, strides):
-            return Tensor(dtype, shape, FileRange(self.path, start, count * item))
-        return Tensor(dtype, shape, StridedRange(self.path, start, strides))
+            whole = (start, count * item) == (found.offset, found.nbytes)
+            row = Tensor(dtype, shape, FileRange(self.path, start, count * item, found.crc32 if whole else None))
+        else:
+            row = Tensor(dtype, shape, StridedRange(self.path, start, strides))
+        if row in self.rows:
+            return row
+        self.rows.add(row)
+        self.written += row.nbytes
+        if self.written > 4 * self.file_size + MAX_EXPANDED_BYTES:
+            raise self.error(
+                f"with a tensor of shape {shape}, its tensors repeat the elements of their storages until they are "
+                f"{self.written:,} bytes",
+                hint="save them contiguous",
+            )
+        return row
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Write a table as safetensors: byte ranges go from file to file in one pass, summed up and searched for NaN beside it."""
+"""Write a table as safetensors: byte ranges go from file to file in one pass, checked and summed up meanwhile."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import queue
 import re
 import struct
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
+from typing import NamedTuple
 
-from bsa_export.checkpoint.atomic_folder import plain_error
 from bsa_export.checkpoint.checksum import PIECE_BYTES, Checksum
-from bsa_export.checkpoint.dtypes import not_finite, pieces
+from bsa_export.checkpoint.dtypes import Piece, not_finite, pieces
 from bsa_export.checkpoint.safetensors_file import read_safetensors
-from bsa_export.checkpoint.table import ITEM_SIZE, Computed, FileRange, Tensor, file_stamp
+from bsa_export.checkpoint.table import ITEM_SIZE, Computed, FileRange, Tensor, file_stamp, fill, wrong_crc
 from bsa_export.errors import CheckpointError
+from bsa_export.files import plain_error
 
 INDEX_NAME = "model.safetensors.index.json"
 NO_METADATA: Mapping[str, str] = MappingProxyType({})
@@ -73,8 +75,7 @@ def write_weights(
     done = 0
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        report = progress and (lambda written, _, before=done: progress(before + written, total))
-        records[name] = write_safetensors(folder / name, shard, metadata, report)
+        records[name] = write_safetensors(folder / name, shard, metadata, progress and _part(progress, done, total))
         done += sum(row.nbytes for row in shard.values())
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
@@ -86,6 +87,11 @@ def write_weights(
             raise plain_error(error, folder / INDEX_NAME) from error
         records[INDEX_NAME] = FileRecord(len(data), sha256=hashlib.sha256(data).hexdigest())
     return records
+
+
+def _part(progress: Progress, before: int, total: int) -> Progress:
+    """The progress of one shard as that of all."""
+    return lambda written, _: progress(before + written, total)
 
 
 def split(tensors: Mapping[str, Tensor], max_shard_size: int | None) -> list[dict[str, Tensor]]:
@@ -122,7 +128,8 @@ def write_safetensors(
     their order.
 
     Raises:
-        CheckpointError: the disk is full, a source file changed while it was copied, or a name cannot be stored.
+        CheckpointError: the disk is full, a source file cannot be read, changed while it was copied or has another
+            CRC-32 than it states, or a name cannot be stored.
     """
     header, rows = _header(tensors, metadata)
     total = sum(row.nbytes for row in rows.values())
@@ -133,7 +140,7 @@ def write_safetensors(
             out.write(header)
             done = 0
             for name, row in rows.items():
-                out.begin(name, row.dtype)
+                out.begin(name, row)
                 for count in _write_tensor(name, row, files, out):
                     done += count
                     if progress:
@@ -173,15 +180,15 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple
 class _Files(AbstractContextManager):
     """Source files, each opened once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.files: dict[Path, int] = {}
 
     def __getitem__(self, path: Path) -> int:
         if path not in self.files:
-            self.files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.files[path] = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         return self.files[path]
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for file in self.files.values():
             os.close(file)
 
@@ -191,19 +198,28 @@ def _write_tensor(name: str, row: Tensor, files: _Files, out: _Output) -> Iterat
     if not isinstance(row.data, FileRange):
         written = 0
         for piece in pieces(row):
-            written += out.write(piece)
-            yield memoryview(piece).nbytes
+            count = out.write(piece)
+            written += count
+            yield count
         if written != row.nbytes:
             raise CheckpointError(f"expected {row.nbytes:,} computed bytes", found=f"{written:,}", where=name)
         return
     position, end = row.data.offset, row.data.offset + row.nbytes
     while position < end:
         room = out.room(end - position)
-        if os.preadv(files[row.data.path], [room], position) != len(room):
-            raise CheckpointError("it became shorter while it was being copied", where=row.data.path)
+        fill(room, files[row.data.path], position, row.data.path)
         out.advance(len(room))
         position += len(room)
         yield len(room)
+
+
+class _Span(NamedTuple):
+    """Which tensor the bytes of a piece are of, from `start` on."""
+
+    name: str
+    dtype: str
+    start: int
+    source: FileRange | None
 
 
 class _Output(AbstractContextManager):
@@ -218,17 +234,20 @@ class _Output(AbstractContextManager):
         self.inspector = _Inspector()
         self.buffer = self.inspector.buffer()
         self.filled = 0
-        self.spans = [("", "U8", 0)]
+        self.spans = [_Span("", "U8", 0, None)]
 
-    def __exit__(self, kind, *_):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.inspector.end()
         os.close(self.file)
         if kind is None and self.inspector.error is not None:
             raise self.inspector.error
 
-    def begin(self, name: str, dtype: str) -> None:
+    def begin(self, name: str, row: Tensor) -> None:
         """Say which tensor the next bytes are of."""
-        self.spans.append((name, dtype, self.filled))
+        source = row.data if isinstance(row.data, FileRange) and row.data.crc32 is not None else None
+        self.spans.append(_Span(name, row.dtype, self.filled, source))
 
     def room(self, count: int) -> memoryview:
         """Where the next bytes go, at most `count`; `advance` when they are there."""
@@ -239,7 +258,7 @@ class _Output(AbstractContextManager):
         if self.filled == PIECE_BYTES:
             self.flush()
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, data: Piece) -> int:
         view = memoryview(data).cast("B")
         position = 0
         while position < len(view):
@@ -257,22 +276,23 @@ class _Output(AbstractContextManager):
             piece = piece[os.write(self.file, piece) :]
         self.buffer = self.inspector.buffer()
         self.filled = 0
-        name, dtype, _ = self.spans[-1]
-        self.spans = [(name, dtype, 0)]
+        self.spans = [self.spans[-1]._replace(start=0)]
 
 
 class _Inspector:
     """A thread that sums up the pieces of a file and looks for values that are not finite, while they are written.
 
-    A piece comes with its spans (tensor, dtype, first byte); each begins with a whole element, as tensors are aligned.
+    A piece comes with its spans; each begins with a whole element, as tensors are aligned. Bytes whose source states a
+    CRC-32 are compared with it.
     """
 
     BUFFERS = 3
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.checksum = Checksum()
+        self.crc32: dict[str, tuple[FileRange, int]] = {}
         self.not_finite: dict[str, str] = {}
-        self.pieces: queue.SimpleQueue[tuple[memoryview, list] | None] = queue.SimpleQueue()
+        self.pieces: queue.SimpleQueue[tuple[memoryview, list[_Span]] | None] = queue.SimpleQueue()
         self.free: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
         for _ in range(self.BUFFERS):
@@ -284,21 +304,27 @@ class _Inspector:
         """A buffer that is not in use. Raises what went wrong in the thread."""
         free = self.free.get()
         if free is None:
-            raise self.error
+            raise self.error or RuntimeError("the inspector ended")
         return free
 
     def end(self) -> None:
         """Wait until every piece was looked at."""
         self.pieces.put(None)
         self.thread.join()
+        for source, found in self.crc32.values():
+            if self.error is None and found != source.crc32:
+                self.error = wrong_crc(source)
 
     def run(self) -> None:
         try:
             while (work := self.pieces.get()) is not None:
                 piece, spans = work
                 self.checksum.update(piece)
-                ends = [start for _, _, start in spans[1:]] + [len(piece)]
-                for (name, dtype, start), end in zip(spans, ends, strict=True):
+                ends = [span.start for span in spans[1:]] + [len(piece)]
+                for (name, dtype, start, source), end in zip(spans, ends, strict=True):
+                    if source is not None:
+                        _, before = self.crc32.get(name, (source, 0))
+                        self.crc32[name] = source, zlib.crc32(piece[start:end], before)
                     if self.not_finite.get(name) != "NaN" and (what := not_finite(piece[start:end], dtype)):
                         self.not_finite[name] = what
                 self.free.put(memoryview(piece.obj))

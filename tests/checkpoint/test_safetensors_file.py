@@ -62,8 +62,14 @@ DAMAGED = {
         safetensors_bytes({"w": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
         "w is no dtype, shape and data_offsets",
     ),
-    "negative size": (safetensors_bytes({"w": entry(shape=(-2,))}, bytes(8)), "not a list of sizes"),
-    "sizes that are floats": (safetensors_bytes({"w": entry(shape=(2.0,))}, bytes(8)), "not a list of sizes"),
+    "negative size": (
+        safetensors_bytes({"w": entry(shape=(-2,))}, bytes(8)),
+        "entries that are not sizes|not a list of sizes",
+    ),
+    "sizes that are floats": (
+        safetensors_bytes({"w": entry(shape=(2.0,))}, bytes(8)),
+        "entries that are not sizes|not a list of sizes",
+    ),
     "33 dimensions": (safetensors_bytes({"w": entry(shape=(2,) + (1,) * 32)}, bytes(8)), "33 dimensions"),
     "shape larger than the range": (
         safetensors_bytes({"w": entry(shape=(3,))}, bytes(8)),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.open import open_checkpoint
-from bsa_export.checkpoint.table import tied
+from bsa_export.checkpoint.table import SkipReason, tied
 from bsa_export.checkpoint.writer import write_weights
 from bsa_export.errors import CheckpointError
 
@@ -80,15 +81,20 @@ def test_safetensors_is_preferred_and_the_other_file_is_named(tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     assert set(checkpoint.tensors) == set(state)
-    assert checkpoint.skipped == [("pytorch_model.bin", "model.safetensors is read instead")]
+    assert [(entry.name, entry.reason) for entry in checkpoint.skipped] == [
+        ("pytorch_model.bin", SkipReason.SAME_WEIGHTS)
+    ]
+    assert "model.safetensors is read instead" in checkpoint.skipped[0].why
 
 
 def test_a_complete_index_is_preferred_to_a_single_file(tmp_path):
     save_file({"old": torch.zeros(1)}, tmp_path / "model.safetensors")
-    index = save_sharded(tmp_path, small_state(), "safetensors")
+    save_sharded(tmp_path, small_state(), "safetensors")
     checkpoint = open_checkpoint(tmp_path)
     assert set(checkpoint.tensors) == set(small_state())
-    assert checkpoint.skipped == [("model.safetensors", f"{index.name} is read instead")]
+    assert [(entry.name, entry.reason) for entry in checkpoint.skipped] == [
+        ("model.safetensors", SkipReason.SAME_WEIGHTS)
+    ]
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     assert set(open_checkpoint(tmp_path).tensors) == {"old"}
 
@@ -134,7 +140,7 @@ def test_a_deepspeed_checkpoint_is_unwrapped(tmp_path):
     torch.save({"module": state, "dp_world_size": 2, "optimizer": None}, tmp_path / "mp_rank_00_model_states.pt")
     checkpoint = open_checkpoint(tmp_path)
     assert list(checkpoint.tensors) == list(small_state())
-    assert [name for name, _ in checkpoint.skipped] == ["dp_world_size", "optimizer"]
+    assert [entry.name for entry in checkpoint.skipped] == ["dp_world_size", "optimizer"]
 
 
 def test_wrappers_in_wrappers_are_removed_and_what_lies_beside_is_listed(tmp_path):
@@ -144,7 +150,7 @@ def test_wrappers_in_wrappers_are_removed_and_what_lies_beside_is_listed(tmp_pat
     )
     checkpoint = open_checkpoint(tmp_path / "a.pt")
     assert list(checkpoint.tensors) == ["w"]
-    assert checkpoint.skipped == [
+    assert [(entry.name, entry.why) for entry in checkpoint.skipped] == [
         ("loss", "a tensor F32 [1] beside the state dict"),
         ("model_ema", "a dict with 1 entries"),
         ("model.config", "a dict with 0 entries"),
@@ -192,7 +198,7 @@ CONTENT = {
     "text": (b"hello", "found a file that starts with b'hello'"),
     "zeros": (bytes(100), "found a file that starts with"),
     "JSON": (b'{"model_type": "bert"}', "expected the index of a sharded checkpoint"),
-    "JSON cut": (b'{"weight_map": {', "it is no valid JSON"),
+    "JSON cut": (b'{"weight_map": {', "expected JSON"),
     "zip cut": (b"PK\x03\x04", "zip directory cannot be read"),
     "pickle cut": (b"\x80\x02", "pickle cannot be read"),
     "one byte": (b"\x80", "pickle cannot be read"),
@@ -215,8 +221,105 @@ def test_a_folder_without_weights_is_described(tmp_path):
         open_checkpoint(tmp_path)
     (tmp_path / "tf_model.h5").write_bytes(b"x")
     (tmp_path / "0_Transformer").mkdir()
-    with pytest.raises(CheckpointError, match="found 0_Transformer/, tf_model.h5"):
+    with pytest.raises(
+        CheckpointError, match=r"found TensorFlow weights \(0_Transformer/, tf_model.h5\).*from_tf=True"
+    ):
         open_checkpoint(tmp_path)
+
+
+HOLDS = {
+    "adapter_model.safetensors": "merge_and_unload",
+    "__0_0.distcp": "dcp_to_torch",
+    "flax_model.msgpack": "from_flax=True",
+    "bert_model.ckpt.index": "convert_bert_original_tf_checkpoint",
+    "onnx/model.onnx": "use the PyTorch weights",
+    "checkpoint-500/model.safetensors": "name checkpoint-500/model.safetensors",
+}
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_a_folder_without_weights_is_described_with_the_next_step(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    assert name.partition("/")[0] in str(caught.value)
+    assert HOLDS[name] in str(caught.value)
+
+
+def test_heads_beside_the_weights_are_not_the_same_weights(tmp_path):
+    torch.save(small_state(), tmp_path / "pytorch_model.bin")
+    torch.save({"weight": torch.zeros(2, 4), "bias": torch.zeros(2)}, tmp_path / "colbert_linear.pt")
+    torch.save({f"module.{name}": tensor for name, tensor in small_state().items()}, tmp_path / "last.pt")
+    (tmp_path / "broken.pt").write_bytes(b"x")
+    assert {entry.name: entry.reason for entry in open_checkpoint(tmp_path).skipped} == {
+        "broken.pt": SkipReason.UNREADABLE,
+        "colbert_linear.pt": SkipReason.OTHER_WEIGHTS,
+        "last.pt": SkipReason.SAME_WEIGHTS,
+    }
+
+
+@pytest.mark.parametrize("wrapper", ["net", "model_dict", "weights", "a.b"])
+def test_one_entry_of_any_name_may_hold_the_tensors(tmp_path, wrapper):
+    saved = {
+        wrapper: small_state(),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(9)}}},
+        "callbacks": {"best": {"score": torch.tensor(1.0)}},
+        "rng": torch.zeros(16, dtype=torch.uint8),
+        "epoch": 3,
+    }
+    torch.save(saved, tmp_path / "a.pt")
+    checkpoint = open_checkpoint(tmp_path / "a.pt")
+    assert set(checkpoint.tensors) == set(small_state())
+    assert [entry.name for entry in checkpoint.skipped] == ["optimizer", "callbacks", "rng", "epoch"]
+
+
+def test_several_entries_that_may_be_the_model_are_listed(tmp_path):
+    torch.save({"student": small_state(), "teacher": small_state()}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="student with 9 tensors, teacher with 9 tensors"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
+def test_entries_that_hold_each_other_have_an_end(tmp_path):
+    one: dict = {"n": 1}
+    one["other"] = {"model": one, "again": [one] * 5}
+    torch.save(one, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="expected a state dict with tensors"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "_fsdp_wrapped_module.encoder.layer.0.{}",
+        "encoder.layer.0._checkpoint_wrapped_module.{}",
+        "encoder._fsdp_wrapped_module.layer.0._fsdp_wrapped_module._checkpoint_wrapped_module.{}",
+        "module._orig_mod.encoder.layer.0.{}",
+        "_orig_mod.module.encoder.layer.0.{}",
+        "_forward_module.module.encoder.layer.0.{}",
+    ],
+)
+def test_names_of_wrappers_are_removed(tmp_path, wrapped):
+    names = ["weight", "bias"]
+    torch.save({wrapped.format(name): torch.zeros(1) for name in names}, tmp_path / "a.pt")
+    assert list(open_checkpoint(tmp_path / "a.pt").tensors) == [f"encoder.layer.0.{name}" for name in names]
+
+
+def test_an_averaged_model_is_read_as_the_model(tmp_path):
+    torch.save(torch.optim.swa_utils.AveragedModel(torch.nn.Linear(2, 2)).state_dict(), tmp_path / "a.pt")
+    checkpoint = open_checkpoint(tmp_path / "a.pt")
+    assert list(checkpoint.tensors) == ["weight", "bias"]
+    assert [entry.name for entry in checkpoint.skipped] == ["n_averaged"]
+
+
+def test_a_tar_archive_is_not_always_an_old_one(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for name, found in (("model.tar", "a tar archive;"), ("old.tar", "torch before 0.1.10")):
+        with tarfile.open(tmp_path / name, "w", format=tarfile.USTAR_FORMAT) as archive:
+            archive.add(tmp_path / "file", "sys_info" if name == "old.tar" else "model.bin")
+        with pytest.raises(CheckpointError, match=found):
+            open_checkpoint(tmp_path / name)
 
 
 def test_a_path_that_cannot_be_read_is_one_sentence(tmp_path):
@@ -255,7 +358,7 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path, ending):
     edit(index, lambda names: names.pop("encoder.half"))
     checkpoint = open_checkpoint(index)
     assert "encoder.half" not in checkpoint.tensors
-    assert [name for name, _ in checkpoint.skipped] == ["encoder.half"]
+    assert [entry.name for entry in checkpoint.skipped] == ["encoder.half"]
 
     index.write_text(text)
     next(tmp_path.glob("*-00002-of-*")).unlink()

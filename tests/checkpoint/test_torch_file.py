@@ -11,8 +11,10 @@ import pytest
 import torch
 from checkpoint_files import PersistentId, pickled, same, small_state, storage, tensor, torch_legacy, torch_zip
 
+from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import FileRange, StridedRange, tied
+from bsa_export.checkpoint.writer import write_safetensors
 from bsa_export.errors import CheckpointError
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -148,7 +150,7 @@ def test_harmless_objects_beside_the_tensors_are_listed_and_not_built(tmp_path, 
     path = save(tmp_path / "checkpoint.pt", beside | {"model": small_state()}, zipped)
     checkpoint = open_checkpoint(path)
     assert list(checkpoint.tensors) == list(small_state())
-    skipped = dict(checkpoint.skipped)
+    skipped = {entry.name: entry.why for entry in checkpoint.skipped}
     assert list(skipped) == list(beside)
     assert skipped["args"] == "an object of argparse.Namespace, not built"
     assert skipped["optimizer"] == "a dict with 2 entries"
@@ -167,7 +169,7 @@ def test_numpy_arrays_beside_the_tensors_are_not_built(tmp_path):
     beside = {"rng": numpy.arange(3), "loss": numpy.float32(1), "where": tmp_path}
     checkpoint = open_checkpoint(save(tmp_path / "a.pt", beside | {"state_dict": {"w": torch.zeros(2)}}, True))
     assert list(checkpoint.tensors) == ["w"]
-    assert [name for name, _ in checkpoint.skipped] == ["rng", "loss", "where"]
+    assert [entry.name for entry in checkpoint.skipped] == ["rng", "loss", "where"]
 
 
 def test_a_whole_pickled_model_is_explained(tmp_path):
@@ -318,13 +320,11 @@ def test_a_zip_entry_that_covers_another_is_refused(tmp_path):
     assert raw[entry : entry + 4] == b"PK\x01\x02"
     raw[entry + 20 : entry + 28] = (24 + 4000).to_bytes(4, "little") * 2
     path.write_bytes(raw)
-    with pytest.raises(CheckpointError, match="reaches beyond its place"):
+    with pytest.raises(CheckpointError, match="reaches beyond its place|contradicts the directory"):
         open_checkpoint(path)
 
 
-@pytest.mark.parametrize(
-    "saved", [b"text", 3, [torch.zeros(1)], {"epoch": 1}, {"net": {"w": torch.zeros(1)}}, {}], ids=repr
-)
+@pytest.mark.parametrize("saved", [b"text", 3, [torch.zeros(1)], {"epoch": 1}, {"net": {"w": 1}}, {}], ids=repr)
 def test_what_is_no_state_dict_is_described(tmp_path, saved):
     path = save(tmp_path / "a.pt", saved, True)
     with pytest.raises(CheckpointError, match="expected a state dict.*found"):
@@ -340,4 +340,53 @@ def test_a_plain_pickle_is_explained(tmp_path):
 def test_a_name_that_is_no_text_is_refused(tmp_path):
     path = save(tmp_path / "a.pt", {"bad \ud800 name": torch.zeros(1)}, True)
     with pytest.raises(CheckpointError, match=r"bad \\ud800 name.* is not valid text"):
+        open_checkpoint(path)
+
+
+def flip(path, needle: bytes, at: int = 0) -> None:
+    """Changes one bit of the first `needle` in a file."""
+    content = bytearray(path.read_bytes())
+    content[content.index(needle) + at] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_found_by_the_archives_own_checksum(tmp_path):
+    torch.save({"w": torch.arange(50_000.0), "v": torch.ones(3)}, path := tmp_path / "a.pt")
+    flip(path, torch.arange(40_000.0, 40_003.0).numpy().tobytes())
+    tensors = open_checkpoint(path).tensors
+    for attempt in (lambda: write_safetensors(tmp_path / "out", tensors), lambda: read(tensors["w"])):
+        with pytest.raises(CheckpointError, match="a.pt: .*CRC-32"):
+            attempt()
+    assert read(tensors["v"]).tolist() == [1, 1, 1]
+
+
+def test_a_flipped_bit_in_the_pickle_is_found(tmp_path):
+    torch.save({"weight": torch.ones(3)}, path := tmp_path / "a.pt")
+    flip(path, b"weight")
+    with pytest.raises(CheckpointError, match="a.pt: .*CRC-32"):
+        open_checkpoint(path)
+
+
+def test_an_archive_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.ones(3)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read(open_checkpoint(tmp_path / "a.pt").tensors["w"]).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("field", [6, 8, 14, 30], ids=["flags", "method", "CRC-32", "name"])
+def test_a_local_header_that_contradicts_the_directory_is_refused(tmp_path, field):
+    path = torch_zip(tmp_path / "a.pt", pickled({"w": tensor(storage())}), {"0": SIX})
+    flip(path, b"PK\x03\x04", field)
+    with pytest.raises(CheckpointError, match="contradicts the directory"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("copies", [1, 1000])
+def test_what_is_written_is_in_proportion_to_the_file(tmp_path, copies):
+    rows = {f"w{n}": tensor(storage(), 0, (2**28 // copies, 6 + n % 2), (0, 0)) for n in range(copies)}
+    path = torch_zip(tmp_path / "a.pt", pickled(rows), {"0": SIX})
+    with pytest.raises(CheckpointError, match="repeat the elements"):
         open_checkpoint(path)

@@ -22,6 +22,7 @@ from checkpoint_files import Call, PersistentId, pickled, storage, tensor, torch
 
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.restricted_pickle import MAX_OPCODES, load
+from bsa_export.checkpoint.table import SkipReason
 from bsa_export.errors import CheckpointError, UnsafePickleError
 
 CODE = "open('executed', 'w').close()"
@@ -142,8 +143,17 @@ OPCODES = {
     "REDUCE": (b"cos\nsystem\n(" + text(SHELL) + b"tR", "os.system"),
     "INST": (b"(" + text(SHELL) + b"ios\nsystem\n", "os.system"),
     "OBJ": (b"(cos\nsystem\n" + text(SHELL) + b"o", "os.system"),
-    "NEWOBJ": (b"csubprocess\nPopen\n(" + text(SHELL) + b"t\x81", "subprocess.Popen"),
-    "NEWOBJ_EX": (b"csubprocess\nPopen\n(" + text(SHELL) + b"t}\x92", "subprocess.Popen"),
+    "NEWOBJ of a function": (b"cos\nsystem\n(" + text(SHELL) + b"t\x81", "os.system"),
+    "NEWOBJ_EX of a function": (b"cos\nsystem\n(" + text(SHELL) + b"t}\x92", "os.system"),
+    "REDUCE of a class of Python": (b"csubprocess\nPopen\n(" + text(SHELL) + b"tR", "subprocess.Popen"),
+    "a function that was made look like a class": (
+        named("my.project", "run") + b")\x810" + named("my.project", "run") + text(SHELL) + b"\x85R",
+        "my.project.run",
+    ),
+    "getattr of a module": (
+        named("builtins", "getattr") + named("os", "Path") + text("system") + b"\x86R",
+        "builtins.getattr",
+    ),
     "STACK_GLOBAL": (named("os", "system") + b"(" + text(SHELL) + b"tR", "os.system"),
     "STACK_GLOBAL from the memo": (
         text("system") + b"\x940" + text("os") + b"h\x00\x93" + text(SHELL) + b"\x85R",
@@ -163,11 +173,15 @@ OPCODES = {
         named("transformers.utils.hub", "cached_file") + b")R",
         "transformers.utils.hub.cached_file",
     ),
-    "a module that begins like one": (named("transformersx", "Config") + b")R", "transformersx.Config"),
-    "a class of the user's own": (named("__main__", "Config") + b")\x81", "__main__.Config"),
+    "a function of the user's own": (named("__main__", "build") + b")R", "__main__.build"),
+    "a function among values": (named("torch.nn.functional", "gelu"), "torch.nn.functional.gelu"),
+    "a function set as state": (
+        named("my.project", "Config") + b")\x81}" + text("f") + named("my.project", "run") + b"sb",
+        "my.project.run",
+    ),
     "Python 2 names": (b"c__builtin__\neval\n(" + text(CODE) + b"tR", "builtins.eval"),
     "never called": (b"cos\nsystem\n", "os.system"),
-    "control characters in the name": (named("os", "sys\x1b[2Jtem"), r"'os.sys\\x1b\[2Jtem'"),
+    "control characters in the name": (named("os", "sys\x1b[2Jtem"), r"os.sys\\x1b\[2Jtem"),
     "BUILD with slots of OrderedDict": (
         named("collections", "OrderedDict") + b"N}" + text("clear") + named("os", "system") + b"s\x86b",
         "os.system",
@@ -200,7 +214,52 @@ def test_a_harmless_class_is_not_called_either(tmp_path, monkeypatch):
     trap = type("Namespace", (), dict.fromkeys(("__init__", "__new__", "__setattr__", "__reduce_ex__"), fail))
     monkeypatch.setattr(argparse, "Namespace", trap)
     monkeypatch.setattr(builtins, "__import__", fail)
-    assert dict(open_checkpoint(path).skipped) == {"args": "an object of argparse.Namespace, not built"}
+    try:
+        skipped = open_checkpoint(path).skipped
+    finally:
+        monkeypatch.undo()
+    assert [(entry.name, entry.why) for entry in skipped] == [("args", "an object of argparse.Namespace, not built")]
+
+
+OBJECTS = {
+    "NEWOBJ": named("my_project.train", "TrainConfig") + b")\x81}" + text("lr") + b"K\x01sb",
+    "NEWOBJ of a name in lower case": named("my_project.train", "config") + b")\x81",
+    "NEWOBJ_EX": named("my_project", "Config") + b")}\x92",
+    "NEWOBJ of a class of Python": named("subprocess", "Popen") + b")\x81",
+    "REDUCE, as of an enum": named("my_project", "Mode") + b"K\x01\x85R",
+    "getattr, as of an enum in Python 3.11.0": named("builtins", "getattr")
+    + named("my_project", "Mode")
+    + text("FAST")
+    + b"\x86R",
+    "a class in a class": named("my_project", "Trainer.Config") + b")\x81",
+    "copyreg, as of old protocols": b"ccopyreg\n_reconstructor\n(cmy_project\nconfig\nc__builtin__\nobject\nNtR",
+    "INST": b"(imy_project\nConfig\n",
+    "a class itself": named("my_project", "Config"),
+    "a class of __main__": named("__main__", "Config") + b")\x81",
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_objects_of_any_class_are_named_and_not_built(tmp_path, kind):
+    before = set(sys.modules)
+    data = opcodes(b"}", text("config"), OBJECTS[kind], b"s", text("n"), b"K\x01s")
+    with pytest.raises(CheckpointError, match="found config .*(Config|config|Mode|Popen)") as caught:
+        open_checkpoint(torch_zip(tmp_path / "a.pt", data))
+    assert not isinstance(caught.value, UnsafePickleError)
+    assert set(sys.modules) == before
+
+
+def test_an_object_of_a_project_beside_the_state_dict_is_skipped(tmp_path, monkeypatch):
+    (tmp_path / "my_project.py").write_text("class TrainConfig:\n    def __init__(self):\n        self.lr = 0.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import my_project
+
+    torch.save({"model": {"w": torch.ones(2)}, "config": my_project.TrainConfig()}, tmp_path / "a.pt")
+    del sys.modules["my_project"]
+    checkpoint = open_checkpoint(tmp_path / "a.pt")
+    assert list(checkpoint.tensors) == ["w"]
+    assert [(entry.name, entry.reason) for entry in checkpoint.skipped] == [("config", SkipReason.IN_THE_FILE)]
+    assert "my_project" not in sys.modules
 
 
 BOMBS = {
