@@ -16,7 +16,7 @@ from bsa_export.bert.expected_tensors import compare
 from bsa_export.bert.families import read_config
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint
-from bsa_export.converted.checks import Check, Kind, Status, skipped
+from bsa_export.converted.checks import Check, Kind, Status, result, skipped
 from bsa_export.converted.folder import ConvertedFolder, open_folder
 from bsa_export.converted.integrity import check_file, check_layout, digests
 from bsa_export.converted.records import (
@@ -29,8 +29,10 @@ from bsa_export.converted.records import (
 )
 from bsa_export.errors import BsaError
 from bsa_export.hub.source import find_source
+from bsa_export.text import some
+from bsa_export.verify.carried import unexpected_files
 from bsa_export.verify.documents import documents
-from bsa_export.verify.weights import check_weights
+from bsa_export.verify.weights import check_weights, tiled_rows_fault
 from bsa_export.verify.worker import MODEL, Job, Worker
 from bsa_export.version import __version__, install_hint
 
@@ -350,7 +352,7 @@ def _checks(wanted: Wanted, run: Verification, show: Callable[[str], Progress | 
                 workers[name] = Worker(job)
         source = None
         if wanted.source is None:
-            yield skipped(Kind.WEIGHTS, "no --source to compare with: " + _covered(folder))
+            yield _without_source(folder)
         else:
             weights = check_weights(folder, wanted.source, wanted.config, show("weights"), wanted.source_name)
             source = wanted.source if weights.passed else None
@@ -390,6 +392,18 @@ def _later(wanted: Wanted) -> list[tuple[Kind, str]]:
         (Kind.DRIFT, ""),
         (Kind.CONTROLS, ""),
     ]
+
+
+def _without_source(folder: ConvertedFolder) -> Check:
+    """The weights check where there is no source: tiled position rows repeat, and files that are not recorded are named."""
+    if fault := tiled_rows_fault(folder):
+        return result(Kind.WEIGHTS, [fault])
+    recorded = set(folder.record.files) if folder.record else set()
+    weights = {file.name for file in folder.checkpoint.files}
+    reason = "no --source to compare with: " + _covered(folder)
+    if recorded and (others := unexpected_files(folder, recorded | weights)):
+        reason += f"; not from the conversion: {some(others)}"
+    return skipped(Kind.WEIGHTS, reason)
 
 
 def _covered(folder: ConvertedFolder) -> str:

@@ -303,3 +303,23 @@ def _misshapen(name: str, expected: tuple[str, tuple[int, ...]], found: Tensor) 
     if (found.dtype, found.shape) == (dtype, shape):
         return None
     return f"{name}: expected {dtype} {list(shape)} from the source, found {found.dtype} {list(found.shape)}"
+
+
+def tiled_rows_fault(folder: ConvertedFolder) -> str | None:
+    """Without the source: the first position row that is not a repetition of the row one period before it, None if there is
+    none, or if the rows were not tiled."""
+    positions = folder.record.positions if folder.record else None
+    name = folder.prefix + POSITIONS
+    row = folder.tensors.get(name)
+    if positions is None or positions.method != "tile" or row is None or row.shape[0] != positions.rows:
+        return None
+    period = positions.source_rows - positions.reserved
+    first = positions.reserved
+    while (start := first + period) < positions.rows:
+        rows = min(period, positions.rows - start)
+        if first_difference(rows_of(row, first, rows), rows_of(row, start, rows)) is not None:
+            one, other = (read(rows_of(row, at, rows)).reshape(rows, -1) for at in (first, start))
+            wrong = int(np.argmax((one != other).any(axis=1)))
+            return f"{name}: row {start + wrong} is not a repetition of row {first + wrong}"
+        first = start
+    return None

@@ -265,6 +265,11 @@ def _model_stages(job: Job, progress: Progress) -> dict[Kind, Callable[[], Itera
 
         checkpoint = None if job.source is None else open_checkpoint(job.source)
         yield from check_whole_model(folder, job.device, checkpoint, ran)
+        if ran and job.source is not None:
+            from bsa_export.verify.sentences import PART, check_embeddings
+
+            source = job.source
+            yield from guarded(Kind.WHOLE_MODEL, PART, lambda: check_embeddings(folder, source))
 
     def drift() -> Iterator[Check]:
         if not ran:
