@@ -167,7 +167,7 @@ def plan_source(
         checkpoint,
         planned.source_length,
         planned.max_length,
-        keep_card=planned.sparse_source and card.is_edited(checkpoint.folder),
+        keep_card=planned.sparse_source and card.is_edited(_folder(source)),
     )
     notes = [*planned.notes, *carried.notes()]
     return (
@@ -249,7 +249,7 @@ def conversion_record(
             path=_text(source.path.resolve().name),
             repo=source.repo,
             revision=source.revision,
-            license=card.source_license(source_files[0].parent),
+            license=card.source_license(_folder(source)),
             files={_text(path.name): FileEntry(path.stat().st_size) for path in source_files},
             config=planned.source_config,
         ),
@@ -274,6 +274,11 @@ def conversion_record(
         files={name: FileEntry(file.bytes, file.sha256, file.checksum) for name, file in files.items()},
         versions={"python": platform.python_version(), "numpy": np.__version__},
     )
+
+
+def _folder(source: Source) -> Path:
+    """The folder of a source, with its README.md."""
+    return source.path if source.path.is_dir() else source.path.parent
 
 
 def _text(name: str) -> str:

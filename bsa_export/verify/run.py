@@ -16,6 +16,7 @@ from bsa_export.bert.expected_tensors import compare
 from bsa_export.bert.families import read_config
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint
+from bsa_export.conversion.source_folder import encoder_folder
 from bsa_export.converted.checks import Check, Kind, Status, result, skipped
 from bsa_export.converted.folder import ConvertedFolder, open_folder
 from bsa_export.converted.integrity import check_file, check_layout, digests
@@ -328,7 +329,7 @@ def _write(folder: Path, run: Verification, earlier: VerificationRecord | None) 
 
 def open_source(source: Path, config: Path | None) -> Checkpoint:
     """What a folder is compared with. Raises BsaError: it is not a checkpoint, or its config.json cannot be read."""
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(encoder_folder(source))
     path = config or checkpoint.folder / "config.json"
     if path.is_file():
         read_config(path)

@@ -28,6 +28,7 @@ from bsa_export.bert.positions import extend
 from bsa_export.checkpoint.dtypes import DTYPES, cast, pieces, read
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import ITEM_SIZE, Checkpoint, Tensor
+from bsa_export.conversion.source_folder import encoder_folder
 from bsa_export.converted.checks import Check, Kind, result
 from bsa_export.converted.folder import ConvertedFolder
 from bsa_export.errors import BsaError
@@ -70,7 +71,7 @@ def check_weights(
             Kind.WEIGHTS, ["there is no conversion.json: nothing tells what was done to the source's tensors"]
         )
     try:
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(encoder_folder(source))
         if other := _other_model(folder, checkpoint, config_path):
             return result(Kind.WEIGHTS, [f"this is not the source: {other}{_revision_hint(folder, source_name)}"])
         comparison = _Comparison(folder, checkpoint, progress)

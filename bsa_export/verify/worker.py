@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING
 import msgspec
 
 from bsa_export.checkpoint.open import open_checkpoint
+from bsa_export.conversion.source_folder import encoder_folder
 from bsa_export.converted.checks import Check, Kind, Status, skipped
 from bsa_export.converted.folder import open_folder
 from bsa_export.converted.records import to_json
@@ -263,7 +264,7 @@ def _model_stages(job: Job, progress: Progress) -> dict[Kind, Callable[[], Itera
     def whole_model() -> Iterator[Check]:
         from bsa_export.verify.whole_model import check_whole_model
 
-        checkpoint = None if job.source is None else open_checkpoint(job.source)
+        checkpoint = None if job.source is None else open_checkpoint(encoder_folder(job.source))
         yield from check_whole_model(folder, job.device, checkpoint, ran)
         if ran and job.source is not None:
             from bsa_export.verify.sentences import PART, check_embeddings
