@@ -1,15 +1,15 @@
-"""The examples run as their first lines say, and show what they promise."""
+"""The examples run and show what their first lines promise."""
 
-import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.0")
 
 from sparse_folder import BLOCK, LONGEST, converted, dense_folder  # noqa: E402
@@ -17,13 +17,20 @@ from sparse_folder import BLOCK, LONGEST, converted, dense_folder  # noqa: E402
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run_example(name, *arguments):
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    # One thread: two of them wait for each other on a busy machine.
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def run_example(monkeypatch, capsys):
+    """Runs an example in this process, where torch and transformers are imported, and returns what it prints."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two threads wait for each other on a busy machine
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,7 @@ def chapters(tmp_path_factory):
     return files
 
 
-def test_long_document_embedding_finds_a_neighbour_for_each_chapter(minilm, chapters, tmp_path):
+def test_long_document_embedding_finds_a_neighbour_for_each_chapter(run_example, minilm, chapters, tmp_path):
     pytest.importorskip("sentence_transformers")
     out = converted(minilm, tmp_path / "out", max_length=1024)
     shown = run_example("long_document_embedding.py", out, *chapters.values())
@@ -47,14 +54,14 @@ def test_long_document_embedding_finds_a_neighbour_for_each_chapter(minilm, chap
     assert found["attribute-access"][2] == "customization"
 
 
-def test_long_document_embedding_of_one_chapter_has_no_neighbour(minilm, chapters, tmp_path):
+def test_long_document_embedding_of_one_chapter_has_no_neighbour(run_example, minilm, chapters, tmp_path):
     pytest.importorskip("sentence_transformers")
     out = converted(minilm, tmp_path / "out", max_length=1024)
     shown = run_example("long_document_embedding.py", out, chapters["debugger"])
     assert re.fullmatch(r"debugger\.txt: 1024 of \d+ tokens\n", shown)
 
 
-def test_fill_mask_long_counts_the_texts_own_tokens_before_the_gap(minilm, tmp_path):
+def test_fill_mask_long_counts_the_texts_own_tokens_before_the_gap(run_example, minilm, tmp_path):
     """On a small random model with the vocabulary of MiniLM, where each of these words is one token."""
     source = dense_folder(tmp_path / "source", vocab_size=30522, pad_token_id=0)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -65,7 +72,8 @@ def test_fill_mask_long_counts_the_texts_own_tokens_before_the_gap(minilm, tmp_p
     assert shown.startswith("9 tokens read, 5 of them before the gap\n")
 
 
-def test_fill_mask_long_guesses_a_word_far_into_the_text(english_mlm, chapters, tmp_path):
+@pytest.mark.slow
+def test_fill_mask_long_guesses_a_word_far_into_the_text(run_example, english_mlm, chapters, tmp_path):
     out = converted(english_mlm, tmp_path / "out", max_length=1024)
     shown = run_example("fill_mask_long.py", out, chapters["typesmapping"], "the")
     read, before = map(int, re.match(r"(\d+) tokens read, (\d+) of them before the gap", shown).groups())
@@ -74,7 +82,7 @@ def test_fill_mask_long_guesses_a_word_far_into_the_text(english_mlm, chapters, 
     assert "<- what stood there" in shown
 
 
-def test_own_model_learns():
+def test_own_model_learns(run_example):
     shown = run_example("own_model.py", 30)
     losses = [float(loss) for loss in re.findall(r"([\d.]+) nats", shown)]
     assert "of the score blocks are computed" in shown
