@@ -161,7 +161,8 @@ def torch_rows(python: str) -> Iterator[Row]:
     run = [line for line in requirements("options.extras_require", "run") if not line.startswith("torch")]
     transformers = next(line for line in run if line.startswith("transformers"))
     both = ("torch", "triton")
-    yield Row("run, lowest", (*lowest(run), "numpy<2.4"), python, True, both)
+    core = [line for line in requirements("options", "install_requires") if not line.startswith("huggingface-hub")]
+    yield Row("run, lowest", lowest([*core, *run]), python, True, both)  # transformers needs a newer huggingface-hub
     yield Row("run, newest", ("triton", transformers, "numpy"), python, True, both)
     yield Row("triton 3.6, numpy 2.4", ("triton==3.6.0", transformers, "numpy==2.4.*"), python, True, ("torch",))
     for deepspeed in ("deepspeed==0.16.0", "deepspeed==0.19.6"):
