@@ -202,14 +202,15 @@ def test_another_programs_conversion_json_is_no_reason_to_overwrite(tmp_path, co
     assert everything(tmp_path) == ["out", "out/conversion.json"]
 
 
-def test_everything_is_flushed_before_the_folder_is_in_place(tmp_path, monkeypatch):
+def test_everything_is_flushed_before_an_earlier_conversion_is_replaced(tmp_path, monkeypatch):
     flushed = []
 
     def record(descriptor):
-        flushed.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "out").exists()))
+        flushed.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "out" / "sub").exists()))
 
     monkeypatch.setattr(os, "fsync", record)
-    with AtomicFolder(tmp_path / "out") as staging:
+    earlier_conversion(tmp_path / "out")
+    with AtomicFolder(tmp_path / "out", overwrite=True) as staging:
         (staging / "sub").mkdir()
         (staging / "sub" / "file").write_text("x")
     before = {Path(path).name for path, there in flushed if not there}
