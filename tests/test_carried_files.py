@@ -161,9 +161,14 @@ def test_edits_in_place_and_back(source, target, name, before, after):
     (source / name).write_text(before, encoding="utf-8", newline="")
     found = carried(source, target)
     assert (target / name).read_bytes().decode() == after
-    undone, changes = set_lengths(name, after, 512, found.changes)
-    assert (undone if found.changes else after) == before
-    assert not found.changes or changes == []
+    assert set_lengths(name, after, 512, found.changes) == (before, [])
+
+
+def test_on_the_way_back_a_length_that_the_conversion_did_not_change_stays():
+    text = '{"model_max_length": 4096}'  # as in the source, which said so for 512 tokens
+    assert set_lengths("tokenizer_config.json", text, 4096) == (text, [])
+    assert set_lengths("tokenizer_config.json", text, 512, []) == (text, [])
+    assert set_lengths("tokenizer_config.json", text, 512) != (text, [])  # there is no record
 
 
 def test_a_length_that_was_changed_since_is_set_and_not_restored():

@@ -167,7 +167,7 @@ def plan(
     max_length: int,
     *,
     keep_card: bool = False,
-    restore: Sequence[LengthChange] = (),
+    restore: Sequence[LengthChange] | None = None,
 ) -> CarriedFiles:
     """Decides about every file next to the weights. Reads JSON files and the tables of weights; writes nothing.
 
@@ -181,8 +181,7 @@ def plan(
         source_length: tokens that the source reads (reserved position rows not counted).
         max_length: tokens that the new model reads.
         keep_card: carry README.md over.
-        restore: on the way back, the recorded changes to undo. A length that is no longer the recorded one is set to
-            `max_length`, as without a record.
+        restore: on the way back, the recorded changes to undo (`lengths.set_lengths`).
 
     Raises:
         CheckpointError: a file is damaged, is not what its name says, is stored outside the folder, or modules.json
@@ -269,7 +268,7 @@ class _Planner:
         checkpoint: Checkpoint,
         *,
         length: int | None,
-        restore: Sequence[LengthChange],
+        restore: Sequence[LengthChange] | None,
         everything: bool,
         keep_card: bool,
     ):

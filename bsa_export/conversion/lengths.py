@@ -7,12 +7,14 @@ from fnmatch import fnmatch
 
 from bsa_export.conversion import json_text
 from bsa_export.converted.records import LengthChange
+from bsa_export.errors import CheckpointError
 
 # Lengths in tokens, as tokenizer_config.json and sentence_bert_config.json name them.
 LENGTH_KEYS = frozenset({"model_max_length", "max_length", "max_len", "max_seq_length"})
 ADDED_KEY = "model_max_length"  # where a tokenizer_config.json has none of them
 # null means "no limit" under these names; for max_seq_length it means "the model's own limit", which is right already.
 LENGTH_KEYS_OF_THE_TOKENIZER = ("model_max_length", "max_len")
+MOST_LENGTHS = 100  # in a file; real ones have at most four
 FILES_WITH_LENGTHS = ("tokenizer.json", "tokenizer_config.json", "sentence_*_config.json")
 
 
@@ -22,7 +24,7 @@ def has_lengths(name: str) -> bool:
 
 
 def set_lengths(
-    name: str, text: str, length: int, restore: Sequence[LengthChange] = ()
+    name: str, text: str, length: int, restore: Sequence[LengthChange] | None = None
 ) -> tuple[str, list[LengthChange]]:
     """Sets every length of a file, whatever it was. All other characters stay.
 
@@ -33,16 +35,22 @@ def set_lengths(
         name: the file's name.
         text: its content, which is JSON.
         length: in tokens.
-        restore: recorded changes to undo instead, each where the value is still the recorded one.
+        restore: on the way back, the recorded changes, which are undone instead, each where the value is still the
+            recorded one. Lengths without a recorded change are the source's own and stay.
 
     Returns:
         The new text, and what was set; what was undone is not in it.
+
+    Raises:
+        CheckpointError: it has more lengths than any real file.
     """
-    recorded = {change.key: change for change in restore if change.file == name}
+    back = restore is not None
+    recorded = {change.key: change for change in restore or () if change.file == name}
     changes, edits, added = [], [], False
     for key, span in _places(name, text):
-        value = text[span.start : span.end]
-        change = recorded.get(key)
+        value, change = text[span.start : span.end], recorded.get(key)
+        if back and change is None:
+            continue
         if change is not None and value == change.after and change.before is not None:
             edits.append((span, change.before))
         elif change is not None and value == change.after and key == (ADDED_KEY,):
@@ -50,14 +58,12 @@ def set_lengths(
         elif (new := _new_value(key[-1], value, length)) is not None:
             edits.append((span, new))
             changes.append(LengthChange(name, key, value, new))
+            if len(changes) > MOST_LENGTHS:
+                raise CheckpointError(f"expected at most {MOST_LENGTHS} lengths in it", where=name)
     text = json_text.replaced(text, edits)
     if added:
         text = json_text.without_member(text, ADDED_KEY)
-    elif (
-        name == "tokenizer_config.json"
-        and json_text.is_object(text)
-        and not LENGTH_KEYS & json_text.members(text).keys()
-    ):
+    elif name == "tokenizer_config.json" and not back and _has_none(text):
         text = json_text.with_member(text, ADDED_KEY, str(length))
         changes.append(LengthChange(name, (ADDED_KEY,), None, str(length)))
     return text, changes
@@ -87,6 +93,10 @@ def _places(name: str, text: str) -> Iterator[tuple[tuple[str, ...], json_text.S
         else:
             nested = json_text.members(text, span.start)
             yield from (((key, part), nested[part]) for part in nested if part in LENGTH_KEYS)
+
+
+def _has_none(text: str) -> bool:
+    return json_text.is_object(text) and not LENGTH_KEYS & json_text.members(text).keys()
 
 
 def _new_value(key: str, text: str, length: int) -> str | None:

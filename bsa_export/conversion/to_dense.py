@@ -203,7 +203,7 @@ def to_dense(
         checkpoint.check_unchanged()
         write_json(staging / CONFIG, dense.config)
         longest = Encoder.find(checkpoint.tensors, config).longest
-        restore = record.lengths if record and dense.max_length == record.source_length else ()
+        restore = record.lengths if record and dense.max_length == record.source_length else None
         carried = carried_files.plan(path, checkpoint, longest, dense.max_length, restore=restore)
         carried_files.write(carried, staging)
     dense.notes.extend(f"{change.file}: {change_words(change)}" for change in carried.changes)

@@ -1,6 +1,6 @@
 """The three JSON records of a converted folder, each with one reader and one writer; docs/records.md shows them.
 
-conversion.json: what bsa-convert did. verification.json: what bsa-verify found. pulled.json: where bsa-pull got the folder.
+conversion.json: what bsa-convert did. verification.json: what bsa-verify found. pulled.json: where bsa-pull got it.
 Readers check every type, and read what earlier releases wrote: there some kinds and reasons were English sentences.
 """
 
@@ -186,7 +186,7 @@ class ConversionRecord:
         removed_fields: fields of the source's config.json that are not in the new one.
         attn_implementation: what config.json names as the attention; None in records from before it did.
         files: what was written, the record and the card excepted from judgement.
-        lengths: what changed in the files of the tokenizer and of sentence-transformers.
+        lengths: what changed in the files of the tokenizer and of sentence-transformers; None in records before 0.2.
     """
 
     family: str
@@ -207,7 +207,7 @@ class ConversionRecord:
     sparse_source: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
-    lengths: list[LengthChange] = field(default_factory=list)
+    lengths: list[LengthChange] | None = None
     not_finite: dict[str, str] = field(default_factory=dict)
     removed_fields: list[str] = field(default_factory=list)
     attn_implementation: str | None = None
