@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from what each command says to `--help`: `python docs/make_cli.py`. A test holds the file to it."""
+"""Writes docs/cli.md from the `--help` of each command: `python docs/make_cli.py`. A test compares the two."""
 
 import configparser
 import os
@@ -7,6 +7,26 @@ import sys
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
+START = """\
+# Commands
+
+Written by `python docs/make_cli.py` from the `--help` of each command. `python -m bsa_export convert ...` runs the same
+commands where the scripts are not on the `PATH`.
+
+Exit codes: 0 success, 1 an error, which is one sentence on stderr, 2 wrong usage, 130 Ctrl-C. `bsa-verify` has more.
+
+## Shell completion
+
+In `~/.bashrc`, for each command that you use:
+
+```bash
+eval "$(_BSA_CONVERT_COMPLETE=bash_source bsa-convert)"
+eval "$(_BSA_VERIFY_COMPLETE=bash_source bsa-verify)"
+```
+
+For zsh, write `zsh_source`, in `~/.zshrc`. For fish, write
+`_BSA_CONVERT_COMPLETE=fish_source bsa-convert > ~/.config/fish/completions/bsa-convert.fish`.
+"""
 
 
 def commands() -> list[str]:
@@ -18,7 +38,7 @@ def commands() -> list[str]:
 
 
 def cli_page() -> str:
-    parts = ["# Commands\n\nMade from `--help` by `python docs/make_cli.py`.\n"]
+    parts = [START]
     for command in commands():
         shown = subprocess.run(
             [Path(sys.executable).parent / command, "--help"],
