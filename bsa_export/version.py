@@ -14,6 +14,7 @@ EXTRAS = {
     "run": _RUN,
     "verify": (*_RUN, "deepspeed>=0.16,<0.19.7"),
     "plot": ("matplotlib>=3.7",),
+    "sentences": (*_RUN, "sentence-transformers>=5.2"),
     "train": (*_RUN, "accelerate>=1.1"),
 }
 
@@ -25,7 +26,7 @@ def install_hint(extra: str) -> str:
     that has the package.
 
     Args:
-        extra: `run`, `verify`, `plot` or `train`.
+        extra: a key of `EXTRAS`.
     """
     return "pip install " + " ".join(f'"{library}"' for library in EXTRAS[extra])
 

@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, commands run and print what is pasted, and the command page is `--help`."""
+"""README and docs: links have a target, commands print what is shown, and docs/cli.md is what `--help` prints."""
 
 import os
 import re
@@ -22,7 +22,7 @@ def fences(page: Path, language: str) -> list[str]:
 
 
 def sessions(page: Path) -> list[tuple[str, str]]:
-    """Each `$ command` in the console blocks of a page, and what is pasted below it."""
+    """Each `$ command` in the console blocks of a page, and the output shown below it."""
     return [
         (command, output)
         for block in fences(page, "console")
@@ -37,20 +37,20 @@ def anchors(page: Path) -> set[str]:
 
 
 def without_figures(text: str) -> str:
-    """The output with times, and the spaces that align them, made equal."""
+    """The output with all times equal, and all runs of spaces."""
     return re.sub(r"[ \t]+", " ", re.sub(r"\d+(\.\d+)? m?s\b", "0 s", text)).strip()
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, minilm):
-    """A folder as a reader has it: the real model beside the prompt."""
+    """A folder as a reader has it, with the real model in it."""
     folder = tmp_path_factory.mktemp("reader")
     (folder / "minilm").symlink_to(minilm)
     return folder
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_have_a_target(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if re.match(r"[a-z]+:", target):
             continue
@@ -68,13 +68,13 @@ def test_python_in_it_compiles(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_scripts_that_it_names_are_there(page):
+def test_scripts_that_it_names_exist(page):
     for script in re.findall(r"`(?:bash|python) ([\w./]+\.(?:sh|py))", page.read_text()):
         assert (ROOT / script).is_file(), f"{page.name} names {script}"
 
 
 @pytest.mark.parametrize("command", make_cli.commands())
-def test_readme_tells_of_each_command(command):
+def test_readme_shows_each_command(command):
     assert re.search(rf"^(\$ )?{command} ", PAGES[0].read_text(), re.MULTILINE)
 
 
@@ -98,7 +98,8 @@ def test_the_command_page_is_what_help_says():
     assert (ROOT / "docs" / "cli.md").read_text() == make_cli.cli_page(), "run python docs/make_cli.py"
 
 
-def test_quickstart_runs_in_an_installed_environment(minilm, tmp_path):
+@pytest.mark.slow
+def test_quickstart_verifies_every_backend_in_an_installed_environment(minilm, tmp_path):
     ran = subprocess.run(
         ["bash", str(ROOT / "examples" / "quickstart.sh"), str(tmp_path / "out")],
         env=os.environ | {"VENV": sys.prefix},
@@ -106,10 +107,11 @@ def test_quickstart_runs_in_an_installed_environment(minilm, tmp_path):
         text=True,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "512 -> 4,096 tokens, positions tiled" in ran.stdout
+    for backend in ("torch", "triton", "deepspeed"):
+        assert re.search(rf"^passed +outputs: {backend} ", ran.stdout, re.MULTILINE), ran.stdout
     assert ran.stdout.splitlines()[-1].startswith("passed: ")
 
 
-@pytest.mark.parametrize("script", ["examples/quickstart.sh", "tests/run.sh", "tests/material.sh"])
+@pytest.mark.parametrize("script", [*ROOT.glob("*/*.sh"), ROOT / ".ci" / "run"], ids=lambda path: path.name)
 def test_scripts_are_bash(script):
-    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
+    subprocess.run(["bash", "-n", str(script)], check=True)
