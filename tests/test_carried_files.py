@@ -569,8 +569,9 @@ def test_sentence_transformers_loads_an_encoder_that_had_a_folder_of_its_own(sen
     content = json.loads((source / "modules.json").read_text())
     content[0]["path"] = "0_BERT"
     (source / "modules.json").write_text(json.dumps(content))
+    torch.save({"weight": torch.randn(4, 8)}, source / "head.pt")
     assert_loads_the_same(source, target)
-    assert "tokenizer.json" in files(target)
+    assert {"tokenizer.json", "head.safetensors"} <= files(target)
 
 
 def test_a_trained_folder_keeps_its_card_and_lengths(sentence_folder, target):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from bsa_export.checkpoint.open import KNOWN_NAMES, NOT_WEIGHTS, WEIGHT_ENDINGS
+from bsa_export.checkpoint.open import KNOWN_NAMES
 from bsa_export.checkpoint.table import file_stamp
 from bsa_export.converted.names import CONFIG
 from bsa_export.errors import CheckpointError
@@ -69,14 +68,12 @@ def encoder_folder(source: Path) -> Path:
         CheckpointError: modules.json is damaged, or leads out of the folder.
     """
     source = Path(source)
-    if not source.is_dir() or not (source / MODULES).is_file():
-        return source
-    if any(_is_weights(entry.name) for entry in source.iterdir() if entry.is_file()):
+    if not source.is_dir() or not (source / MODULES).is_file() or _has_weights(source):
         return source
     root = SourceFolder(source)
     paths = module_paths(read_modules(root), source / MODULES)
     first = source / paths[0] if paths else source
-    if not (first / CONFIG).is_file() or not any((first / name).is_file() for name in KNOWN_NAMES):
+    if not (first / CONFIG).is_file() or not _has_weights(first):
         return source
     root.own(first)
     return first
@@ -156,7 +153,6 @@ def stamp_of(path: Path) -> tuple[int, ...]:
         raise CheckpointError(f"it was removed while it was being read ({error.strerror})", where=path) from None
 
 
-def _is_weights(name: str) -> bool:
-    return name in KNOWN_NAMES or (
-        name.endswith(WEIGHT_ENDINGS) and not any(fnmatch(name, pattern) for pattern in NOT_WEIGHTS)
-    )
+def _has_weights(folder: Path) -> bool:
+    """Whether a folder has weights under a name of the Hub; a head of its own may have any other."""
+    return any((folder / name).is_file() for name in KNOWN_NAMES)
