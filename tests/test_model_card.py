@@ -78,7 +78,7 @@ def folder(tmp_path):
     """A converted folder as `write` finds it: records, config and stored layouts."""
     folder = tmp_path / "converted"
     folder.mkdir()
-    layouts = make_layouts(windowed_for(512, 12), 4096, 6, 0, False)
+    layouts = map(np.ascontiguousarray, make_layouts(windowed_for(512, 12), 4096, 6, 0, False))
     save_file(dict(zip(CONVERSION["added"], layouts, strict=True)), folder / "model.safetensors")
     (folder / "conversion.json").write_text(json.dumps(CONVERSION))
     (folder / "config.json").write_text(json.dumps(CONFIG))

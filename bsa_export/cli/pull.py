@@ -14,15 +14,16 @@ from bsa_export.cli import command, repository
 @click.argument("repo", metavar="ORG/NAME[@REVISION]", callback=repository)
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion in FOLDER.")
-def main(repo, folder, overwrite):
-    """Get a converted model: ORG/NAME of the Hub, at a branch, tag or commit, becomes FOLDER.
+def main(repo: tuple[str, str | None], folder: Path, overwrite: bool) -> None:
+    """Download a converted model from the Hugging Face Hub into FOLDER.
 
-    Sizes, hashes, file and layouts are checked first; nothing of the repository is executed. An interrupted pull goes on when
-    it is run again.
+    REVISION is a branch, tag or commit. Sizes, hashes, file and layouts are checked before FOLDER appears. Nothing in
+    the repository is executed. To continue an interrupted pull, run it again.
     """
     from bsa_export import hub
 
-    result = hub.pull(*repo, folder, overwrite=overwrite, progress=sys.stderr.isatty())
+    repo_id, revision = repo
+    result = hub.pull(repo_id, folder, revision=revision, overwrite=overwrite, progress=sys.stderr.isatty())
     click.echo(f"{folder}  {len(result.files)} files, {sum(result.files.values()):,} bytes")
     click.echo(f"commit  {result.commit}")
     click.echo(f'load    bsa_export.load("{folder}")')

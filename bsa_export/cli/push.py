@@ -49,8 +49,8 @@ def main(folder, repo, private, revision, create_pr, message, unverified, dry_ru
     click.echo(f"commit  {result.commit}")
     click.echo(f'load    bsa_export.load("{result.name}")')
     if result.card_kept:
-        told = f"Warning: {folder}: its model card could not be completed there ({result.card_kept}); that of the repository is"
-        click.echo(told, err=True)
+        warning = f"Warning: {folder}: the model card could not be completed here ({result.card_kept})"
+        click.echo(f"{warning}; the repository has the complete card", err=True)
 
 
 def _shown(plan) -> str:

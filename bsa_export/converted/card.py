@@ -176,7 +176,7 @@ def render(
 def is_edited(folder: Path) -> bool:
     """Whether the folder has a card that `write` did not write, or that was changed since."""
     try:
-        return is_edited_text(_read(Path(folder) / CARD))
+        return is_edited_text(read_card(Path(folder) / CARD))
     except FileNotFoundError:
         return False
 
@@ -194,7 +194,7 @@ def metadata(card: Path) -> dict[str, Any]:
         CheckpointError: it is not YAML with a mapping, or too long.
         FileNotFoundError: there is no such file.
     """
-    return metadata_of(_read(card), card).to_dict()
+    return metadata_of(read_card(card), card).to_dict()
 
 
 def metadata_of(text: str, where: object) -> CardData:
@@ -217,7 +217,9 @@ def metadata_of(text: str, where: object) -> CardData:
             where=where,
         )
     if found := UNUSUAL_YAML.search(block):
-        raise CheckpointError("expected metadata without YAML's merge keys and tags", found=found[0].strip(), where=where)
+        raise CheckpointError(
+            "expected metadata without YAML's merge keys and tags", found=found[0].strip(), where=where
+        )
     try:
         return RepoCard(f"{block}{end}\n").data
     except Exception as error:  # PyYAML raises ValueError and others for values that it cannot build
@@ -273,7 +275,8 @@ def picture(layouts: Sequence[np.ndarray]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(content)
 
 
-def _read(card: Path) -> str:
+def read_card(card: Path) -> str:
+    """The text of a card of at most 16 MB. Raises CheckpointError, or FileNotFoundError where there is none."""
     return read_bytes(card, MAX_CARD_BYTES).decode("utf-8", "replace")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bsa_export.converted.checks import Check, Status
-from bsa_export.text import size
+from bsa_export.text import printable, size
 
 WIDTH = 30
 MOST_FAULTS = 5
@@ -13,9 +13,9 @@ def line(check: Check) -> str:
     """Status, name and figures; the reason of what failed or was skipped below."""
     text = f"{check.status:<8} {check.name:<{WIDTH}} "
     if check.status is Status.SKIPPED:
-        return text + check.reason
+        return text + printable(check.reason)
     lines = [(text + figures(check)).rstrip()]
-    lines += [f"{'':<9}{fault}" for fault in check.faults[:MOST_FAULTS]]
+    lines += [f"{'':<9}{printable(fault)}" for fault in check.faults[:MOST_FAULTS]]
     if len(check.faults) > MOST_FAULTS:
         lines.append(f"{'':<9}and {len(check.faults) - MOST_FAULTS} more (--json lists them)")
     return "\n".join(lines)
@@ -29,7 +29,7 @@ def figures(check: Check) -> str:
         parts.append(f"error {found.pop('error'):.3g} of {found.pop('bound'):g} x plain PyTorch's")
     for name, value in found.items():
         parts.append(_figure(name, value))
-    return ", ".join(part for part in parts if part)
+    return ", ".join(printable(part) for part in parts if part)
 
 
 def _figure(name: str, value: object) -> str:

@@ -92,7 +92,7 @@ def result(
     part: str = "",
     numerical: bool = False,
 ) -> Check:
-    """A check that ran: failed if there are faults, a sentence each. The reason holds the first and counts the others."""
+    """A check that ran: failed if there are faults, a sentence each. The reason is the first one, with a count."""
     rows = [*map(dict, details), *({"fault": fault} for fault in faults)]
     if not faults:
         return Check(kind, Status.PASSED, part, "", dict(figures or {}), rows, numerical)

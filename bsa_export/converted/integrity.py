@@ -1,8 +1,11 @@
-"""The integrity of a converted folder: the file check and the layout check, which bsa-pull runs too. Torch is not imported."""
+"""The integrity of a converted folder: the file check and the layout check, which bsa-pull runs too.
+
+The weight files are opened by the safetensors library as well: the format's own parser judges our reader. Torch is not
+imported.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,22 +20,38 @@ from bsa_export.checkpoint.open import WEIGHT_ENDINGS
 from bsa_export.checkpoint.writer import INDEX_NAME
 from bsa_export.converted.checks import Check, Kind, result
 from bsa_export.converted.folder import ConvertedFolder, open_folder, recorded_sparsity
-from bsa_export.converted.names import VERIFICATION_RECORD, of_model
+from bsa_export.converted.names import (
+    CARD,
+    CONVERSION_RECORD,
+    PULL_RECORD,
+    VERIFICATION_RECORD,
+    files_in,
+    of_conversion,
+    of_model,
+    of_people,
+)
 from bsa_export.converted.records import ConversionRecord
 from bsa_export.errors import BsaError, FamilyError, SparsityError
-from bsa_export.files import sha256
+from bsa_export.files import MAX_JSON_BYTES, read_json, sha256
 from bsa_export.sparsity.configs import DEEPSPEED_LENGTH, config_class_path, make_layouts
 from bsa_export.sparsity.facts import check_layout as check_array
+from bsa_export.text import some
+
+# The figure that names files which conversion.json does not list.
+NOT_RECORDED = f"not in {CONVERSION_RECORD}:"
 
 
 def check_file(folder: Path) -> Check:
-    """Checks the safetensors header, shards and index, config.json and conversion.json against each other, and every recorded
-    digest: that of weights at the speed of the disk."""
+    """Checks weight files, their index, config.json and conversion.json against each other, and every recorded digest.
+
+    The digests of weights are computed at the speed of the disk. Files that conversion.json does not list are named in
+    the figures: the conversion did not write them.
+    """
     try:
         opened = open_folder(folder)
     except BsaError as error:
         return result(Kind.FILE, [str(error)])
-    faults = [*_table_faults(opened), *_weight_file_faults(opened)]
+    faults = [*_parser_faults(opened), *_table_faults(opened), *_weight_file_faults(opened)]
     figures = {
         "tensors": len(opened.tensors),
         "bytes": sum(row.nbytes for row in opened.tensors.values()),
@@ -45,7 +64,48 @@ def check_file(folder: Path) -> Check:
         digest_faults, compared = _digest_faults(opened, opened.record)
         faults += digest_faults
         figures["digests"] = f"{compared} of {len(opened.record.files)} files"
+        if unexpected := unexpected_files(opened.path, opened.record):
+            figures[NOT_RECORDED] = some(unexpected, 5)
     return result(Kind.FILE, faults, figures)
+
+
+def unexpected_files(folder: Path, record: ConversionRecord) -> list[str]:
+    """The files of a converted folder that conversion.json does not list.
+
+    The card, licenses, pictures and hidden files are left out.
+    """
+    return [
+        name
+        for name in files_in(folder)
+        if not (of_conversion(name, record.files) or of_people(name) or name == PULL_RECORD)
+        and not any(part.startswith(".") for part in name.split("/"))
+    ]
+
+
+def _parser_faults(opened: ConvertedFolder) -> list[str]:
+    """What the safetensors library refuses or reads differently: names, dtypes and shapes of every weight file."""
+    from safetensors import SafetensorError, safe_open
+
+    ours: dict[Path, dict[str, tuple[str, tuple[int, ...]]]] = {file: {} for file in opened.checkpoint.files}
+    for name, row in opened.tensors.items():
+        ours[row.data.path][name] = (row.dtype, tuple(row.shape))
+    faults = []
+    for file, expected in ours.items():
+        try:
+            with safe_open(file, framework="np") as reader:
+                names = reader.keys()
+                slices = {name: reader.get_slice(name) for name in names}
+                found = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
+        except (SafetensorError, OSError) as error:
+            faults.append(f"{file.name}: the safetensors library refuses it ({error})")
+            continue
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                faults.append(
+                    f"{file.name}: {name}: expected {expected.get(name)} from the safetensors library,"
+                    f" found {found.get(name)}"
+                )
+    return faults
 
 
 def _table_faults(opened: ConvertedFolder) -> list[str]:
@@ -67,15 +127,16 @@ def _table_faults(opened: ConvertedFolder) -> list[str]:
 
 def _weight_file_faults(opened: ConvertedFolder) -> list[str]:
     """Weights that lie there besides those that are read, and an index that counts other bytes."""
-    faults = [f"{name}: {why}" for name, why in opened.checkpoint.skipped]
+    faults = [f"{skipped.name}: {skipped.why}" for skipped in opened.checkpoint.skipped]
     read = {file.name for file in opened.checkpoint.files}
     there = [entry.name for entry in sorted(opened.path.iterdir()) if entry.name.endswith(WEIGHT_ENDINGS)]
-    skipped = {name for name, _ in opened.checkpoint.skipped}
+    skipped = {skipped.name for skipped in opened.checkpoint.skipped}
     faults += [f"{name}: a file of weights that nothing reads" for name in there if name not in read | skipped]
     index = opened.path / INDEX_NAME
     if len(read) > 1 and index.is_file():
-        content = json.loads(index.read_bytes())
-        stated = (content.get("metadata") or {}).get("total_size")
+        content = read_json(index, MAX_JSON_BYTES)
+        metadata = content.get("metadata") if isinstance(content, dict) else None
+        stated = metadata.get("total_size") if isinstance(metadata, dict) else None
         total = sum(row.nbytes for row in opened.tensors.values())
         if stated != total:
             faults.append(f"{INDEX_NAME}: expected a total_size of {total}, found {stated}")
@@ -84,7 +145,10 @@ def _weight_file_faults(opened: ConvertedFolder) -> list[str]:
 
 def _config_faults(opened: ConvertedFolder, record: ConversionRecord) -> list[str]:
     """config.json against the source's, which conversion.json holds, and against what it says was done."""
-    expected = FAMILIES[record.family].config(record.source.config)
+    source = {name: value for name, value in record.source.config.items() if name not in record.removed_fields}
+    expected = FAMILIES[record.family].config(source)
+    if record.attn_implementation is not None:
+        expected["attn_implementation"] = record.attn_implementation
     if (dtype := record.options.dtype) in DTYPES:
         expected["dtype" if "dtype" in expected else "torch_dtype"] = TORCH_NAMES[dtype]
     try:
@@ -98,7 +162,8 @@ def _config_faults(opened: ConvertedFolder, record: ConversionRecord) -> list[st
     names = [*expected, *(name for name in opened.config if name not in expected)]
     absent = object()
     faults = [
-        f"config.json: {name}: expected {expected.get(name, 'none')!r} from conversion.json, found {opened.config.get(name, 'none')!r}"
+        f"config.json: {name}: expected {expected.get(name, 'none')!r} from conversion.json,"
+        f" found {opened.config.get(name, 'none')!r}"
         for name in names
         if expected.get(name, absent) != opened.config.get(name, absent)
     ]
@@ -151,8 +216,11 @@ DIGESTS = {"checksum": file_checksum, "sha256": sha256}
 
 
 def check_layout(folder: Path) -> Check:
-    """Checks each layer's stored layout: 0 and 1, no empty row, heads and blocks as configured, and equal to one that is made
-    again from the sparsity config and seed, wherever a rule made it. One layer is in memory at a time."""
+    """Checks each layer's stored layout. One layer is in memory at a time.
+
+    It must hold 0 and 1 only, have no empty row, have heads and blocks as configured, and equal the layout recomputed
+    from the sparsity config and seed, where a rule made it.
+    """
     try:
         opened = open_folder(folder)
     except BsaError as error:
@@ -186,7 +254,7 @@ def check_layout(folder: Path) -> Check:
     density = float(np.mean(kept))
     if opened.record is not None and not abs(density - opened.record.density) <= 1e-9:  # NaN too
         faults.append(f"expected a density of {opened.record.density:.6f} from conversion.json, found {density:.6f}")
-    return result(Kind.LAYOUT, faults, figures | {"density": density, "distinct": len(patterns), "made again": how})
+    return result(Kind.LAYOUT, faults, figures | {"density": density, "distinct": len(patterns), "recomputed": how})
 
 
 def differences(layer: int, layout: np.ndarray, expected: list[np.ndarray] | None) -> Iterator[str]:
@@ -198,14 +266,17 @@ def differences(layer: int, layout: np.ndarray, expected: list[np.ndarray] | Non
         row, column = where[0]
         more = f" and {len(where) - 1} more blocks" if len(where) > 1 else ""
         yield (
-            f"layer {layer}, head {head}, row {row}, column {column}: expected {expected[layer][head, row, column]} from the"
-            f" sparsity config, found {layout[head, row, column]}{more}"
+            f"layer {layer}, head {head}, row {row}, column {column}: expected {expected[layer][head, row, column]}"
+            f" from the sparsity config, found {layout[head, row, column]}{more}"
         )
 
 
 def expected_layouts(opened: ConvertedFolder) -> tuple[list[np.ndarray] | None, str]:
-    """The layouts that the folder's sparsity config and seed give, one a layer, and how they were made; None where no rule made
-    those that are stored, and why."""
+    """Recomputes the layouts from the folder's sparsity config and seed.
+
+    Returns:
+        One layout `[heads, n, n]` a layer, and how they were made; None where no rule made the stored ones, and why.
+    """
     sparsity, record, longest = opened.sparsity, opened.record, opened.longest
     if record is not None:
         sparsity = recorded_sparsity(record, opened.heads)
@@ -235,11 +306,16 @@ def expected_layouts(opened: ConvertedFolder) -> tuple[list[np.ndarray] | None, 
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of the files that make the converted model, by name: all that bsa-push takes for a part of it."""
+    """sha256 of the files that make the converted model, by name.
+
+    With a conversion.json they are those that it lists, and the record itself: what bsa-push publishes as the model.
+    Without one they are those that look like files of a model.
+    """
     folder = Path(folder)
-    there = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    names = {name for name in there if of_model(name) and name != VERIFICATION_RECORD}
+    names = {name for name in files_in(folder) if of_model(name)}
     with suppress(BsaError):
         opened = open_folder(folder)
-        names |= {file.name for file in opened.checkpoint.files} | set(opened.record.files if opened.record else ())
-    return {name: sha256(folder / name) for name in sorted(names) if (folder / name).is_file()}
+        if opened.record is not None:
+            names = {name for name in files_in(folder) if of_conversion(name, opened.record.files)}
+        names |= {file.name for file in opened.checkpoint.files}
+    return {name: sha256(folder / name) for name in sorted(names - {VERIFICATION_RECORD, CARD})}

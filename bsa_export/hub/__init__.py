@@ -1,7 +1,7 @@
 """Publishing a converted folder on the Hugging Face Hub, and getting one.
 
-`push` (= `upload(plan(...))`), `pull`, and `fetch` for whatever is loaded by name. Nothing here needs torch. The token is the one
-that huggingface_hub finds, in the environment or in the stored login; it is shown to nobody.
+`push` (= `upload(plan(...))`), `pull`, and `fetch` for whatever is loaded by name. Nothing here needs torch. The
+token is the one that huggingface_hub finds, in the environment or in the stored login. It is never shown.
 """
 
 from bsa_export.hub.download import Fetched, PullResult, fetch, pull

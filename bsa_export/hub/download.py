@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bsa_export.checkpoint.atomic_folder import AtomicFolder
-from bsa_export.converted.names import CARD, CONVERSION_RECORD, PULL_RECORD, SAFE_NAME, of_repository
+from bsa_export.converted.names import (
+    CARD,
+    CONVERSION_RECORD,
+    MODULES,
+    PULL_RECORD,
+    SAFE_NAME,
+    is_runnable,
+    of_conversion,
+    of_people,
+)
 from bsa_export.converted.records import PullRecord, read_conversion, to_json
 from bsa_export.errors import CheckpointError, HubError
-from bsa_export.files import write_json
+from bsa_export.files import MAX_JSON_BYTES, read_json, write_json
 from bsa_export.hub import client, names
 
 if TYPE_CHECKING:
@@ -57,51 +66,75 @@ class Snapshot(NamedTuple):
 
 
 def pull(
-    repo_id: str,
-    revision: str | None,
-    target: str | Path,
+    repo: str,
+    folder: str | Path,
     *,
+    revision: str | None = None,
     overwrite: bool = False,
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> PullResult:
-    """Gets a published conversion: downloads one commit, checks sizes, hashes, file and layouts, and makes the folder.
+    """Gets a published conversion: the command bsa-pull.
 
-    An interrupted pull goes on from the Hub's cache. The folder appears whole or not at all; `pulled.json` in it says which
-    commit it is of. Nothing of the repository is executed, and nothing that could be is taken along.
+    Downloads the files of one commit that its conversion.json lists, the card, licenses and pictures. Checks sizes,
+    hashes, file and layouts. Then makes the folder, whole or not at all. `pulled.json` in it names the commit.
+    Nothing of the repository is executed, and no code or pickle is downloaded. An interrupted pull continues from the
+    Hub's cache.
 
     Args:
-        repo_id: `org/name`.
-        revision: branch, tag or commit; main by default.
-        target: the folder to make.
-        overwrite: replaces an earlier conversion.
+        repo: `org/name` or `org/name@revision`.
+        folder: the folder to make.
+        revision: branch, tag or commit, if `repo` names none; main by default.
+        overwrite: whether an earlier conversion may be replaced.
         cache_dir: the Hub's cache; huggingface_hub's own by default.
         progress: whether to show bars on stderr.
 
+    Returns:
+        The folder, its commit and its files.
+
     Raises:
-        HubError: the Hub or the network refused, the repository is no conversion or a damaged one, or what arrived is not what
-            it lists.
-        CheckpointError: `target` cannot be made.
+        HubError: the Hub or the network refused, the repository is not a conversion or a damaged one, or what arrived
+            is not what it lists.
+        CheckpointError: `folder` cannot be made.
     """
-    with AtomicFolder(target, overwrite=overwrite) as staging:
+    repo_id, revision = named(repo, revision)
+    with AtomicFolder(folder, overwrite=overwrite) as staging:
         there = _listing(repo_id, revision, cache_dir)
         if CONVERSION_RECORD not in there.files:
             raise HubError(
                 f"expected a converted model, with a {CONVERSION_RECORD}",
                 found="none",
                 where=repo_id,
-                hint=f"if it is a dense BERT, bsa-convert {repo_id} {target} converts it",
+                hint=f"if it is a dense BERT, bsa-convert {repo_id} {folder} converts it",
             )
-        wanted = there._replace(files={name: file for name, file in there.files.items() if of_repository(name)})
+        wanted = _of_conversion(there, of_people)
         snapshot = _download(wanted, progress)
         digests = {}
         for name in wanted.files:
-            (staging / name).parent.mkdir(exist_ok=True)
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
             digests[name] = _checked(wanted, name, snapshot, staging / name)
         _check_conversion(repo_id, staging)
         record = PullRecord(repo_id, revision or names.MAIN, there.commit, digests)
         write_json(staging / PULL_RECORD, to_json(record))
-    return PullResult(Path(target), there.commit, {name: file.size for name, file in wanted.files.items()})
+    return PullResult(Path(folder), there.commit, {name: file.size for name, file in wanted.files.items()})
+
+
+def named(repo: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Repository and revision of `org/name` or `org/name@revision`.
+
+    Raises:
+        HubError: it is neither, there are two revisions, or the revision cannot be the name of one.
+    """
+    parts = names.parse_repo(repo)
+    if parts is None:
+        raise HubError("expected a repository org/name or org/name@revision", found=repr(repo))
+    if revision is not None:
+        if parts[1] is not None:
+            raise HubError("expected one revision", found=f"{parts[1]} and {revision}", where=parts[0])
+        if names.parse_repo(f"{parts[0]}@{revision}") != (parts[0], revision):
+            raise HubError("expected a branch, tag or commit", found=repr(revision), where=parts[0])
+        return parts[0], revision
+    return parts
 
 
 def fetch(
@@ -112,11 +145,13 @@ def fetch(
     allow: Iterable[str] | None = None,
     progress: bool = False,
 ) -> Fetched:
-    """Downloads what a checkpoint needs, dense or converted, into the Hub's cache. Sizes are checked, and hashes of what is new; a
-    conversion must pass the checks of file and layouts, as `pull` has it.
+    """Downloads what a checkpoint needs, dense or converted, into the Hub's cache.
 
-    That is: weights (safetensors if there are any), config.json, tokenizer and sentence-transformers files, the records of a
-    conversion, and README.md for the license. With HF_HUB_OFFLINE the cache answers.
+    For a conversion these are the files that its conversion.json lists. It must pass the checks of file and layouts, as
+    in `pull`. For others: weights (safetensors if there are any), config.json, tokenizer, every file of the modules that
+    modules.json lists, licenses, and README.md. Sizes are checked, and hashes of new files.
+
+    With HF_HUB_OFFLINE the cache answers.
 
     Args:
         repo_id: `org/name`.
@@ -126,12 +161,15 @@ def fetch(
         progress: whether to show bars on stderr.
 
     Raises:
-        HubError: the Hub or the network refused, there is no checkpoint, what arrived is not what the Hub lists, or it is a
-            conversion that fails a check.
+        HubError: the Hub or the network refused, there is no checkpoint, what arrived is not what the Hub lists, or it
+            is a conversion that fails a check.
     """
     there = _listing(repo_id, revision, cache_dir)
-    if allow is None:
-        chosen = names.of_checkpoint(there.files)
+    if allow is None and CONVERSION_RECORD in there.files:
+        chosen = list(_of_conversion(there, lambda name: name == CARD).files)
+    elif allow is None:
+        sizes = {name: file.size for name, file in there.files.items()}
+        chosen = names.of_checkpoint(sizes, _module_paths(there) if MODULES in there.files else [])
     else:
         patterns = list(allow)
         safe = filter(SAFE_NAME.fullmatch, there.files)
@@ -153,7 +191,7 @@ def _check_snapshot(wanted: Snapshot, snapshot: Path) -> None:
     with tempfile.TemporaryDirectory() as view:
         for name in wanted.files:
             link = Path(view) / name
-            link.parent.mkdir(exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to((snapshot / name).absolute())
         _check_conversion(wanted.repo_id, Path(view))
 
@@ -168,24 +206,65 @@ def _check_conversion(repo_id: str, folder: Path) -> None:
             raise HubError(f"it fails the {check.name} check: {reason}", where=repo_id, hint="tell its owner")
 
 
-def recorded_files(folder: Path) -> list[str]:
-    """The files that conversion.json lists. The card, which a push completes, is left out."""
-    record = read_conversion(folder)
-    if record is None:
-        raise CheckpointError("expected a finished conversion", found=f"no {CONVERSION_RECORD}", where=folder)
-    return [name for name in record.files if name != CARD]
+def _of_conversion(there: Snapshot, others: Callable[[str], bool]) -> Snapshot:
+    """The files of a published conversion: those that its conversion.json lists, its records, and `others`.
+
+    Raises:
+        HubError: conversion.json is damaged, lists what is no file of a model, or what the repository does not have.
+    """
+    path = _small_file(there, CONVERSION_RECORD)
+    try:
+        record = read_conversion(path.parent)
+    except CheckpointError as error:
+        raise HubError(str(error).replace(f"{path.parent}/", ""), where=there.repo_id, hint="tell its owner") from None
+    recorded = dict(record.files) if record else {}
+    recorded.pop(CARD, None)
+    for name, entry in recorded.items():
+        if not SAFE_NAME.fullmatch(name) or is_runnable(name):
+            raise HubError(
+                f"its {CONVERSION_RECORD} lists what is not a file of a model",
+                found=name,
+                where=there.repo_id,
+                hint="tell its owner",
+            )
+        if (file := there.files.get(name)) is None or file.size != entry.bytes:
+            raise HubError(
+                f"expected {name} with {entry.bytes:,} bytes, as its {CONVERSION_RECORD} has it",
+                found="no such file" if file is None else f"{file.size:,} bytes",
+                where=there.repo_id,
+                hint="tell its owner",
+            )
+    files = {name: file for name, file in there.files.items() if of_conversion(name, recorded) or others(name)}
+    return there._replace(files=files)
+
+
+def _module_paths(there: Snapshot) -> list[str]:
+    """The folders of the modules that a sentence-transformers repository lists."""
+    modules = read_json(_small_file(there, MODULES))
+    paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
+    return [path for path in paths if isinstance(path, str) and SAFE_NAME.fullmatch(path)]
+
+
+def _small_file(there: Snapshot, name: str) -> Path:
+    """A JSON file of a commit, in the Hub's cache. Raises HubError for one that is too large to be one."""
+    if there.files[name].size > MAX_JSON_BYTES:
+        found = f"{there.files[name].size:,} bytes"
+        raise HubError(f"expected at most {MAX_JSON_BYTES:,} bytes in {name}", found=found, where=there.repo_id)
+    one = there._replace(files={name: there.files[name]})
+    snapshot = _download(one, progress=False)
+    _checked(one, name, snapshot)
+    return snapshot / name
 
 
 def _listing(repo_id: str, revision: str | None, cache_dir: str | Path | None) -> Snapshot:
     """The commit of a revision and all its files."""
-    if names.parse_repo(repo_id) != (repo_id, None):
-        raise HubError("expected a repository org/name", found=repr(repo_id))
+    repo_id, revision = named(repo_id, revision)
     if client.is_offline():
         return _cached_listing(repo_id, revision, cache_dir)
     revision = revision or names.MAIN
     with client.sentences(repo_id, revision):
         hub = client.api(writing=False)
-        commit = client.patiently(lambda: hub.model_info(repo_id, revision=revision)).sha
+        commit = client.patiently(lambda: client.checked(hub.model_info(repo_id, revision=revision))).sha
         return Snapshot(repo_id, revision, commit, client.tree(hub, repo_id, commit), cache_dir)
 
 
@@ -232,12 +311,13 @@ def _download(wanted: Snapshot, progress: bool) -> Path:
 
     if (folder := in_cache()) or client.is_offline():
         return folder
-    with client.sentences(wanted.repo_id, wanted.commit), client.bars(progress):
+    sizes = [file.size for file in wanted.files.values()]
+    with client.sentences(wanted.repo_id, wanted.commit, sizes=sizes), client.bars(progress):
         return client.patiently(attempt, waits=client.LONG_WAITS)
 
 
 def _name_revision(wanted: Snapshot, folder: Path) -> None:
-    """Notes in the Hub's cache which commit the revision names, so that it is found there without the Hub (the cache's `refs`)."""
+    """Notes in the Hub's cache (its `refs`) which commit the revision names, so that it is found without the Hub."""
     if wanted.revision != wanted.commit:
         ref = folder.parents[1] / "refs" / wanted.revision
         ref.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +325,11 @@ def _name_revision(wanted: Snapshot, folder: Path) -> None:
 
 
 def _checked(wanted: Snapshot, name: str, snapshot: Path, target: Path | None = None) -> str:
-    """Reads a file of the cache, into `target` if there is one. Returns its sha256. What is not as listed is downloaded once more."""
+    """Reads a file of the cache, into `target` if there is one; downloads it once more if it is not as listed.
+
+    Returns:
+        Its sha256.
+    """
     listed = wanted.files[name]
     for attempt in range(2):
         if attempt and not client.is_offline():
@@ -265,7 +349,7 @@ def _checked(wanted: Snapshot, name: str, snapshot: Path, target: Path | None = 
 def _download_again(wanted: Snapshot, name: str) -> None:
     from huggingface_hub import hf_hub_download
 
-    with client.sentences(wanted.repo_id, wanted.commit), client.bars(False):
+    with client.sentences(wanted.repo_id, wanted.commit, sizes=[wanted.files[name].size]), client.bars(False):
         client.patiently(
             lambda: hf_hub_download(
                 wanted.repo_id, name, revision=wanted.commit, cache_dir=wanted.cache_dir, force_download=True

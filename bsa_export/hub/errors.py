@@ -1,4 +1,4 @@
-"""What can go wrong between here and the Hub, each in its own sentence."""
+"""What can go wrong on the way to the Hub, each in its own sentence."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushing: bool) -> BsaError | None:
-    """The error to raise for what huggingface_hub or hf_xet raised; None if it is not about the Hub, the way to it or the disk.
+    """The error to raise for what huggingface_hub or hf_xet raised; None if it is not about the Hub, network or disk.
 
     Args:
-        error: huggingface_hub before 1.0 raises exceptions of requests, later ones of httpx or httpx2; hf_xet builtin ones.
+        error: huggingface_hub before 1.0 raises exceptions of requests, later those of httpx; hf_xet builtin ones.
         repo_id: what it was about.
         revision: branch, tag or commit that was asked for.
         pushing: whether something was to be written.
@@ -128,6 +128,12 @@ def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushin
             where=repo_id,
             hint=f"look at the network, HF_ENDPOINT and the proxy, then {again}",
         )
+    if is_a(errors.FileMetadataError) or any(_is_misunderstood(cause) for cause in causes):
+        return HubError(
+            f"{endpoint()} does not answer as a Hub does",
+            where=repo_id,
+            hint="look at HF_ENDPOINT; a login page of the network or a proxy may be in between",
+        )
     for cause in causes:
         if isinstance(cause, OSError) and (cause.filename or cause.errno in (errno.ENOSPC, errno.EDQUOT)):
             return plain_error(cause, Path(constants.HF_HUB_CACHE))
@@ -151,8 +157,19 @@ def _is_network(error: BaseException) -> bool:
     return isinstance(error, (ConnectionError, TimeoutError, LocalEntryNotFoundError, family)) or bool(xet)
 
 
+def _is_misunderstood(error: BaseException) -> bool:
+    """Whether huggingface_hub stumbled over an answer: no JSON, a key that lacks, another type than it expects."""
+    if not isinstance(error, (ValueError, LookupError, TypeError, AttributeError)):
+        return False
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    package = frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] if frame else ""
+    return package in ("huggingface_hub", "json", "httpx", "httpx2", "requests", "dateutil", "_strptime")
+
+
 def _batch_refusal(causes: list[BaseException]) -> bool:
-    """Whether the large-file endpoint refused single files for want of room; huggingface_hub raises a ValueError then."""
+    """Whether the large-file endpoint had no room for single files; huggingface_hub raises a ValueError then."""
     return any(
         isinstance(cause, ValueError) and "LFS batch" in str(cause) and FULL.search(str(cause)) for cause in causes
     )

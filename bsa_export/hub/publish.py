@@ -1,16 +1,18 @@
-"""To the Hub: `plan` checks a folder and a repository, `upload` does what the plan says in one commit, `push` is both."""
+"""To the Hub: `plan` checks folder and repository, `upload` does what the plan says in one commit, `push` is both."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bsa_export.checkpoint.table import file_stamp
 from bsa_export.converted import card as model_card
-from bsa_export.converted.names import CARD, of_model
+from bsa_export.converted.names import CARD, CONVERSION_RECORD, SAFE_NAME, of_model, of_people
+from bsa_export.converted.records import read_conversion
 from bsa_export.errors import CheckpointError, HubError
 from bsa_export.files import hashes_of, replace_file
 from bsa_export.hub import client, names
@@ -88,7 +90,7 @@ class PushResult(NamedTuple):
 
 def push(
     folder: str | Path,
-    repo_id: str,
+    repo: str,
     *,
     private: bool = False,
     revision: str | None = None,
@@ -97,8 +99,26 @@ def push(
     unverified: bool = False,
     progress: bool = False,
 ) -> PushResult:
-    """Publishes a converted folder: `upload(plan(...))`, which see."""
-    what = plan(folder, repo_id, private=private, revision=revision, create_pr=create_pr, unverified=unverified)
+    """Publishes a converted folder: the command bsa-push. It is `upload(plan(...))`, without a question in between.
+
+    Args:
+        folder: what bsa-convert made and bsa-verify passed.
+        repo: `org/name`.
+        private: makes a new repository private.
+        revision: the branch to commit to, main by default; made from main if it is not there.
+        create_pr: opens a pull request against main instead of committing.
+        message: of the commit.
+        unverified: publishes a folder that bsa-verify did not pass, or that changed since; the card says so.
+        progress: whether to show bars on stderr.
+
+    Returns:
+        The page, the commit, and whether anything changed.
+
+    Raises:
+        CheckpointError: the folder is not a finished conversion, changed meanwhile, or has a card that the Hub refuses.
+        HubError: it is not verified, the Hub or the network refused, or somebody else committed meanwhile.
+    """
+    what = plan(folder, repo, private=private, revision=revision, create_pr=create_pr, unverified=unverified)
     return upload(what, message=message, progress=progress)
 
 
@@ -149,14 +169,15 @@ def plan(
         info = client.find(hub, repo_id)
         _refuse_repository(info, repo_id, private, create_pr)
         head = info and client.find(hub, repo_id, branch)
-        remote = client.tree(hub, repo_id, (head or info).sha) if info else {}
-        kept_there = _kept_card(hub, repo_id, (head or info).sha, files) if CARD in remote else None
+        start = head or info  # a new branch starts at main
+        remote = client.tree(hub, repo_id, start.sha) if start else {}
+        kept_there = _kept_card(hub, repo_id, start.sha, files) if start and CARD in remote else None
         if kept_there is not None:
             files = [file for file in files if file.name != CARD]
             if reason:
                 refuse_claim(kept_there, f"{repo_id}: {CARD}")
         uploads = [file.name for file in files if not _is_same(file, remote.get(file.name))]
-        deletes = _earlier(files, remote)
+        deletes = _earlier(files, remote, _recorded_there(hub, repo_id, start.sha, files, remote) if start else ())
         open_one = _proposed(hub, repo_id, user, files) if create_pr else None
         if open_one:
             uploads, deletes = [], []
@@ -186,7 +207,7 @@ def plan(
 def upload(what: Plan, *, message: str | None = None, progress: bool = False) -> PushResult:
     """Does what `plan` says, in one commit, and compares the repository with the folder afterwards.
 
-    Safe to repeat: after an interruption only what is missing goes up, and a commit that went through unanswered is found.
+    Safe to repeat: after an interruption only what is missing is uploaded. A commit whose answer was lost is found.
 
     Args:
         what: from `plan`.
@@ -247,13 +268,16 @@ def _complete_card(what: Plan) -> str | None:
 def _checked_user(hub: HfApi, repo_id: str, create_pr: bool) -> str:
     """The name of the token's user. Raises HubError if it cannot write there, as far as the Hub tells without a try."""
     me = client.patiently(hub.whoami)
-    user, (namespace, name) = me["name"], repo_id.split("/")
+    (namespace, name), orgs = repo_id.split("/"), me.get("orgs") or []
+    if not isinstance(user := me.get("name"), str) or not isinstance(orgs, list):
+        raise HubError("expected the name of the token's user from the Hub", found=user, hint="look at HF_ENDPOINT")
     if ((me.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise HubError(
             f"the token of {user} may only read",
-            hint=f"make one with write access at {client.endpoint()}/settings/tokens, then set HF_TOKEN or run hf auth login",
+            hint=f"make one with write access at {client.endpoint()}/settings/tokens, then set HF_TOKEN"
+            " or run hf auth login",
         )
-    own = [user, *(org["name"] for org in me.get("orgs") or [] if org.get("roleInOrg") != "read")]
+    own = [user, *(str(org.get("name")) for org in orgs if isinstance(org, dict) and org.get("roleInOrg") != "read")]
     if namespace.lower() not in map(str.lower, own) and not create_pr:
         raise HubError(
             f"{user} may not write in the namespace {namespace}, only in {', '.join(own)}",
@@ -277,14 +301,16 @@ def _refuse_repository(info, repo_id: str, private: bool, create_pr: bool) -> No
 
 
 def _kept_card(hub: HfApi, repo_id: str, commit: str, files: Iterable[PlannedFile]) -> str | None:
-    """The repository's card, if a person wrote it, and none the folder's: more than the metadata that the Hub starts one with."""
+    """The repository's card, if a person wrote it and the folder has none of a person's.
+
+    Metadata alone, as the Hub writes it into a new repository, are no card.
+    """
     if all(file.content is None for file in files):
         return None
     with client.bars(False):
         card = client.patiently(lambda: hub.hf_hub_download(repo_id, CARD, revision=commit))
-    text = Path(card).read_bytes().decode("utf-8", "replace")
-    written = model_card.FRONT_MATTER.sub("", text, count=1).strip()
-    return text if written and model_card.is_edited_text(text) else None
+    text = model_card.read_card(Path(card))
+    return text if model_card.body(text) and model_card.is_edited_text(text) else None
 
 
 def _check_metadata(folder: Path, files: Iterable[PlannedFile]) -> None:
@@ -299,7 +325,7 @@ def _check_metadata(folder: Path, files: Iterable[PlannedFile]) -> None:
 def _proposed(hub: HfApi, repo_id: str, user: str, files: Iterable[PlannedFile]) -> tuple[str, str] | None:
     """Number and head of an open pull request of the user whose repository is the folder already."""
     listed = client.patiently(
-        lambda: list(hub.get_repo_discussions(repo_id, author=user, discussion_type="pull_request"))
+        lambda: list(islice(hub.get_repo_discussions(repo_id, author=user, discussion_type="pull_request"), 1000))
     )
     numbers = [str(one.num) for one in listed if one.author == user and one.status in ("open", "draft")]
     heads = _pull_requests(hub, repo_id) if numbers else {}
@@ -321,19 +347,19 @@ def _base(hub: HfApi, what: Plan) -> str:
         client.patiently(
             lambda: hub.create_branch(what.repo_id, branch=what.branch, exist_ok=True), waits=client.LONG_WAITS
         )
-    made = client.patiently(lambda: hub.model_info(what.repo_id, revision=what.branch))
+    made = client.patiently(lambda: client.checked(hub.model_info(what.repo_id, revision=what.branch)))
     if what.private and not made.private:
         raise HubError("it was made by somebody else meanwhile, and is public", where=what.repo_id)
     return made.sha
 
 
 def _commit(hub: HfApi, what: Plan, base: str, message: str) -> tuple[str, str | None]:
-    """Uploads what is missing and commits it on `base`. Returns the commit and, if one was opened, the pull request's number.
+    """Uploads what is missing and commits it on `base`. Returns the commit, and the number of the pull request if any.
 
     Bytes go up before the commit, which only names them: a folder that changed meanwhile is found between the two.
 
-    huggingface_hub repeats the upload of bytes but not the commit, whose answer can be lost after it went through. So after
-    trouble the repository is looked at first; the next attempt is for the same `base`, and cannot come twice.
+    huggingface_hub repeats the upload of bytes but not the commit, whose answer can be lost after it went through. So
+    after trouble the repository is looked at first; the next attempt is for the same `base`, and cannot come twice.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -385,7 +411,7 @@ def _commit(hub: HfApi, what: Plan, base: str, message: str) -> tuple[str, str |
 
 
 def _content(folder: Path, file: PlannedFile) -> bytes | None:
-    """What goes up of a small file: the bytes that were hashed, whatever becomes of the file. None for weights, which are sent from disk.
+    """The content of a small file as it was hashed, so that later changes do not matter. None for weights.
 
     Raises:
         CheckpointError: the file is another one by now.
@@ -416,7 +442,7 @@ def _compare(what: Plan, remote: Mapping[str, RepoFile]) -> None:
                 where=what.repo_id,
                 hint="push again",
             )
-    if stale := _earlier(what.files, remote):
+    if stale := [name for name in what.deletes if name in remote] or _earlier(what.files, remote):
         raise HubError(f"it still holds {stale[0]} of an earlier model", where=what.repo_id, hint="push again")
 
 
@@ -425,14 +451,36 @@ def _holds(files: Iterable[PlannedFile], remote: Mapping[str, RepoFile]) -> bool
     return all(_is_same(file, remote.get(file.name)) for file in files) and not _earlier(files, remote)
 
 
-def _earlier(files: Iterable[PlannedFile], remote: Iterable[str]) -> list[str]:
-    """The files in a repository that belong to an earlier model: left there, they would be read with the new one."""
+def _earlier(files: Iterable[PlannedFile], remote: Iterable[str], recorded: Container[str] = frozenset()) -> list[str]:
+    """The files in a repository that belong to an earlier model: left there, they would be read with the new one.
+
+    Args:
+        files: those of the new model.
+        remote: the names in the repository.
+        recorded: the names that its own conversion.json lists.
+    """
     new = {file.name for file in files}
-    return [name for name in remote if name not in new and of_model(name)]
+    return [name for name in remote if name not in new and not of_people(name) and (of_model(name) or name in recorded)]
+
+
+def _recorded_there(
+    hub: HfApi, repo_id: str, commit: str, files: Iterable[PlannedFile], remote: Mapping[str, RepoFile]
+) -> set[str]:
+    """The files that the repository's own conversion.json lists; none where it has none that can be read."""
+    there = remote.get(CONVERSION_RECORD)
+    if there is None or any(file.name == CONVERSION_RECORD and _is_same(file, there) for file in files):
+        return set()
+    with client.bars(False):
+        path = client.patiently(lambda: hub.hf_hub_download(repo_id, CONVERSION_RECORD, revision=commit))
+    try:
+        record = read_conversion(Path(path).parent)
+    except CheckpointError:
+        return set()
+    return {name for name in record.files if SAFE_NAME.fullmatch(name)} if record else set()
 
 
 def _is_same(file: PlannedFile, there: RepoFile | None) -> bool:
-    """Whether the repository lists the file's content: by sha256 where it is large, by git's own hash where it is small."""
+    """Whether the repository lists the file's content: by sha256 for a large one, by git's hash for a small one."""
     if there is None or there.size != file.bytes:
         return False
     if there.lfs is not None:

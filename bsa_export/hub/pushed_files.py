@@ -1,34 +1,35 @@
-"""The folder that is pushed: which of its files go up, what they are, whether bsa-verify passed them, and what its card says."""
+"""The folder that is pushed: which of its files go up, whether bsa-verify passed them, and what its card says."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from bsa_export.bert.families import read_config
 from bsa_export.checkpoint.open import open_checkpoint
-from bsa_export.checkpoint.writer import INDEX_NAME
 from bsa_export.converted import card as model_card
+from bsa_export.converted.card import PASSED_MARK, UNVERIFIED_TAG
 from bsa_export.converted.names import (
     CARD,
+    CONFIG,
     CONVERSION_RECORD,
+    SAFE_NAME,
     VERIFICATION_RECORD,
-    is_weights,
+    files_in,
+    is_runnable,
+    of_conversion,
     of_model,
-    of_repository,
+    of_people,
 )
-from bsa_export.converted.records import Verdict, read_pull, read_verification
-from bsa_export.errors import CheckpointError
+from bsa_export.converted.records import Verdict, read_conversion, read_pull, read_verification
+from bsa_export.errors import BsaError, CheckpointError
 from bsa_export.files import Hashes
-from bsa_export.hub.download import recorded_files
 
 # Metadata of a card that the Hub reads as text, as a list of texts, or as either.
 CARD_TEXTS = {"license", "library_name", "pipeline_tag", "base_model", "base_model_relation", "language"}
 CARD_LISTS = {"tags", "license", "base_model", "datasets", "metrics", "language"}
-SAYS_PASSED = re.compile(r"bsa-verify.*\*\*passed\*\*", re.IGNORECASE)
-SAYS_NOT_VERIFIED = re.compile(r"not\s+verified", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,47 @@ class PlannedFile:
 
 
 def folder_files(folder: Path) -> tuple[list[str], list[str]]:
-    """The names that belong to the model in a finished conversion, and the others. Raises CheckpointError if it is none."""
-    if not (folder / CONVERSION_RECORD).is_file():
-        found = f"no {CONVERSION_RECORD}" if folder.is_dir() else "no such folder"
-        raise CheckpointError("expected a finished conversion", found=found, where=folder, hint="bsa-convert makes one")
-    for name in recorded_files(folder):
+    """The names that go up from a finished conversion, and the others.
+
+    The files that conversion.json lists go up, the records, and what people add: card, license and pictures.
+
+    Raises:
+        CheckpointError: it is not a finished conversion.
+    """
+    record = read_conversion(folder)
+    if record is None:
+        raise _not_converted(folder)
+    recorded = [name for name in record.files if name != CARD]
+    for name in recorded:
+        if not SAFE_NAME.fullmatch(name) or is_runnable(name):
+            raise CheckpointError(
+                f"{CONVERSION_RECORD} lists a file that is not published",
+                found=name,
+                where=folder,
+                hint="convert again",
+            )
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"expected the files of its {CONVERSION_RECORD}", found=f"no {name}", where=folder, hint="convert again"
             )
-    weights = {file.name for file in open_checkpoint(folder).files}
-    if len(weights) > 1:
-        weights.add(INDEX_NAME)
-    there = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    belong = [name for name in there if of_repository(name)]
-    # Shards beside a single file, or the other way round, would be read in its place.
-    belong = [name for name in belong if name in weights or not is_weights(name)]
-    return belong, [name for name in there if name not in belong]
+    open_checkpoint(folder)  # refuses damaged weights
+    there = list(files_in(folder))
+    belong = [name for name in there if of_conversion(name, recorded) or of_people(name)]
+    left_out = [name for name in there if name not in belong]
+    return belong, sorted(left_out, key=lambda name: not of_model(name))  # first what people would miss
+
+
+def _not_converted(folder: Path) -> CheckpointError:
+    """The error for a folder without conversion.json: which command writes one."""
+    if not folder.is_dir():
+        return CheckpointError("no such folder", where=folder)
+    hint = f"bsa-convert {folder} OUT converts a dense BERT; then push OUT"
+    try:
+        if "sparse_attention" in read_config(folder / CONFIG):
+            hint = f"training leaves it out: bsa-convert {folder} OUT makes the folder whole again; then push OUT"
+    except BsaError:
+        pass
+    return CheckpointError("expected a finished conversion", found=f"no {CONVERSION_RECORD}", where=folder, hint=hint)
 
 
 def unverified_because(folder: Path, hashes: Mapping[str, Hashes]) -> str | None:
@@ -83,7 +108,7 @@ def unverified_because(folder: Path, hashes: Mapping[str, Hashes]) -> str | None
     for name, digest in verified.items():
         if name not in hashes or hashes[name].sha256 != digest:
             return f"{name} {'changed' if name in hashes else 'is gone'} since bsa-verify ran"
-    unseen = [name for name in hashes if of_model(name) and name not in (*verified, VERIFICATION_RECORD)]
+    unseen = [name for name in hashes if not of_people(name) and name not in (*verified, VERIFICATION_RECORD)]
     return f"bsa-verify did not see its {unseen[0]}" if unseen else None
 
 
@@ -105,7 +130,7 @@ def planned_files(
     if text is None:
         _check_card(folder / card)
         if unverified:
-            refuse_claim((folder / card).read_bytes().decode("utf-8", "replace"), folder / card)
+            refuse_claim(model_card.read_card(folder / card), folder / card)
     files = [
         PlannedFile(name, (folder / name).stat().st_size, *found)
         for name, found in hashes.items()
@@ -127,13 +152,23 @@ def _check_card(card: Path) -> None:
         if key in CARD_LISTS and isinstance(value, list) and all(isinstance(item, str) for item in value):
             continue
         kind = "text" if key in CARD_TEXTS else "a list of texts"
-        raise CheckpointError(f"expected {kind} as {key} in its metadata", found=repr(value), where=card)
+        raise CheckpointError(f"expected {kind} as {key} in its metadata", found=_shown(value), where=card)
+
+
+def _shown(value: object) -> str:
+    """A value of YAML in short; a list or mapping by its kind: with aliases its text could be endless."""
+    return type(value).__name__ if isinstance(value, (list, dict, set, tuple)) else repr(value)
 
 
 def refuse_claim(card: str, where: object) -> None:
-    """Raises CheckpointError for a person's card of a model that is not verified, if the card says otherwise or nothing of it."""
-    hint = "write Not verified into it, and delete what says otherwise, or delete the card and a new one is made"
-    if SAYS_PASSED.search(card):
-        raise CheckpointError("it says that bsa-verify passed, which is not so", where=where, hint=hint)
-    if not SAYS_NOT_VERIFIED.search(card):
-        raise CheckpointError("it does not say that the model is not verified", where=where, hint=hint)
+    """Checks a person's own card of an unverified model: it needs the tag `unverified`, and no table that says passed.
+
+    Raises:
+        CheckpointError: it claims that bsa-verify passed, or does not say that the model is not verified.
+    """
+    tags = model_card.metadata_of(card, where).get("tags")
+    hint = f"add {UNVERIFIED_TAG} to its tags and take the verification out, or delete the card and a new one is made"
+    if PASSED_MARK in card:
+        raise CheckpointError("its verification section says that bsa-verify passed", where=where, hint=hint)
+    if not isinstance(tags, list) or UNVERIFIED_TAG not in tags:
+        raise CheckpointError(f"expected the tag {UNVERIFIED_TAG} in its metadata", where=where, hint=hint)

@@ -1,4 +1,4 @@
-"""bsa-push and bsa-pull as processes of their own that start at once: a process with everything imported forks for each command.
+"""bsa-push and bsa-pull as processes that start at once: a process with everything imported forks for each command.
 
 Waits between attempts are a hundred times shorter than they are for people.
 """

@@ -67,10 +67,26 @@ def mark_verified(folder: Path, verdict: str = "passed", **more) -> Path:
     files = {name: digest for name, digest in digests(folder).items() if name != "pulled.json"}
     record = {"verdict": verdict, "files": files, "device": "cpu", "versions": {"torch": "2.13.0"}}
     status = "failed" if verdict == "failed" else "passed"
-    checks = [{"name": "file", "status": "passed", "reason": None, "figures": {"tensors": 44}}]
-    checks.append({"name": "layer by layer", "status": status, "reason": None, "figures": {"error": 0.5, "bound": 2.0}})
+    checks = [{"kind": "file", "status": "passed", "figures": {"tensors": 44}}]
+    checks.append({"kind": "outputs", "part": "torch", "status": status, "figures": {"error": 0.5, "bound": 2.0}})
     (folder / "verification.json").write_text(json.dumps(record | {"checks": checks} | more))
     return folder
+
+
+def record_file(folder: Path, name: str, content: bytes) -> None:
+    """Adds a file to a converted folder and to its conversion.json."""
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    record = json.loads((folder / "conversion.json").read_text())
+    record["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "conversion.json").write_text(json.dumps(record))
+
+
+def forget_file(folder: Path, name: str) -> None:
+    """Takes a file out of a conversion.json."""
+    record = json.loads((folder / "conversion.json").read_text())
+    del record["files"][name]
+    (folder / "conversion.json").write_text(json.dumps(record))
 
 
 def digests(folder: Path) -> dict[str, str]:

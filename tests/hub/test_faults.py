@@ -1,10 +1,10 @@
-"""Passing trouble is survived: every request of a push and of a pull fails once, one a run or all in one, and the result is the same."""
+"""Every request of a push and of a pull fails once, one in each run or all in one, and the result is the same."""
 
 import shutil
 
 import pytest
 from conftest import digests
-from hub_server import Cut, LoseAnswer, Slow, Status
+from hub_faults import Cut, LoseAnswer, Slow, Status
 
 from bsa_export.hub.errors import FULL, status_of
 

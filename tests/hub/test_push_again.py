@@ -4,7 +4,7 @@ import os
 
 import pytest
 from conftest import mark_verified
-from hub_server import First
+from hub_faults import First
 from test_push import in_folder, on_hub, push
 
 

@@ -1,4 +1,4 @@
-"""Everything that the Hub, or the way to it, refuses: one sentence with the next step, exit 1, nothing changed, and never the token."""
+"""What the Hub or the network refuses: one sentence with the next step, exit 1, nothing changed, never the token."""
 
 import errno
 import re
@@ -7,7 +7,8 @@ import socket
 import pytest
 from commands import Commands
 from conftest import digests
-from hub_server import OTHER, READER, WRITER, First, HubServer, Redirect, Status
+from hub_faults import First, Redirect, Status
+from hub_server import OTHER, READER, WRITER, HubServer
 
 from bsa_export.hub.errors import sentence
 
