@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.tiny import FAMILIES, random_model
+
 SMALL = {
     "vocab_size": 120,
     "hidden_size": 64,
@@ -12,18 +14,6 @@ SMALL = {
     "num_attention_heads": 4,
     "intermediate_size": 96,
 }
-# Family -> config class, model class, reserved position rows.
-FAMILIES = {
-    "bert": ("BertConfig", "BertForMaskedLM", 0),
-    "roberta": ("RobertaConfig", "RobertaForMaskedLM", 2),
-    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaForMaskedLM", 2),
-    "camembert": ("CamembertConfig", "CamembertForMaskedLM", 2),
-    "electra": ("ElectraConfig", "ElectraForMaskedLM", 0),
-    "ernie": ("ErnieConfig", "ErnieForMaskedLM", 0),
-    "data2vec-text": ("Data2VecTextConfig", "Data2VecTextForMaskedLM", 2),
-    "distilbert": ("DistilBertConfig", "DistilBertForMaskedLM", 0),
-}
-DISTILBERT = {"dim": 64, "n_layers": 3, "n_heads": 4, "hidden_dim": 96, "vocab_size": 120}
 
 
 @dataclass(frozen=True)
@@ -48,21 +38,15 @@ class Case:
 def make_source(case: Case, path: Path) -> Path:
     """Saves a random model of the case's family into `path`."""
     import torch
-    import transformers
 
-    config_class, model_class, reserved = FAMILIES[case.family]
-    sizes = DISTILBERT if case.family == "distilbert" else SMALL
-    special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3} if reserved else {}
-    config = getattr(transformers, config_class)(
-        **sizes, max_position_embeddings=case.source_length + reserved, **special
-    )
-    torch.manual_seed(case.seed)
-    model = getattr(transformers, model_class)(config)
-    for parameter in model.parameters():  # the usual initialisation is so flat that attention hardly matters
-        torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.15)
+    def fill(parameter: torch.nn.Parameter, generator: torch.Generator) -> None:
+        # the usual initialisation is so flat that attention hardly matters
+        parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.15, generator=generator)
+
+    model = random_model(case.family, length=case.source_length, seed=case.seed, fill=fill, **SMALL)
     model.to(getattr(torch, case.source_dtype)).save_pretrained(path)
     if case.format == "sparse":
-        _make_sparse(path, config)
+        _make_sparse(path, model.config)
     if case.format == "bin":
         from safetensors.torch import load_file
 

@@ -52,7 +52,7 @@ def test_a_conversion_passes(case, converted):
     # The record itself, and the card with its picture, which the push completes, have no digest.
     covered = {path.name for path in folder.iterdir()} - {"conversion.json", "README.md", "layout.png"}
     assert check_file(folder).figures["digests"] == f"{len(covered)} of {len(covered)} files"
-    assert check_layout(folder).figures["made again"].startswith("yes")
+    assert check_layout(folder).figures["recomputed"].startswith("yes")
 
 
 def test_neither_check_imports_torch(converted):

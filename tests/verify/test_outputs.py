@@ -3,22 +3,30 @@
 import dataclasses
 import json
 import math
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from converted_models import clean_cases
+from safetensors.torch import load_file, save_file
 
+from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.converted.check_lines import figures
-from bsa_export.converted.checks import Check
+from bsa_export.converted.checks import Check, Kind, Status
 from bsa_export.converted.folder import open_folder
 from bsa_export.ops import block_sparse_attention, torch_backend
-from bsa_export.verify import interpreted as interpreter
-from bsa_export.verify import tolerance
+from bsa_export.verify import check_file, check_layout, tolerance
 from bsa_export.verify.controls import backend_control, file_controls
+from bsa_export.verify.drift import measure_drift
+from bsa_export.verify.figures import drift_figure, error_figure
 from bsa_export.verify.interchange import check_interchange
+from bsa_export.verify.interpreted import HOW
 from bsa_export.verify.outputs import (
     Call,
     Ledger,
@@ -30,10 +38,12 @@ from bsa_export.verify.outputs import (
     pick,
     situations,
 )
-from bsa_export.verify.report import drift_figure, error_figure
-from bsa_export.verify.run import Wanted
+from bsa_export.verify.run import BACKENDS, Verification, Wanted
 from bsa_export.verify.run import run_checks as verify
+from bsa_export.verify.weights import check_weights
 from bsa_export.verify.whole_model import check_whole_model
+from bsa_export.verify.worker import INTERPRETED, Job, Worker
+from bsa_export.verify.worker import run as run_job
 
 OPTIONS = [field.name for field in dataclasses.fields(clean_cases(1)[0])]
 
@@ -44,13 +54,17 @@ def describe(case) -> str:
     return ",".join(str(value) for value in changed.values())
 
 
-@pytest.mark.parametrize("case", clean_cases(20), ids=describe)
-def test_a_clean_conversion_raises_no_alarm(case, damaged):
-    source, folder = damaged(**dataclasses.asdict(case))
-    run = verify(Wanted(folder, source, backends=("torch",)))
-    assert run.verdict == "passed", [check.reason for check in run.checks if not check.passed]
-    others = [check.name for check in run.checks if not check.passed]
-    assert others == ["drift"], [check.reason for check in run.checks]
+@pytest.mark.parametrize("case", clean_cases(14), ids=describe)
+def test_a_clean_conversion_raises_no_alarm(case, converted):
+    """Every check, in this process."""
+    source, path = converted(**dataclasses.asdict(case))
+    folder, ran = open_folder(path), []
+    checks = [check_file(path), check_layout(path), check_weights(folder, source), *check_interchange(folder)]
+    checks += check_outputs(folder, "cpu", ("torch",))
+    checks += check_whole_model(folder, "cpu", open_checkpoint(source), ran)
+    checks += [file_controls(folder), backend_control(folder, "cpu", "torch", "float32")]
+    assert [(check.name, check.reason) for check in checks if not check.passed] == []
+    assert measure_drift(ran[0]).status is Status.INFO
 
 
 @pytest.fixture
@@ -119,7 +133,7 @@ def test_a_wrong_backend_fails_and_says_where(how, folder, monkeypatch):
     assert any(fault.startswith("layer 0, head ") and "the bound is" in fault for fault in faults), faults
     if how == "NaN":
         assert all(", head 1," in fault for fault in faults if "gradient" not in fault)
-    (_, model), _ = check_whole_model(folder, "cpu", None)
+    _, model = check_whole_model(folder, "cpu", None)
     assert model.failed or how == "padding"  # that comparison has one text, unpadded
 
 
@@ -136,8 +150,6 @@ def test_the_longest_length_is_tried_and_the_sampling_told(damaged):
 
 def edited(path, name, value):
     """Puts a value into the first element of a tensor."""
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(path / "model.safetensors")
     tensors[name].view(-1)[0] = value
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
@@ -155,7 +167,7 @@ def test_weights_that_are_no_numbers_fail(value, what, damaged):
     (mark,) = (line for line in error_figure([check]).axes[0].lines if line.get_label() == "not finite")
     assert list(mark.get_xdata()) == [1]
     assert backend_control(folder, "cpu", "torch", "float32").status == "skipped"
-    for model in check_whole_model(folder, "cpu", None)[0]:
+    for model in check_whole_model(folder, "cpu", None):
         assert "the weights give values that are not finite" in model.reason
 
 
@@ -210,7 +222,7 @@ def test_a_backend_that_gives_nothing_but_nan_is_drawn(folder, monkeypatch):
     assert panel.get_ylim() == (0, pytest.approx(2.3))
     drift = [{"layer": 0, "cosine": math.nan, "least": math.nan}]
     drift += [{"attention": "dense", "window": 64, "loss": math.nan, "masked tokens": 1}]
-    assert drift_figure(Check("drift", "told", "", {"length": 64}, drift)).axes
+    assert drift_figure(Check(Kind.DRIFT, Status.INFO, figures={"length": 64}, details=drift)).axes
 
 
 def test_a_fault_in_a_gradient_is_found(folder, monkeypatch):
@@ -228,12 +240,10 @@ def test_controls_find_what_is_planted(folder):
 
 def test_a_verifier_that_finds_nothing_says_that_it_is_broken(folder, monkeypatch):
     monkeypatch.setattr(tolerance, "FACTOR", float("inf"))
-    run = verify(Wanted(folder.path, backends=("torch",)))
-    assert run.verdict == "failed" and run.exit_code == 1
-    assert "the verifier is broken" in run.sentence
-    (failed,) = (check for check in run.checks if check.failed)
-    assert failed.name == "controls: torch"
-    assert failed.reason.startswith("the verifier is broken: it did not find a kept block dropped in one head")
+    check = backend_control(folder, "cpu", "torch", "float32")
+    assert check.failed and "a kept block dropped in one head" in check.reason
+    run = Verification([check], finished=True)
+    assert run.exit_code == 1 and "the verifier is broken" in run.sentence
 
 
 def test_deepspeed_makes_the_same_random_layouts_and_takes_the_state_dict(converted):
@@ -247,8 +257,6 @@ def test_deepspeed_makes_the_same_random_layouts_and_takes_the_state_dict(conver
 
 
 def test_a_state_dict_that_does_not_fit_is_named(damaged):
-    from safetensors.torch import load_file, save_file
-
     _, path = damaged()
     tensors = load_file(path / "model.safetensors")
     tensors["bert.encoder.layer.1.attention.self.rotary"] = torch.zeros(1)
@@ -257,25 +265,108 @@ def test_a_state_dict_that_does_not_fit_is_named(damaged):
         assert check.status == "skipped" or ("layer 1" in check.reason and "rotary" in check.reason)
 
 
-def test_both_kernels_run_through_the_interpreter(folder):
-    process = interpreter.start(folder.path, interpreter.BACKENDS)
-    checks = {check.name: check for check in interpreter.finish(process, interpreter.BACKENDS)}
-    triton = checks["outputs: triton"]
-    if triton.status == "skipped":
-        pytest.skip(triton.reason)
-    assert triton.passed, triton.reason
-    assert triton.figures["device"] == "Triton's interpreter on the CPU"
-    assert triton.figures["layers"] == 3 and triton.figures["lengths"] == [128, 127]
-    for name in ("outputs: deepspeed", "controls: triton", "controls: deepspeed"):
-        if name in checks:
-            assert checks[name].passed or checks[name].status == "skipped", checks[name].reason
+@pytest.fixture
+def started():
+    """`started(job)` gives its worker, which ends with the test."""
+    workers = []
+
+    def start(*arguments, **options):
+        workers.append(Worker(Job(*arguments, **options)))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
+        worker.stop()
 
 
-def test_an_interpreter_that_dies_is_a_failure(tmp_path):
-    process = interpreter.start(tmp_path, ("triton",))
-    (check,) = interpreter.finish(process, ("triton",))
-    assert check.failed
-    assert "died" in check.reason and "config.json" in check.reason
+def test_both_kernels_run_through_the_interpreter(folder, started):
+    workers = {name: started(name, folder.path, "cpu") for name in INTERPRETED}
+    for name, worker in workers.items():
+        (outputs,) = worker.wait(Kind.OUTPUTS)
+        assert not outputs.failed, outputs.reason
+        if outputs.status is Status.SKIPPED:
+            continue
+        assert outputs.figures["device"] == HOW and outputs.figures["layers"] == 3
+        (control,) = worker.wait(Kind.CONTROLS)
+        assert control.passed, control.reason
+        assert worker.device
+        assert outputs.figures["lengths"] == ([128, 127] if name == "triton" else [128])
+
+
+def test_a_process_that_dies_is_skipped_and_takes_no_other_with_it(folder, started):
+    dying, other = started("triton", folder.path, "cpu"), started("torch", folder.path, "cpu")
+    dying._process.send_signal(signal.SIGSEGV)
+    (outputs,), (control,) = dying.wait(Kind.OUTPUTS), dying.wait(Kind.CONTROLS)
+    for check in (outputs, control):
+        assert check.status is Status.SKIPPED and "SIGSEGV" in check.reason and check.part == "triton"
+    assert [check.passed for kind in (Kind.OUTPUTS, Kind.CONTROLS) for check in other.wait(kind)] == [True, True]
+
+
+def test_a_job_that_cannot_begin_is_skipped_with_its_reason(tmp_path):
+    messages = []
+    run_job(Job("torch", tmp_path, "cpu"), messages.append)
+    checks = [check for message in messages for check in message.get("checks", [])]
+    assert [(check.kind, check.part) for check in checks] == [(Kind.OUTPUTS, "torch"), (Kind.CONTROLS, "torch")]
+    for check in checks:
+        assert check.status is Status.SKIPPED and "config.json" in check.reason
+        assert "Traceback" in check.details[0]["traceback"]
+
+
+def raising(error, after=0):
+    """A torch backend that raises after some calls."""
+    attend, calls = torch_backend.attend, []
+
+    def wrong(*arguments, **options):
+        calls.append(1)
+        if len(calls) > after:
+            raise error
+        return attend(*arguments, **options)
+
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TypeError("only integer scalar arrays can be converted to a scalar index"), RuntimeError("CUDA error"), OSError(2, "no ptxas")],
+    ids=["numpy", "driver", "compiler"],
+)  # fmt: skip
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_tool_that_cannot_run_is_skipped_whenever_it_stops(error, after, folder, monkeypatch):
+    monkeypatch.setattr(torch_backend, "attend", raising(error, after))
+    (check,) = check_outputs(folder, "cpu", ("torch",))
+    assert check.status is Status.SKIPPED
+    assert type(error).__name__ in check.reason and "Traceback" in check.details[0]["traceback"]
+    assert ("after" in check.reason) == bool(after)
+    assert [found.status for found in check_whole_model(folder, "cpu", None)] == [Status.SKIPPED] * 2
+
+
+def test_wrong_numbers_before_a_tool_stops_are_a_failure(folder, monkeypatch):
+    monkeypatch.setattr(torch_backend, "attend", broken("scale"))
+    monkeypatch.setattr(torch_backend, "attend", raising(RuntimeError("stopped"), 3))
+    (check,) = check_outputs(folder, "cpu", ("torch",))
+    assert check.failed and "the bound is" in check.reason
+
+
+def test_processes_have_the_environment_of_their_backend(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delenv("BSA_DEEPSPEED", raising=False)
+    cpu = {name: Job(name, tmp_path, "cpu", deepspeed=tmp_path / "ds.tar.gz").environment() for name in BACKENDS}
+    assert {name for name, found in cpu.items() if "TRITON_INTERPRET" in found} == {"triton", "deepspeed"}
+    assert all(found["BSA_DEEPSPEED"] == str(tmp_path / "ds.tar.gz") for found in cpu.values())
+    gpu = Job("triton", tmp_path, "cuda").environment()
+    assert "TRITON_INTERPRET" not in gpu and "BSA_DEEPSPEED" not in gpu
+    odd = Job("torch", Path(os.fsdecode(b"/tmp/\xff")), "cpu")
+    assert Job.from_json(odd.to_json()) == odd
+
+
+def test_a_tensor_that_the_source_class_does_not_use_is_a_fault(converted, tmp_path):
+    """Weights that the source's own class leaves out: its outputs are not those of the class."""
+    source, path = converted()
+    other = shutil.copytree(source, tmp_path / "source")
+    tensors = load_file(other / "model.safetensors")
+    save_file(tensors | {"bert.encoder.LayerNorm.weight": torch.ones(64)}, other / "model.safetensors")
+    kept, _ = check_whole_model(open_folder(path), "cpu", open_checkpoint(other))
+    assert kept.failed and "bert.encoder.LayerNorm.weight" in kept.reason
 
 
 @pytest.mark.gpu
