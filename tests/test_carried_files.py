@@ -71,7 +71,7 @@ def test_takes_the_tokenizer_and_the_modules_and_says_what_stays(from_minilm):
         "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Pooling/config.json",
     }  # fmt: skip
     assert {name: why for name, why in found.left_behind.items() if name != ".gitattributes"} == {
-        "README.md": LeftBehind.REPLACED,
+        "README.md": LeftBehind.CARD,
         "config.json": LeftBehind.REPLACED,
         "data_config.json": LeftBehind.NOT_OF_THE_MODEL,
     }  # fmt: skip
@@ -576,7 +576,9 @@ def test_sentence_transformers_loads_an_encoder_that_had_a_folder_of_its_own(sen
 
 def test_a_trained_folder_keeps_its_card_and_lengths(sentence_folder, target):
     source = sentence_folder()
+    (source / "loss.png").write_bytes(b"PNG")
     found = carried(source, target, 512, keep_card=True)
+    assert (target / "loss.png").is_file()
     assert found.changes == []
     assert (target / "README.md").read_bytes() == (source / "README.md").read_bytes()
     assert (target / "tokenizer_config.json").read_bytes() == (source / "tokenizer_config.json").read_bytes()

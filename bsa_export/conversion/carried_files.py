@@ -33,6 +33,7 @@ from bsa_export.conversion.source_folder import (
     sorted_entries,
     stamp_of,
 )
+from bsa_export.converted.card import PICTURES
 from bsa_export.converted.names import (
     CARD,
     CONFIG,
@@ -55,8 +56,9 @@ SAFETENSORS = "model.safetensors"
 MOST_FILES = 10_000  # in the folders of all modules
 MOST_NAMES = 20  # in a note
 
-LICENSES = ("license*", "licence*", "notice*", "copying*")
-RECORDS = (CONVERSION_RECORD, VERIFICATION_RECORD, PULL_RECORD)
+LICENSES = tuple(f"{name}{end}" for name in ("license", "licence", "notice", "copying") for end in ("", "[-._]*"))
+RECORDS = (CONVERSION_RECORD, VERIFICATION_RECORD, PULL_RECORD, *PICTURES)
+CARD_FILES = (CARD, "*.png", "*.svg", "*.jpg")
 CODE = ("*.py", "*.pyc", "*.so", "*.sh", "*.ipynb", "__pycache__")
 ADAPTERS = ("adapter_*",)
 OTHER_FORMATS = (
@@ -93,12 +95,13 @@ class How(str, Enum):
 class LeftBehind(str, Enum):
     """Why a file of the source is not carried over; the value stands in notes."""
 
+    CARD = "the source's model card"
     REPLACED = "replaced by a new one"
     RECORD = "a record of the source's own conversion"
     OTHER_FORMAT = "weights in another format"
     SAME_WEIGHTS = "another file of the encoder's weights"
     OTHER_WEIGHTS = "weights of another model"
-    UNREADABLE = "not readable as tensors without running code"
+    UNREADABLE = "not readable as tensors"
     ADAPTER = "an adapter, not merged into the weights"
     TRAINING_STATE = "state of a training run"
     CODE = "code"
@@ -112,7 +115,7 @@ class LeftBehind(str, Enum):
 # In the folder of a module every other folder counts: a route of a router may have any name.
 SKIPPED_FOLDERS = {"__pycache__": LeftBehind.CODE, "onnx": LeftBehind.OTHER_FORMAT, "openvino": LeftBehind.OTHER_FORMAT}
 # What nobody misses, and every folder of the Hub has.
-UNREMARKABLE = (LeftBehind.REPLACED, LeftBehind.RECORD, LeftBehind.HIDDEN)
+UNREMARKABLE = (LeftBehind.CARD, LeftBehind.REPLACED, LeftBehind.RECORD, LeftBehind.HIDDEN)
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,7 @@ def plan(
         checkpoint: the opened weights. Its folder holds config.json and the tokenizer.
         source_length: tokens that the source reads (reserved position rows not counted).
         max_length: tokens that the new model reads.
-        keep_card: carry README.md over.
+        keep_card: carry README.md and its pictures over, if the source has modules of sentence-transformers.
         restore: on the way back, the recorded changes to undo (`lengths.set_lengths`).
 
     Raises:
@@ -323,14 +326,14 @@ class _Planner:
         for entry in sorted_entries(self.root.folder / folder):
             name, path = entry.name, Path(entry.path)
             shown = _text(str(folder / name))
-            if entry.is_dir():
+            if os.path.isdir(entry.path):
                 if self.everything:
                     self.folder(folder / name)
             elif _matches(name, patterns):
                 self.carry(name, path)
             elif not self.everything or Path(os.path.realpath(path)) in self.weights:
                 continue
-            elif _matches(name.lower(), LICENSES) or (name == CARD and self.keep_card):
+            elif _matches(name.lower(), LICENSES) or (self.keep_card and _matches(name, CARD_FILES)):
                 self.carry(name, path)
             elif (reason := self.reason(path)) is None:
                 self.head(path, shown)
@@ -345,7 +348,7 @@ class _Planner:
             self.left_behind[f"{_text(str(path))}/"] = _reason_by_name(path.name) or LeftBehind.NOT_OF_THE_MODEL
             return
         for entry in sorted_entries(self.root.folder / path):
-            if entry.is_dir():
+            if os.path.isdir(entry.path):
                 self.folder(path / entry.name)
             else:
                 reason = _reason_by_name(entry.name) or LeftBehind.NOT_OF_THE_MODEL
@@ -354,19 +357,19 @@ class _Planner:
     def reason(self, path: Path) -> LeftBehind | None:
         """Why a file at the top is left behind; None for tensors that may belong to the model."""
         name = path.name
-        if name in (CARD, CONFIG):
+        if name == CARD:
+            return LeftBehind.CARD
+        if name == CONFIG:
             return LeftBehind.REPLACED
         if name in RECORDS:
             return LeftBehind.RECORD
         if reason := _reason_by_name(name):
             return reason
         if name.endswith(".index.json"):
-            used = {file.suffix for file in self.checkpoint.files}
-            return (
-                LeftBehind.REPLACED
-                if Path(name.removesuffix(".index.json")).suffix in used
-                else LeftBehind.SAME_WEIGHTS
-            )
+            of_the_weights = Path(name.removesuffix(".index.json")).suffix in {
+                file.suffix for file in self.checkpoint.files
+            }
+            return LeftBehind.REPLACED if of_the_weights else LeftBehind.SAME_WEIGHTS
         if SHARD.search(name) and name.endswith(WEIGHT_ENDINGS):
             return LeftBehind.SAME_WEIGHTS
         if not name.endswith(WEIGHT_ENDINGS):
@@ -395,7 +398,7 @@ class _Planner:
         """A file that is copied, or edited where its name says that it holds lengths, or the paths of modules."""
         real = self.root.own(path)
         if not name.endswith(".json"):
-            refuse_other_files(path, empty=name in TOKENIZER_FILES)
+            refuse_other_files(path, only_size=name not in TOKENIZER_FILES)
             self.put(CarriedFile(name, How.COPIED, real, stamps={real: stamp_of(real)}))
             return
         text, stamp = read_json_text(path)
@@ -436,9 +439,10 @@ class _Planner:
             names = []
             for entry in sorted_entries(self.root.folder / folder):
                 self.count_file()
-                if not entry.is_dir():
+                if not os.path.isdir(entry.path):
                     names.append(entry.name)
-                elif reason := SKIPPED_FOLDERS.get(entry.name):
+                elif entry.name.startswith(".") or entry.name in SKIPPED_FOLDERS:
+                    reason = SKIPPED_FOLDERS.get(entry.name, LeftBehind.HIDDEN)
                     self.left_behind[f"{_text(str(folder / entry.name))}/"] = reason
                 elif entry.is_symlink():
                     raise CheckpointError(

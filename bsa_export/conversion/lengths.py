@@ -20,7 +20,7 @@ FILES_WITH_LENGTHS = ("tokenizer.json", "tokenizer_config.json", "sentence_*_con
 
 def has_lengths(name: str) -> bool:
     """Whether a file at the top of a model's folder may hold lengths."""
-    return any(fnmatch(name, pattern) for pattern in FILES_WITH_LENGTHS)
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in FILES_WITH_LENGTHS)
 
 
 def set_lengths(

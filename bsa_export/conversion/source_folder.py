@@ -18,10 +18,6 @@ MOST_MODULES = 1000
 LONGEST_PATH = 1000  # characters of the path of a module
 MOST_FOLDERS = 8  # in it
 WITHOUT_LINKS = "make a copy without links: cp -rL FOLDER COPY"
-NOT_THE_FILE = {
-    b"version https://git-lfs": ("a Git LFS pointer", "fetch the file with git lfs pull"),
-    b"<": ("an HTML or XML page", "download the file itself, not the page that shows it"),
-}
 
 
 class SourceFolder:
@@ -114,7 +110,7 @@ def sorted_entries(folder: Path) -> list[os.DirEntry[str]]:
 
 def read_json_text(path: Path) -> tuple[str, tuple[int, ...]]:
     """The text of a JSON file, which is checked to be one, and the file's stamp before it was read."""
-    refuse_other_files(path, empty=True)
+    refuse_other_files(path)
     stamp = stamp_of(path)
     text = read_text(path, MAX_JSON_BYTES)
     try:
@@ -124,8 +120,13 @@ def read_json_text(path: Path) -> tuple[str, tuple[int, ...]]:
     return text, stamp
 
 
-def refuse_other_files(path: Path, *, empty: bool) -> None:
-    """Raises CheckpointError unless it is a regular file of a sane size, and not what a failed download leaves."""
+def refuse_other_files(path: Path, *, only_size: bool = False) -> None:
+    """Raises CheckpointError unless it is a regular file of a sane size, and not what a failed download leaves.
+
+    Args:
+        path: the file.
+        only_size: accept an empty file, and a web page: a license may be one.
+    """
     try:
         opened = open_file(path)
     except FileNotFoundError:
@@ -135,14 +136,16 @@ def refuse_other_files(path: Path, *, empty: bool) -> None:
         if size > MOST_BYTES:
             raise CheckpointError(f"expected at most {MOST_BYTES:,} bytes", found=f"{size:,}", where=path)
         head = file.read(64)
-    if empty and not head:
-        raise CheckpointError(
-            f"expected {path.name} itself", found="an empty file", where=path, hint="download it again"
-        )
-    for start, (found, hint) in NOT_THE_FILE.items():
-        # A vocabulary may begin with a token such as <s>.
-        if head.startswith(start) and (start != b"<" or re.match(rb"<(!doctype|html|\?xml)", head, re.IGNORECASE)):
-            raise CheckpointError(f"expected {path.name} itself", found=found, where=path, hint=hint)
+    found = hint = None
+    if head.startswith(b"version https://git-lfs"):
+        found, hint = "a Git LFS pointer", "fetch the file with git lfs pull"
+    elif not head and not only_size:
+        found, hint = "an empty file", "download it again"
+    # A vocabulary may begin with a token such as <s>.
+    elif re.match(rb"<(!doctype|html|\?xml)", head, re.IGNORECASE) and not only_size:
+        found, hint = "an HTML or XML page", "download the file itself, not the page that shows it"
+    if found:
+        raise CheckpointError(f"expected {path.name} itself", found=found, where=path, hint=hint)
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
