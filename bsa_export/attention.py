@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, distributed, nn
@@ -15,18 +17,21 @@ MASK_MODES = ("add", "mul")
 
 
 class SparseSelfAttention(nn.Module):
-    """Attention over the kept blocks of a layout that is made once and stored, as deepspeed 0.19.6's class of that name.
+    """Attention over the kept blocks of a layout that is made once and stored, like the class of that name in
+    deepspeed 0.19.6.
 
-    Unlike DeepSpeed's it takes fp32, bf16 and any length on any device, and each module computes with its own layout, also after
-    another one was loaded. There is no dropout on the probabilities, as in DeepSpeed. Where `torch.distributed` runs, the first
-    use gives every process the layout of rank 0: random blocks would differ.
+    Unlike DeepSpeed's class, it accepts fp32, bf16 and any length on any device, and each module computes with its
+    own layout, also after another one was loaded. There is no dropout on the probabilities, as in DeepSpeed. Where
+    `torch.distributed` is initialised, the first call broadcasts the layout of rank 0, because random blocks would
+    differ between processes.
 
-    Buffers: `master_layout`, int64 `[num_heads, max_seq_length / block, max_seq_length / block]`; shorter sequences use its
-    top-left slice.
+    Buffers: `master_layout`, int64 `[num_heads, max_seq_length / block, max_seq_length / block]`; shorter sequences
+    use its top-left slice.
 
     Args:
-        sparsity_config: one of `bsa_export.sparsity.configs` or of DeepSpeed: `block`, and `make_layout(seq_len)` as an array or tensor.
-        key_padding_mask_mode: `add` (added to the scores) or `mul` (0 takes the key out, all else leaves it).
+        sparsity_config: one of `bsa_export.sparsity.configs` or of DeepSpeed: an object with `block`, and
+            `make_layout(seq_len)` that returns an array or tensor.
+        key_padding_mask_mode: `add` (added to the scores) or `mul` (0 removes the key, any other value keeps it).
         attn_mask_mode: the same for pairs of query and key.
         max_seq_length: tokens of the longest sequence.
 
@@ -35,9 +40,11 @@ class SparseSelfAttention(nn.Module):
         SparsityError: a layout that cannot be made or attended with.
     """
 
+    master_layout: Tensor
+
     def __init__(
         self,
-        sparsity_config=None,
+        sparsity_config: Any = None,
         key_padding_mask_mode: str = "add",
         attn_mask_mode: str = "mul",
         max_seq_length: int = 2048,
@@ -58,7 +65,8 @@ class SparseSelfAttention(nn.Module):
         self._need_layout_synchronization = True  # DeepSpeed's name: its pickled modules have it
 
     def get_layout(self, seq_len: int) -> Tensor:
-        """The layout for `seq_len` tokens, `[num_heads, ceil(seq_len / block), ceil(seq_len / block)]`: a slice of the buffer.
+        """The layout for `seq_len` tokens, `[num_heads, ceil(seq_len / block), ceil(seq_len / block)]`: a slice of
+        the buffer.
 
         The first call is one of every process of `torch.distributed`.
 
@@ -92,8 +100,10 @@ class SparseSelfAttention(nn.Module):
     ) -> Tensor:
         """Attends, with the scores scaled by `head_dim ** -0.5`. A query that no key is left for gets zeros.
 
-        A mask means what its mode says. A bool one, True where a key takes part, is one for `mul`; with `add` it is refused:
-        DeepSpeed would add 1.0 where it is True.
+        A mask means what its mode says. A bool mask, True where a key takes part, is one for mode `mul`. In mode
+        `add` it is refused, and so is an integer mask of 0 and 1, which is a tokenizer's: DeepSpeed would add 1.0,
+        and padding would take part. To look at the values of an integer mask, the call waits for its device; floating
+        masks are added as they are.
 
         Args:
             query, value: `[batch, heads, seq, head_dim]`.
@@ -117,7 +127,11 @@ class SparseSelfAttention(nn.Module):
             value,
             self.get_layout(seq),
             self.sparsity_config.block,
-            key_padding_mask=_in_mode("key_padding_mask", without_ones(key_padding_mask), self.key_padding_mask_mode),
+            key_padding_mask=_in_mode(
+                "key_padding_mask",
+                None if key_padding_mask is None else without_ones(key_padding_mask),
+                self.key_padding_mask_mode,
+            ),
             attn_mask=_in_mode("attn_mask", attn_mask, self.attn_mask_mode),
             rpe=rpe,
         )
@@ -126,14 +140,14 @@ class SparseSelfAttention(nn.Module):
         return f"master_layout={tuple(self.master_layout.shape)}, block={self.sparsity_config.block}"
 
 
-def _renew_layout(module: SparseSelfAttention, *_) -> None:
-    """Moves a layout that others write into to a new tensor: kernels remember what they derived from the old one."""
+def _renew_layout(module: SparseSelfAttention, *_: Any) -> None:
+    """Copies a layout that was written into to a new tensor: kernels cache what they derive from the old one."""
     module.master_layout = module.master_layout.clone()
 
 
-def without_ones(mask: Tensor | None) -> Tensor | None:
-    """A key padding mask `[batch, seq]` from one with dimensions of 1 behind the batch."""
-    if mask is None or mask.ndim < 3:
+def without_ones(mask: Tensor) -> Tensor:
+    """A key padding mask `[batch, seq]` from one with dimensions of 1 after the batch."""
+    if mask.ndim < 3:
         return mask
     if sum(size != 1 for size in mask.shape[1:]) > 1:
         raise AttentionError(
@@ -146,36 +160,40 @@ def without_ones(mask: Tensor | None) -> Tensor | None:
 
 
 def _in_mode(name: str, mask: Tensor | None, mode: str) -> Tensor | None:
-    """A mask as `block_sparse_attention` takes it: bool where it removes keys, floating where it is added."""
+    """A mask as `block_sparse_attention` accepts it: bool where it removes keys, floating where it is added."""
     if mask is None:
         return None
     if mode == "mul":
         return mask != 0
-    if mask.dtype == torch.bool:
+    if mask.is_floating_point():
+        return mask
+    if mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all() & mask.any()):
         raise AttentionError(
             "expected numbers that are added to the scores, in mode add",
-            found="bool",
+            found="bool" if mask.dtype == torch.bool else "integers of 0 and 1, as a tokenizer makes them",
             where=name,
             hint=f'pass 0 for what takes part and -inf for what does not, or make the module with {name}_mode="mul"',
         )
-    return mask if mask.is_floating_point() else mask.float()
+    return mask.float()
 
 
 def added(mask: Tensor | None) -> Tensor | None:
-    """A mask to add to the scores: of a bool one, which says who takes part, 0 and -inf."""
+    """A mask to add to the scores: a bool mask, True where a key takes part, becomes 0 and -inf."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.where(mask, 0.0, float("-inf"))
 
 
 class BertSparseSelfAttention(nn.Module):
-    """BERT's self-attention with a layout, as deepspeed 0.19.6's class of that name; state dicts interchange, strict.
+    """BERT's self-attention with a layout, like the class of that name in deepspeed 0.19.6; state dicts interchange
+    strictly.
 
     `config.attention_probs_dropout_prob` has no effect, as in DeepSpeed.
 
     Args:
-        config: a BERT config; its `hidden_size` and `num_attention_heads` count.
-        sparsity_config: as in `SparseSelfAttention`; `FixedSparsityConfig(num_heads=config.num_attention_heads)` unless given.
+        config: a BERT config; `hidden_size` and `num_attention_heads` are read.
+        sparsity_config: as in `SparseSelfAttention`; by default
+            `FixedSparsityConfig(num_heads=config.num_attention_heads)`.
         max_seq_length: tokens of the longest sequence; DeepSpeed's class has 2048.
 
     Raises:
@@ -183,7 +201,7 @@ class BertSparseSelfAttention(nn.Module):
         SparsityError: a layout that cannot be made or attended with.
     """
 
-    def __init__(self, config, sparsity_config=None, max_seq_length: int = 2048):
+    def __init__(self, config: Any, sparsity_config: Any = None, max_seq_length: int = 2048):
         super().__init__()
         heads = config.num_attention_heads
         if config.hidden_size % heads:
@@ -214,16 +232,18 @@ class BertSparseSelfAttention(nn.Module):
 
         Args:
             hidden_states: `[batch, seq, hidden]`, any length up to the master layout's.
-            attention_mask: BERT's extended mask `[batch, 1, 1, seq]`, added to the scores; or bool, True takes part, as
-                transformers makes it today (DeepSpeed would add 1.0 there).
+            attention_mask: BERT's extended mask `[batch, 1, 1, seq]`, added to the scores; or bool, True where a key
+                takes part, as transformers makes it today (DeepSpeed would add 1.0 there).
 
         Returns:
             The context layer, `[batch, seq, hidden]`.
         """
         return self.context_layer(hidden_states, key_padding_mask=added(attention_mask))
 
-    def context_layer(self, hidden_states: Tensor, **masks) -> Tensor:
-        """`[batch, seq, hidden]` to the same, under masks of `SparseSelfAttention`."""
+    def context_layer(self, hidden_states: Tensor, **masks: Tensor | None) -> Tensor:
+        """Attends over `[batch, seq, hidden]` with the masks of `SparseSelfAttention.forward`; returns the same
+        shape.
+        """
         context = self.sparse_self_attention(
             self.transpose_for_scores(self.query(hidden_states)),
             self.transpose_for_scores(self.key(hidden_states)),

@@ -1,13 +1,14 @@
 """`deepspeed.ops.sparse_attention` for code that still imports it, on this package's layouts and kernels.
 
 DeepSpeed deleted the module in 0.19.7. Importing this package (or calling `install()`) makes
-`from deepspeed.ops.sparse_attention import ...` and its submodules resolve here wherever the installed DeepSpeed has none,
-or no DeepSpeed is installed.
+`from deepspeed.ops.sparse_attention import ...` and its submodules resolve here wherever the installed DeepSpeed has
+none, or no DeepSpeed is installed.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -31,10 +32,10 @@ PARENTS = ("deepspeed", "deepspeed.ops")
 class _StandIn(Loader):
     """Fills a module with the public names of the one that stands in for it."""
 
-    def create_module(self, spec):
+    def create_module(self, spec: ModuleSpec) -> None:
         return None
 
-    def exec_module(self, module):
+    def exec_module(self, module: ModuleType) -> None:
         if module.__name__ in PARENTS:
             module.__doc__ = (
                 "No DeepSpeed: only deepspeed.ops.sparse_attention is here, from bsa_export.deepspeed_compat."
@@ -49,12 +50,16 @@ class _StandIn(Loader):
 
 
 class _Finder(MetaPathFinder):
-    """Answers for DeepSpeed's sparse attention; at the end of `sys.meta_path`, only for what nobody else has."""
+    """Finds DeepSpeed's sparse attention. At the end of `sys.meta_path` it is asked only for what no other finder
+    has.
+    """
 
-    def __init__(self, names):
+    def __init__(self, names: Collection[str]):
         self.names = names
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname not in self.names:
             return None
         return ModuleSpec(fullname, _StandIn(), is_package=fullname in (*PARENTS, PACKAGE))
@@ -69,8 +74,8 @@ def install(force: bool = False) -> None:
     """Makes `deepspeed.ops.sparse_attention` importable where it is not.
 
     Args:
-        force: take the place of an installed DeepSpeed's own module too, imported already or not. Objects that old code
-            got from it before keep working as they did.
+        force: replace an installed DeepSpeed's own module too, imported already or not. Objects that old code got
+            from it before keep working as they did.
     """
     if _last not in sys.meta_path:
         sys.meta_path.append(_last)
@@ -83,7 +88,7 @@ def install(force: bool = False) -> None:
 
 
 def uninstall() -> None:
-    """Takes the stand-ins away again, imported or not; what `install(force=True)` replaced comes back."""
+    """Removes the stand-ins, imported or not, and restores what `install(force=True)` replaced."""
     for finder in (_first, _last):
         if finder in sys.meta_path:
             sys.meta_path.remove(finder)

@@ -19,8 +19,9 @@ class MatMul:
         layout: `[heads, rows, columns]` of 0 and 1, or `[rows, columns]` for every head.
         block: the width of a block.
         mode: `sdd` (sparse = dense x dense), `dsd` (dense = sparse x dense) or `dds` (dense = dense x sparse).
-        trans_a, trans_b: multiply by the transpose of that operand; a sparse one has the layout before it is transposed.
-        bench: taken for old calls, without effect.
+        trans_a, trans_b: multiply by the transpose of that operand; a sparse one has the layout before it is
+            transposed.
+        bench: accepted for old calls, without effect.
 
     Raises:
         NotImplementedError: for another mode.
@@ -92,8 +93,10 @@ class MatMul:
                 f"expected a block-sparse operand of [..., {block}, {block}]", found=tuple(sparse.shape)
             )
 
-    def _kept(self, dense: Tensor, sparse: Tensor | None, transposed: bool):
-        """The kept blocks for this operand's heads; rows and columns change places where the sparse one is transposed."""
+    def _kept(self, dense: Tensor, sparse: Tensor | None, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """The kept blocks for this operand's heads; rows and columns change places where the sparse one is
+        transposed.
+        """
         kept = self._blocks.kept(self._blocks.heads(dense.shape[1]), dense.device)
         if sparse is not None and sparse.shape[1] != len(kept.head):
             raise AttentionError(f"expected a block-sparse operand with {len(kept.head)} blocks", found=sparse.shape[1])

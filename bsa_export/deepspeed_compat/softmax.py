@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class Softmax:
     Args:
         layout: `[heads, rows, columns]` of 0 and 1, or `[rows, columns]` for every head.
         block: the width of a block.
-        bench: taken for old calls, without effect.
+        bench: accepted for old calls, without effect.
     """
 
     def __init__(self, layout: Tensor, block: int, bench: bool = False):
@@ -35,7 +37,15 @@ class Softmax:
         key_padding_mask_mode: str = "add",
         attn_mask_mode: str = "add",
     ) -> Tensor:
-        """Normalises. Unlike DeepSpeed's not in place, and a row whose keys are all masked with -inf gives zeros, not NaN.
+        """Writes the probabilities into x and returns x, like DeepSpeed's class.
+
+        Autograd does not allow that for a leaf that requires grad, an expanded tensor or one of several views
+        (`unbind`, `split`): there the probabilities are a new tensor and x stays as it was, where DeepSpeed raises. A
+        row whose keys are all masked with -inf gets zeros, where DeepSpeed returns NaN. rpe gets a gradient, where
+        DeepSpeed returns none.
+
+        After `x.retain_grad()`, `x.grad` is the gradient of the scores, as DeepSpeed's unit tests read it. PyTorch
+        alone would put the gradient of the probabilities there.
 
         Args:
             x: block-sparse, `[batch, kept blocks, block, block]` or `[kept blocks, block, block]`.
@@ -46,7 +56,7 @@ class Softmax:
             key_padding_mask_mode, attn_mask_mode: `add`, or `mul`: 0 takes the key out.
 
         Returns:
-            The probabilities, shape and dtype of x.
+            x, or a new tensor of its shape and dtype.
 
         Raises:
             AttentionError: (a ValueError) for a mask of another dtype, shape or mode, or another number of blocks.
@@ -86,7 +96,27 @@ class Softmax:
         exps = torch.exp(scores - top.index_select(-2, places)[..., None])
         total = torch.zeros_like(top).index_add(-2, places, exps.sum(-1))
         total = torch.where(total == 0, 1.0, total)
-        return (exps / total.index_select(-2, places)[..., None]).to(x.dtype).view_as(x)
+        return _in_place(x, (exps / total.index_select(-2, places)[..., None]).to(x.dtype).view_as(x))
+
+
+def _in_place(x: Tensor, result: Tensor) -> Tensor:
+    """x with the values and the history of `result`, or `result` where autograd does not allow to write into x."""
+    scores = x.grad_fn if x.retains_grad else None
+    place = x.output_nr
+    try:
+        x.copy_(result)
+    except RuntimeError:
+        return result
+    if scores is not None:
+        # The hook of `retain_grad` went on to the probabilities. This one runs after it.
+        kept = weakref.ref(x)
+
+        def keep(gradients: tuple[Tensor, ...]) -> None:
+            if (tensor := kept()) is not None and gradients[place] is not None:
+                tensor.grad = gradients[place].clone()
+
+        scores.register_prehook(keep)
+    return x
 
 
 def _expanded(name: str, mask: Tensor, batch: int, *sizes: int) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,18 +16,18 @@ from bsa_export.errors import AttentionError
 class _SelfAttention(BertSparseSelfAttention):
     """`BertSparseSelfAttention` with the call that Hugging Face's attention layers make of their `self`."""
 
-    def __init__(self, config, sparsity_config, max_seq_length: int):
+    def __init__(self, config: Any, sparsity_config: Any, max_seq_length: int):
         super().__init__(config, sparsity_config, max_seq_length)
         self.sparse_self_attention.attn_mask_mode = "add"  # as Hugging Face means its masks
 
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args, **kwargs
+    def forward(  # type: ignore[override] # Hugging Face's layers expect a tuple
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """Returns the context layer and None for the probabilities.
 
         Args:
-            attention_mask: the tokenizer's `[batch, seq]`; or 4-D, what broadcasts to `[batch, heads, seq, seq]`, bool or
-                added to the scores.
+            attention_mask: the tokenizer's `[batch, seq]`; or 4-D, what broadcasts to `[batch, heads, seq, seq]`,
+                bool or added to the scores.
         """
         if kwargs.get("output_attentions"):
             raise AttentionError("output_attentions=True: block-sparse attention never holds the probabilities")
@@ -37,10 +40,10 @@ class _SelfAttention(BertSparseSelfAttention):
 
 
 class SparseAttentionUtils:
-    """The static methods of DeepSpeed's class of that name (0.19.6), made to work with today's models."""
+    """The static methods of DeepSpeed's class of that name (0.19.6), for today's transformers models."""
 
     @staticmethod
-    def extend_position_embedding(model: nn.Module, max_position: int) -> nn.Module:
+    def extend_position_embedding(model: Any, max_position: int) -> Any:
         """Repeats the position embeddings up to `max_position` rows, in place; RoBERTa's reserved rows stay in front.
 
         Raises:
@@ -64,7 +67,7 @@ class SparseAttentionUtils:
         return model
 
     @staticmethod
-    def update_tokenizer_model_max_length(tokenizer, max_position: int):
+    def update_tokenizer_model_max_length(tokenizer: Any, max_position: int) -> Any:
         """Sets the length up to which the tokenizer truncates, and the one that it saves."""
         tokenizer.model_max_length = max_position
         tokenizer.init_kwargs["model_max_length"] = max_position
@@ -72,14 +75,14 @@ class SparseAttentionUtils:
 
     @staticmethod
     def replace_model_self_attention_with_sparse_self_attention(
-        model: nn.Module, max_position: int, sparsity_config=None
-    ) -> nn.Module:
+        model: Any, max_position: int, sparsity_config: Any = None
+    ) -> Any:
         """Puts a `BertSparseSelfAttention` with the layer's own query, key and value into every layer, in place.
 
         Args:
             model: a Hugging Face BERT or RoBERTa, with or without a head.
-            max_position: tokens of the longest text; the length of the master layout.
-            sparsity_config: `FixedSparsityConfig(num_heads=config.num_attention_heads)` if left out.
+            max_position: tokens of the longest input; the length of the master layout.
+            sparsity_config: by default `FixedSparsityConfig(num_heads=config.num_attention_heads)`.
 
         Raises:
             AttentionError: (a ValueError) the model is neither BERT nor RoBERTa, is a decoder, or has fewer positions.
@@ -96,18 +99,20 @@ class SparseAttentionUtils:
         SparseAttentionUtils.replace_self_attention_layer_with_sparse_self_attention_layer(
             model.config, encoder.encoder.layer, sparsity_config, max_seq_length=max_position
         )
-        from bsa_export.hf.load import IN_MEMORY, register  # with torch._dynamo, which takes a second
+        # These import torch._dynamo, which takes a second.
+        from bsa_export.hf.register import register
+        from bsa_export.hf.stored_layout import IN_MEMORY
 
-        # No layer is dense now: the tokenizer's mask reaches them as it is, not as [batch, 1, seq, seq].
+        # No layer is dense now: the tokenizer's mask reaches the layers as it is, not as [batch, 1, seq, seq].
         config = getattr(encoder, "config", None)
-        if hasattr(config, "_attn_implementation") and register():
+        if config is not None and hasattr(config, "_attn_implementation") and register():
             config._attn_implementation = IN_MEMORY
         return model
 
     @staticmethod
     def replace_self_attention_layer_with_sparse_self_attention_layer(
-        config, layers, sparsity_config=None, max_seq_length=None
-    ):
+        config: Any, layers: Iterable[Any], sparsity_config: Any = None, max_seq_length: int | None = None
+    ) -> Any:
         """The same for layers; the master layout is `max_seq_length` or `config.max_position_embeddings` long."""
         if getattr(config, "is_decoder", False):
             raise AttentionError("expected an encoder: sparse self-attention has no causal mask", found="is_decoder")
@@ -121,15 +126,15 @@ class SparseAttentionUtils:
 
     @staticmethod
     def pad_to_block_size(
-        block_size,
-        input_ids,
-        attention_mask,
-        token_type_ids,
-        position_ids,
-        inputs_embeds,
-        pad_token_id,
-        model_embeddings,
-    ):
+        block_size: int,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        pad_token_id: int,
+        model_embeddings: Callable[[Tensor], Tensor],
+    ) -> tuple[int, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Pads a batch on the right to whole blocks; each of the inputs `[batch, seq]` may be None.
 
         Args:
@@ -139,6 +144,8 @@ class SparseAttentionUtils:
             The number of tokens added, then the five inputs; a mask is made where there was none and padding came in.
         """
         given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise AttentionError("expected input_ids or inputs_embeds", found="neither")
         batch, length = given.shape[:2]
         added = -length % block_size
         if added:
@@ -159,7 +166,7 @@ class SparseAttentionUtils:
         return sequence_output[:, :-pad_len] if pad_len else sequence_output
 
 
-def _encoder(model: nn.Module) -> nn.Module:
+def _encoder(model: nn.Module) -> Any:
     """The part with `embeddings` and `encoder`, of a model with or without a head."""
     for base in (getattr(model, "bert", None), getattr(model, "roberta", None), model):
         if hasattr(base, "embeddings") and hasattr(getattr(base, "encoder", None), "layer"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from bsa_export.errors import SparsityError
 class SparsityConfig(sparsity.SparsityConfig):
     """The base class (deepspeed 0.19.6), to be extended with a `make_layout(seq_len)` of one's own."""
 
-    def make_layout(self, seq_len: int) -> Tensor:
+    def make_layout(self, seq_len: int) -> Tensor:  # type: ignore[override] # DeepSpeed's signature and result
         """Makes the layout, int64 `[num_heads, seq_len / block, seq_len / block]` of 0 and 1."""
-        return torch.from_numpy(super().make_layout(seq_len, rng=random)).long()
+        return torch.from_numpy(super().make_layout(seq_len, rng=random)).long()  # type: ignore[arg-type] # a module with Random's methods
 
     def setup_layout(self, seq_len: int) -> Tensor:
         """Makes the layout that keeps nothing yet, int64 `[num_heads, seq_len / block, seq_len / block]`."""
@@ -55,7 +56,7 @@ class LocalSlidingWindowSparsityConfig(SparsityConfig, sparsity.LocalSlidingWind
     """A sliding window; unidirectional unless asked, as DeepSpeed's is."""
 
     def __init__(
-        self, num_heads: int, block: int = 16, num_sliding_window_blocks: int = 3, attention: str = "unidirectional"
+        self, num_heads: int, block: int = 16, num_sliding_window_blocks: int = 3, attention: Any = "unidirectional"
     ):
         super().__init__(
             num_heads, block=block, num_sliding_window_blocks=num_sliding_window_blocks, attention=attention

@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 def key_padding_mask(
     *, attention_mask: torch.Tensor | None, mask_function: Any, config: Any, **_: Any
 ) -> torch.Tensor | None:
-    """The mask function: passes the tokenizer's mask `[batch, seq]` on as bool, where dense attention makes `[batch, 1, seq, seq]`.
+    """The mask function: passes the tokenizer's mask `[batch, seq]` on as bool.
+
+    Dense attention makes a mask of `[batch, 1, seq, seq]` from it.
 
     Registered with `transformers.masking_utils.AttentionMaskInterface`. transformers does not call it for a 4-D mask.
 
@@ -52,14 +54,15 @@ def attention(
     packed: Packed | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function: block-sparse self-attention over the layout that `module`, a layer's self-attention, stores.
+    """The attention function: block-sparse self-attention over the layout that `module` stores.
 
     Registered with `transformers.modeling_utils.AttentionInterface` (transformers 5.0 to 5.x).
 
     Args:
+        module: a layer's self-attention.
         query, key, value: `[batch, heads, seq, head_dim]`.
-        attention_mask: None; bool `[batch, seq]` from `key_padding_mask`; or the caller's own 4-D mask, which broadcasts
-            to `[batch, heads, seq, seq]`: bool (True takes part) or added to the scores.
+        attention_mask: None; bool `[batch, seq]` from `key_padding_mask`; or the caller's own 4-D mask, which
+            broadcasts to `[batch, heads, seq, seq]`: bool (True takes part) or added to the scores.
         packed: sequences packed into one row, from `unpad_input`; then batch is 1 and there is no mask.
 
     Returns:
@@ -72,8 +75,8 @@ def attention(
     if not isinstance(stored, StoredLayout):
         raise AttentionError(
             f"{type(module).__name__} has no stored layout",
-            hint=f'load the converted folder with attn_implementation="{NAME}" (it cannot be switched to later, and there is '
-            "no cross-attention)",
+            hint=f'load the converted folder with attn_implementation="{NAME}"; a dense model cannot switch to it, and '
+            "there is no cross-attention",
         )
     if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
         raise AttentionError(

@@ -1,4 +1,4 @@
-"""Calls `bsa_export.hf.register.register` once transformers is imported, because `import bsa_export` does not import it."""
+"""Registers this package with transformers once that is imported, because `import bsa_export` does not import it."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# The module that defines the table of attention functions; every model class imports it.
-TABLE_MODULE = "transformers.modeling_utils"
-
-
-def _register() -> None:
-    import_module("bsa_export.hf.register").register()
+# A module of transformers -> the module here whose `register` is called after its import. The first reads every
+# config.json, the second defines the table of attention functions; every model class imports both.
+HOMES = {
+    "transformers.configuration_utils": "bsa_export.hf.config_key",
+    "transformers.modeling_utils": "bsa_export.hf.register",
+}
 
 
 class _AfterTransformers(MetaPathFinder):
-    """Registers once transformers' table is imported, and then removes itself.
+    """Calls `register` after the import of one module of transformers, and then removes itself.
 
-    transformers has no entry point that it looks up, and the standard library has no other way to wait for an import (PEP 369
-    was never merged). The other finders find every module.
+    transformers has no entry point that it looks up, and the standard library has no other way to wait for an import
+    (PEP 369 was never merged). The other finders find every module.
     """
+
+    def __init__(self, name: str):
+        self.name = name
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != TABLE_MODULE:
+        if fullname != self.name:
             return None
         others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
         found = (finder.find_spec(fullname, path, target) for finder in others)
@@ -40,7 +43,7 @@ class _AfterTransformers(MetaPathFinder):
             run(module)
             if self in sys.meta_path:  # `unregister` may have come between
                 sys.meta_path.remove(self)
-                _register()
+                import_module(HOMES[self.name]).register()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign] # a look-up alone is no import yet
         return spec
@@ -51,18 +54,20 @@ def register() -> None:
 
     `import bsa_export` calls it.
     """
-    if TABLE_MODULE in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterTransformers) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterTransformers())
+    for name, home in HOMES.items():
+        if name in sys.modules:
+            import_module(home).register()
+        elif not any(isinstance(finder, _AfterTransformers) and finder.name == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterTransformers(name))
 
 
 def unregister() -> None:
-    """Undoes what `import bsa_export` changes in a process: the import hook, and what was registered with transformers and torch.
+    """Removes the import hook, and what was registered with transformers and torch.
 
-    A sparse model that was built before raises AttentionError when it is called, because transformers looks its attention function up
-    by name at every call. After `register()` it works again.
+    A sparse model that was built before raises AttentionError when it is called, because transformers looks its
+    attention function up by name at every call. After `register()` it works again.
     """
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _AfterTransformers)]
-    if registered := sys.modules.get("bsa_export.hf.register"):
-        registered.unregister()
+    for home in HOMES.values():
+        if module := sys.modules.get(home):
+            module.unregister()

@@ -31,9 +31,9 @@ def load(
 ) -> PreTrainedModel:
     """Loads a converted model into the transformers class that its config.json names, on block-sparse attention.
 
-    Stricter than `from_pretrained`: every weight of that class has to be there, no tensor of the encoder may be left over,
-    and every layer's layout is checked. Where transformers has no class of that name, the tensors decide which head the model
-    has. A pooler without weights is left out.
+    Stricter than `from_pretrained`: every weight of that class has to be there, no tensor of the encoder may be left
+    over, and every layer's layout is checked. Where transformers has no class of that name, the tensors decide which
+    head the model has. A pooler without weights is left out.
 
     Args:
         path: the folder that bsa-convert or bsa-pull wrote, or a repository on the Hub, `org/name` or
@@ -121,10 +121,10 @@ def _from_pretrained(
     if not has_pooler and "add_pooling_layer" in inspect.signature(model_class).parameters:
         options["add_pooling_layer"] = False
     try:
-        config = model_class.config_class.from_pretrained(folder.path)
-        if not hasattr(config, "tie_word_embeddings"):  # CamemBERT's before transformers 5.4, which left its head random
+        config: Any = model_class.config_class.from_pretrained(folder.path)  # type: ignore[union-attr]
+        if not hasattr(config, "tie_word_embeddings"):  # CamemBERT before transformers 5.4, whose head stayed random
             config.tie_word_embeddings = True
-        return model_class.from_pretrained(
+        return model_class.from_pretrained(  # type: ignore[return-value] # a pair, with output_loading_info
             folder.path,
             config=config,
             attn_implementation=NAME,

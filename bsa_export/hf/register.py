@@ -1,4 +1,4 @@
-"""What this package registers with transformers and torch, and the hook that adds a stored layout to each self-attention.
+"""What this package registers with transformers and torch, and the hook that adds layouts to a model.
 
 Needs transformers 5.0 or newer, the first release whose BERT family calls a registered attention function.
 """
@@ -26,7 +26,7 @@ _undo: list[Callable[[], object]] = []  # what `unregister` calls; empty while n
 
 
 def register() -> bool:
-    """Registers `block_sparse` with transformers, once; returns False, and does nothing, where transformers is older than 5.0."""
+    """Registers `block_sparse` with transformers, once. Returns False where transformers is older than 5.0."""
     import transformers
 
     if version_of(transformers) < MIN_TRANSFORMERS:
@@ -41,7 +41,6 @@ def register() -> bool:
                 interface.register(name, function)
                 _undo.append(partial(interface._global_mapping.pop, name, None))
         _undo.append(register_module_module_registration_hook(give_layout).remove)
-        _undo.append(_read_attn_implementation())
     return True
 
 
@@ -56,32 +55,12 @@ def version_of(transformers: ModuleType) -> tuple[int, ...]:
     return tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
-def _read_attn_implementation() -> Callable[[], object]:
-    """Makes transformers read `"attn_implementation": "block_sparse"` in a config.json; returns the function that undoes it.
-
-    transformers reads the key by itself since 5.4; 5.0 to 5.3 overwrite it with the argument of `from_pretrained`, or None.
-    """
-    from transformers import PreTrainedConfig
-
-    original = vars(PreTrainedConfig)["from_dict"]
-    if PreTrainedConfig.from_dict({"attn_implementation": NAME})._attn_implementation == NAME:
-        return lambda: None
-
-    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        if config_dict.get("attn_implementation") == NAME and kwargs.get("attn_implementation") is None:
-            kwargs["attn_implementation"] = NAME
-        return original.__func__(cls, config_dict, **kwargs)
-
-    PreTrainedConfig.from_dict = classmethod(from_dict)
-    return partial(setattr, PreTrainedConfig, "from_dict", original)
-
-
 def give_layout(parent: nn.Module, name: str, submodule: nn.Module | None) -> None:
     """Adds an empty `StoredLayout` to each self-attention of a model that is being built for `block_sparse`.
 
     A buffer has to exist before `from_pretrained` fills it and `save_pretrained` writes it. torch calls this hook for
-    every submodule that any module registers. Only the self-attention, embeddings and encoder of such a model are changed, and
-    only the first time: they may be put into another module, or wrapped and put back.
+    every submodule that any module registers. Only the self-attention, embeddings and encoder of such a model are
+    changed, and only the first time: they may be put into another module, or wrapped and put back.
 
     A model with a `sparse_attention` section that is built for dense attention gets a warning instead.
     """
@@ -119,15 +98,18 @@ DENSE = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attentio
 
 def _warn_dense(model: nn.Module, implementation: str) -> None:
     warnings.warn(
-        f'{type(model).__name__} is built with dense attention ("{implementation}"), but its config has a sparse_attention section: '
-        f"its outputs differ from those of the sparse model, above all for long inputs. "
+        f'{type(model).__name__} is built with dense attention ("{implementation}"), but its config has a '
+        f"sparse_attention section: its outputs differ from those of the sparse model, above all for long inputs. "
         f'Load it with bsa_export.load, or with attn_implementation="{NAME}".',
         stacklevel=3,
     )
 
 
 def _refuse_longer(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses an input that is too long before the position table's index error; `position_ids` may be those of a packed row."""
+    """Refuses an input that is too long, before the position table's index error.
+
+    With `position_ids` the input may be a packed row.
+    """
     if not _undo:
         raise AttentionError(
             f'attn_implementation="{NAME}" is not registered with transformers', hint="call bsa_export.register() again"

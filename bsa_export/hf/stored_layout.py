@@ -10,8 +10,8 @@ from torch import nn
 from bsa_export.bert.expected_tensors import longest_input
 from bsa_export.bert.families import FAMILIES
 from bsa_export.errors import AttentionError
+from bsa_export.hf.config_key import NAME as NAME
 
-NAME = "block_sparse"
 # For models that `SparseAttentionUtils` made sparse: masks as for NAME, but no stored layouts and no unpadding.
 IN_MEMORY = "block_sparse_in_memory"
 
@@ -51,8 +51,8 @@ class StoredLayout(nn.Module):
         self.checked = now
 
     def _replicate_for_data_parallel(self) -> StoredLayout:
-        """A replica of `nn.DataParallel`, which attends by the original: its copied layout would be read at each call."""
-        replica = super()._replicate_for_data_parallel()  # type: ignore[operator]
+        """A replica of `nn.DataParallel`. It uses the original's layout: a copied one would be read at each call."""
+        replica = super()._replicate_for_data_parallel()
         vars(replica)["replica_of"] = self
         return replica
 

@@ -1,7 +1,7 @@
 """Padding removal: `unpad_input` packs the real tokens of a batch into one row, `pad_input` puts them back.
 
-The words are those of FlashAttention and ModernBERT: `indices`, `cu_seqlens`, `max_seqlen`. Both functions are hooks of an encoder;
-what they hand to the layers is the keyword argument `packed`.
+The words are those of FlashAttention and ModernBERT: `indices`, `cu_seqlens`, `max_seqlen`. Both functions are hooks
+of an encoder; what they hand to the layers is the keyword argument `packed`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class Packed(NamedTuple):
     batch_shape: tuple[int, int] | None = None
 
 
-def unpad_input(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def unpad_input(
+    encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Packs the real tokens of a right-padded batch into one row, so that no layer computes on padding.
 
     A pre-forward hook of the encoder: `hidden_states` go from `[batch, seq, hidden]` to `[1, tokens, hidden]`,
@@ -39,8 +41,8 @@ def unpad_input(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     transformers' `cu_seq_lens_q`, stays as it is.
 
     Any other padding is left to the mask: a sequence has to start where the layout does. Nothing is packed inside
-    `torch.compile` and `torch.jit.trace` (the shapes depend on the data), where all hidden states are asked for, and with
-    feed-forward in chunks, which have to divide the length.
+    `torch.compile` and `torch.jit.trace` (the shapes depend on the data), where all hidden states are asked for, and
+    with feed-forward in chunks, which have to divide the length.
 
     Raises:
         AttentionError: an attention_mask of another shape than the batch.
