@@ -22,7 +22,6 @@ from bsa_export.checkpoint.table import Checkpoint, Tensor, file_stamp
 from bsa_export.checkpoint.writer import FileRecord, write_safetensors
 from bsa_export.conversion.lengths import has_lengths, set_lengths
 from bsa_export.conversion.source_folder import (
-    MODULES,
     WITHOUT_LINKS,
     SourceFolder,
     encoder_folder,
@@ -39,6 +38,7 @@ from bsa_export.converted.names import (
     CONFIG,
     CONVERSION_RECORD,
     MODULE_PICKLE,
+    MODULES,
     PICKLE_INDEX,
     PULL_RECORD,
     SENTENCE_FILES,

@@ -8,11 +8,10 @@ from pathlib import Path, PurePosixPath
 
 from bsa_export.checkpoint.open import KNOWN_NAMES
 from bsa_export.checkpoint.table import file_stamp
-from bsa_export.converted.names import CONFIG
+from bsa_export.converted.names import CONFIG, MODULES
 from bsa_export.errors import CheckpointError
 from bsa_export.files import MAX_JSON_BYTES, open_file, parse_json, read_text
 
-MODULES = "modules.json"
 MOST_BYTES = 100_000_000  # of a file that is copied and holds no weights: the largest vocabularies have some 20 MB
 MOST_MODULES = 1000
 LONGEST_PATH = 1000  # characters of the path of a module
