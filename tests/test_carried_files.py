@@ -7,6 +7,7 @@ import shutil
 import string
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -561,17 +562,22 @@ def test_sentence_transformers_loads_an_encoder_that_had_a_folder_of_its_own(sen
     from sentence_transformers.models import Dense
 
     source = sentence_folder(Dense(64, 8))
+    expected = numpy.array(embeddings(source))
     own = source / "0_BERT"
     own.mkdir()
     for path in list(source.iterdir()):
         if path.is_file() and path.name not in ("modules.json", "config_sentence_transformers.json", "README.md"):
             path.rename(own / path.name)
     content = json.loads((source / "modules.json").read_text())
-    content[0]["path"] = "0_BERT"
+    content[0] |= {"path": "0_BERT", "type": "sentence_transformers.models.BERT"}
     (source / "modules.json").write_text(json.dumps(content))
     torch.save({"weight": torch.randn(4, 8)}, source / "head.pt")
-    assert_loads_the_same(source, target)
+    found = carried(source, target)
     assert {"tokenizer.json", "head.safetensors"} <= files(target)
+    assert any(change.before == "100" for change in found.changes)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(own / name, target / name)
+    assert (numpy.array(embeddings(target)) == expected).all()
 
 
 def test_a_trained_folder_keeps_its_card_and_lengths(sentence_folder, target):

@@ -52,6 +52,11 @@ from bsa_export.text import some
 
 OF_ALL_MODULES = (MODULES, "config_sentence_transformers.json")
 OF_THE_ENCODER = (*TOKENIZER_FILES, *(name for name in SENTENCE_FILES if name not in OF_ALL_MODULES))
+# Classes of sentence-transformers 0.x, which one class, Transformer, has replaced.
+OLD_ENCODERS = tuple(
+    f"sentence_transformers.models.{name}"
+    for name in ("BERT", "RoBERTa", "DistilBERT", "CamemBERT", "XLMRoBERTa", "ALBERT", "XLNet")
+)
 SAFETENSORS = "model.safetensors"
 MOST_FILES = 10_000  # in the folders of all modules
 MOST_NAMES = 20  # in a note
@@ -87,7 +92,7 @@ class How(str, Enum):
     COPIED = "copied"  # every byte
     EDITED = "edited"  # JSON with other values, `CarriedFile.changes`; every other character stays
     AS_SAFETENSORS = "as safetensors"  # the tensors of a pickle
-    PATH_EDITED = "path edited"  # modules.json whose encoder moves into the top folder
+    PATH_EDITED = "path edited"  # modules.json whose encoder moves to the top folder
 
     __str__ = str.__str__
 
@@ -412,10 +417,13 @@ class _Planner:
         self.put(planned)
 
     def modules_with_encoder_at_the_top(self) -> str:
-        entries = [
-            {**entry, "path": ""} if PurePosixPath(entry["path"]) == self.encoder else entry
-            for entry in read_modules(self.root)
-        ]
+        """modules.json for an encoder that moves to the top, with a class that sentence-transformers still has."""
+        entries = read_modules(self.root)
+        for entry in entries:
+            if PurePosixPath(entry["path"]) == self.encoder:
+                entry["path"] = ""
+                if entry.get("type") in OLD_ENCODERS:
+                    entry["type"] = "sentence_transformers.models.Transformer"
         return json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
 
     def put(self, file: CarriedFile) -> None:

@@ -6,7 +6,8 @@ A judge of the conversion: the rules are stated here again, and nothing is impor
 2. So is every file of the folders that modules.json names, at any depth. Hidden files, code, state of training and other
    formats of weights are not expected.
 3. A file has the source's bytes. Weights have the source's tensors; pickled ones are stored as safetensors. JSON has the
-   source's values; where the model reads more tokens than the source, the lengths in it are the new length.
+   source's values; where the model reads more tokens than the source, the lengths in it are the new length. An
+   encoder that has a folder of its own moves to the top: modules.json has that path, and a class that exists today.
 4. No other tokenizer, module, weights or code is in the folder.
 """
 
@@ -178,11 +179,17 @@ def _difference(name: str, source: Path, found: Path, length: int | None, encode
         except BsaError as error:
             return str(error)
         if name == MODULES and encoder.parts:
-            theirs = [
-                {**entry, "path": "" if PurePosixPath(entry["path"]) == encoder else entry["path"]} for entry in theirs
-            ]
+            theirs = [_at_the_top(entry) if PurePosixPath(entry["path"]) == encoder else entry for entry in theirs]
         return _json_difference(name, theirs, mine, length)
     return None if _same_bytes(source, found) else "it is not the source's"
+
+
+def _at_the_top(entry: dict[str, Any]) -> dict[str, Any]:
+    """The entry of an encoder that moved to the top. sentence-transformers 0.x had a class a family (models.BERT)."""
+    package, _, name = str(entry.get("type")).rpartition(".")
+    families = ("BERT", "RoBERTa", "DistilBERT", "CamemBERT", "XLMRoBERTa", "ALBERT", "XLNet")
+    old = package == "sentence_transformers.models" and name in families
+    return {**entry, "path": ""} | ({"type": f"{package}.Transformer"} if old else {})
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
