@@ -134,29 +134,40 @@ def _weight_file(folder: Path) -> tuple[Path, list[str]]:
 
 def _nothing_readable(folder: Path) -> CheckpointError:
     """The error for a folder without weights: what it holds, and what to do."""
-    entries = sorted(folder.iterdir())
-    there = [entry.name + ("/" if entry.is_dir() else "") for entry in entries]
-    inside = [
-        f"{entry.name}/{file.name}"
-        for entry in entries[:200]
-        if entry.is_dir()
-        for file in sorted(_listed(entry))
-        if file.name.endswith(WEIGHT_ENDINGS) and not _fits(file.name, NOT_WEIGHTS)
-    ]
-    found = some(there, 12) if there else "an empty folder"
-    hint = None
-    if "latest" in there and "zero_to_fp32.py" in there:
-        hint = "of a DeepSpeed run name the file mp_rank_00_model_states.pt below it, and --config"
-    elif other := next((known for known in ELSEWHERE if any(fnmatch(entry.name, known[0]) for entry in entries)), None):
-        _, what, hint = other
-        found = f"{what} ({found})"
-        if inside:
-            hint += f"; or name {some(inside)}"
-    elif inside:
-        hint = f"weights are below it: name {some(inside)}"
+    names = [name for entry in sorted(folder.iterdir()) for name in _names_in(entry)]
+    found, hint = without_weights(names)
     return CheckpointError(
         f"expected a folder with weights ({', '.join(KNOWN_NAMES)})", found=found, where=folder, hint=hint
     )
+
+
+def _names_in(entry: Path) -> list[str]:
+    """The name of a file; of a folder its own with a slash, and those of the files in it."""
+    if not entry.is_dir():
+        return [entry.name]
+    return [f"{entry.name}/", *(f"{entry.name}/{file.name}" for file in sorted(_listed(entry)))]
+
+
+def without_weights(names: list[str], inside: str = "") -> tuple[str, str | None]:
+    """What a folder holds that has no weights at its top, in words, and what to do.
+
+    Args:
+        names: of its files, those in folders with their path.
+        inside: what stands before a name when it is typed as a source.
+    """
+    there = list(dict.fromkeys(name[: name.find("/") + 1] or name for name in names))
+    below = [
+        f"{inside}{name}"
+        for name in names
+        if "/" in name and name.endswith(WEIGHT_ENDINGS) and not _fits(name.rpartition("/")[2], NOT_WEIGHTS)
+    ]
+    found = some(there, 12) if there else "an empty folder"
+    if "latest" in there and "zero_to_fp32.py" in there:
+        return found, "of a DeepSpeed run name the file mp_rank_00_model_states.pt below it, and --config"
+    for pattern, what, hint in ELSEWHERE:
+        if any(fnmatch(name.rstrip("/"), pattern) for name in there):
+            return f"{what} ({found})", f"{hint}; or name {some(below)}" if below else hint
+    return found, f"weights are below it: name {some(below)}" if below else None
 
 
 def _listed(folder: Path) -> Iterator[Path]:

@@ -159,6 +159,11 @@ def plan_source(
 ) -> tuple[Checkpoint, Plan, CarriedFiles]:
     """Opens a source and plans its conversion. Returns the checkpoint, the plan, and the files that are carried over."""
     check_options(options)
+    with source.named_errors():
+        return _plan_source(source, options, config_path)
+
+
+def _plan_source(source: Source, options: Options, config_path: Path | None) -> tuple[Checkpoint, Plan, CarriedFiles]:
     checkpoint = open_checkpoint(encoder_folder(source.path))
     config = read_config(config_path or checkpoint.folder / CONFIG)
     planned = plan(checkpoint.tensors, config, options, where=source.path)

@@ -165,7 +165,6 @@ def plan_content(planned: Plan) -> dict[str, Any]:
         "short_inputs_differ": planned.facts.short_inputs_differ,
         "reach": planned.facts.reach,
         "local_reach": planned.facts.local_reach,
-        "local_reach": planned.facts.local_reach,
         "repeats_positions": planned.facts.repeats_positions,
         "needs_training": planned.facts.needs_training,
         "attention_flops": {

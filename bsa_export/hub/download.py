@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bsa_export.checkpoint.atomic_folder import AtomicFolder
+from bsa_export.checkpoint.open import WEIGHT_ENDINGS, without_weights
 from bsa_export.converted.names import (
     CARD,
     CONVERSION_RECORD,
@@ -119,19 +120,19 @@ def pull(
     return PullResult(Path(folder), there.commit, {name: file.size for name, file in wanted.files.items()})
 
 
-def named(repo: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Repository and revision of `org/name` or `org/name@revision`.
+def named(repo: str, revision: str | None = None, bare: bool = False) -> tuple[str, str | None]:
+    """Repository and revision of `org/name` or `org/name@revision`, or `bare` of `name`.
 
     Raises:
         HubError: it is neither, there are two revisions, or the revision cannot be the name of one.
     """
-    parts = names.parse_repo(repo)
+    parts = names.parse_repo(repo, bare)
     if parts is None:
         raise HubError("expected a repository org/name or org/name@revision", found=repr(repo))
     if revision is not None:
         if parts[1] is not None:
             raise HubError("expected one revision", found=f"{parts[1]} and {revision}", where=parts[0])
-        if names.parse_repo(f"{parts[0]}@{revision}") != (parts[0], revision):
+        if names.parse_repo(f"{parts[0]}@{revision}", bare) != (parts[0], revision):
             raise HubError("expected a branch, tag or commit", found=repr(revision), where=parts[0])
         return parts[0], revision
     return parts
@@ -143,6 +144,7 @@ def fetch(
     *,
     cache_dir: str | Path | None = None,
     allow: Iterable[str] | None = None,
+    path: str = "",
     progress: bool = False,
 ) -> Fetched:
     """Downloads what a checkpoint needs, dense or converted, into the Hub's cache.
@@ -158,24 +160,29 @@ def fetch(
         revision: branch, tag or commit; main by default.
         cache_dir: the Hub's cache; huggingface_hub's own by default.
         allow: patterns of names to take instead.
+        path: a folder in the repository that holds the checkpoint, or its file of weights.
         progress: whether to show bars on stderr.
+
+    Returns:
+        The snapshot, or the folder in it that holds the checkpoint.
 
     Raises:
         HubError: the Hub or the network refused, there is no checkpoint, what arrived is not what the Hub lists, or it
             is a conversion that fails a check.
     """
-    there = _listing(repo_id, revision, cache_dir)
-    if allow is None and CONVERSION_RECORD in there.files:
+    file = path if path.endswith((*WEIGHT_ENDINGS, ".json")) else None
+    folder = f"{path.rpartition('/')[0] if file else path}/".lstrip("/")
+    there = _listing(repo_id, revision, cache_dir, folder)
+    if allow is None and not folder and CONVERSION_RECORD in there.files:
         chosen = list(_of_conversion(there, lambda name: name == CARD).files)
     elif allow is None:
-        sizes = {name: file.size for name, file in there.files.items()}
-        chosen = names.of_checkpoint(sizes, _module_paths(there) if MODULES in there.files else [])
+        chosen = _of_checkpoint(there, folder, file)
     else:
         patterns = list(allow)
         safe = filter(SAFE_NAME.fullmatch, there.files)
         chosen = [name for name in safe if any(fnmatch(name, pattern) for pattern in patterns)]
     if not chosen:
-        raise HubError("it holds no file that a checkpoint needs", where=f"{repo_id}@{there.commit[:12]}")
+        raise HubError("no file in it has such a name", where=f"{repo_id}@{there.commit[:12]}")
     wanted = there._replace(files={name: there.files[name] for name in chosen})
     new = [name for name in chosen if _cached(wanted, name) is None]
     snapshot = _download(wanted, progress)
@@ -183,7 +190,33 @@ def fetch(
         _checked(wanted, name, snapshot)
     if allow is None and CONVERSION_RECORD in chosen:
         _check_snapshot(wanted, snapshot)
-    return Fetched(snapshot, there.commit)
+    elif f"{folder}{CONVERSION_RECORD}" in chosen:
+        _check_conversion(repo_id, snapshot / folder)
+    return Fetched(snapshot / folder, there.commit)
+
+
+def _of_checkpoint(there: Snapshot, folder: str, file: str | None) -> list[str]:
+    """The names that a checkpoint in `folder` (`""` or `x/`) needs. Its weights are `file` where one is named.
+
+    Raises:
+        HubError: there are no weights that can be read.
+    """
+    sizes = {name[len(folder) :]: size.size for name, size in there.files.items() if name.startswith(folder)}
+    if not sizes or (file and file not in there.files):
+        raise HubError(f"it has no {file or folder}", where=f"{there.repo_id}@{there.commit[:12]}")
+    paths = _module_paths(there) if MODULES in sizes and not folder else []
+    chosen = names.of_checkpoint(sizes, paths)
+    if file is not None and not file.endswith(".json"):
+        chosen = [*(name for name in chosen if not names.is_weights(name)), file[len(folder) :]]
+    if not any(name.endswith(WEIGHT_ENDINGS) for name in chosen):
+        found, hint = without_weights(list(sizes), f"{there.repo_id}/{folder}")
+        raise HubError(
+            "it holds no weights that can be read",
+            found=found,
+            where=f"{there.repo_id}@{there.commit[:12]}",
+            hint=hint,
+        )
+    return [folder + name for name in chosen]
 
 
 def _check_snapshot(wanted: Snapshot, snapshot: Path) -> None:
@@ -256,30 +289,30 @@ def _small_file(there: Snapshot, name: str) -> Path:
     return snapshot / name
 
 
-def _listing(repo_id: str, revision: str | None, cache_dir: str | Path | None) -> Snapshot:
-    """The commit of a revision and all its files."""
-    repo_id, revision = named(repo_id, revision)
+def _listing(repo_id: str, revision: str | None, cache_dir: str | Path | None, folder: str = "") -> Snapshot:
+    """The commit of a revision and all its files. Offline a cached config.json in `folder` (`""` or `x/`) finds it."""
+    repo_id, revision = named(repo_id, revision, bare=True)
     if client.is_offline():
-        return _cached_listing(repo_id, revision, cache_dir)
+        return _cached_listing(repo_id, revision, cache_dir, folder)
     revision = revision or names.MAIN
     with client.sentences(repo_id, revision):
         hub = client.api(writing=False)
-        commit = client.patiently(lambda: client.checked(hub.model_info(repo_id, revision=revision))).sha
+        commit = client.commit_of(client.patiently(lambda: hub.model_info(repo_id, revision=revision)))
         return Snapshot(repo_id, revision, commit, client.tree(hub, repo_id, commit), cache_dir)
 
 
-def _cached_listing(repo_id: str, revision: str | None, cache_dir: str | Path | None) -> Snapshot:
+def _cached_listing(repo_id: str, revision: str | None, cache_dir: str | Path | None, folder: str) -> Snapshot:
     from huggingface_hub import try_to_load_from_cache
 
     revision = revision or names.MAIN
-    config = try_to_load_from_cache(repo_id, "config.json", revision=revision, cache_dir=cache_dir)
+    config = try_to_load_from_cache(repo_id, f"{folder}config.json", revision=revision, cache_dir=cache_dir)
     if not isinstance(config, str):
         where = f"{repo_id}@{revision}"
         raise HubError("it is not in the cache, and HF_HUB_OFFLINE is set", where=where, hint="unset it")
-    folder = Path(config).parent
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    files = {path.relative_to(folder).as_posix(): CachedFile(path.stat().st_size) for path in paths}
-    return Snapshot(repo_id, revision, folder.name, files, cache_dir)
+    snapshot = Path(config).parents[folder.count("/")]
+    paths = sorted(path for path in snapshot.rglob("*") if path.is_file())
+    files = {path.relative_to(snapshot).as_posix(): CachedFile(path.stat().st_size) for path in paths}
+    return Snapshot(repo_id, revision, snapshot.name, files, cache_dir)
 
 
 def _cached(wanted: Snapshot, name: str) -> Path | None:
@@ -287,8 +320,9 @@ def _cached(wanted: Snapshot, name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(wanted.repo_id, name, revision=wanted.commit, cache_dir=wanted.cache_dir)
-    whole = isinstance(path, str) and Path(path).stat().st_size == wanted.files[name].size
-    return Path(path) if whole else None
+    if not isinstance(path, str) or Path(path).stat().st_size != wanted.files[name].size:
+        return None
+    return Path(path)
 
 
 def _download(wanted: Snapshot, progress: bool) -> Path:
@@ -296,8 +330,12 @@ def _download(wanted: Snapshot, progress: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     def in_cache() -> Path | None:
-        paths = [_cached(wanted, name) for name in wanted.files]
-        return None if None in paths else paths[0].parents[next(iter(wanted.files)).count("/")]
+        folders = set()
+        for name in wanted.files:
+            if (path := _cached(wanted, name)) is None:
+                return None
+            folders.add(path.parents[name.count("/")])
+        return folders.pop()
 
     def attempt() -> Path:
         snapshot_download(

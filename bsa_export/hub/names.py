@@ -19,7 +19,7 @@ from bsa_export.converted.names import (
 )
 
 MAIN = "main"
-REPO = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
+REPO = re.compile(r"(?P<repo>(?:[A-Za-z0-9][\w.-]*/)?[\w-][\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 # What git forbids in the name of a branch, a tag or another reference, besides what REPO leaves out.
 NO_REFERENCE = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@|^[-/.]|/\.|[/.]$|\.lock(/|$)")
 # Bytes of a file that can hold a head of one or two layers, and no encoder of use.
@@ -31,13 +31,19 @@ NOT_OF_MODULES = (
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def parse_repo(text: str) -> tuple[str, str | None] | None:
-    """Splits `org/name` or `org/name@revision`; None if `text` is no such name, or that of a file of weights.
+def parse_repo(text: str, bare: bool = False) -> tuple[str, str | None] | None:
+    """Splits `org/name` or `org/name@revision`; None if `text` is not such a name, or is that of a file of weights.
 
     A revision is a branch, tag, other reference or commit. Names that git refuses, such as `../x`, are refused.
+
+    Args:
+        text: what the user typed.
+        bare: whether a name without an organisation is accepted: the Hub's oldest models, such as `bert-base-uncased`.
     """
     match = REPO.fullmatch(text)
-    if match is None or (match["revision"] and NO_REFERENCE.search(match["revision"])):
+    if match is None or not (bare or "/" in match["repo"]):
+        return None
+    if match["revision"] and NO_REFERENCE.search(match["revision"]):
         return None
     if ".." in match["repo"] or match["repo"].endswith((*WEIGHT_ENDINGS, ".json", ".git")):
         return None

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and the command as a user types it."""
+"""What these tests share: tiny random models, files of tensors, and the command as a user types it."""
 
 from __future__ import annotations
 
@@ -6,48 +6,33 @@ import json
 from pathlib import Path
 
 import torch
-import transformers
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
+from support.tiny import FAMILIES
+from support.tiny import random_model as tiny
 
 from bsa_export.cli.convert import main
 
-# What class names of transformers start with.
-CLASSES = {
-    "bert": "Bert",
-    "roberta": "Roberta",
-    "xlm-roberta": "XLMRoberta",
-    "camembert": "Camembert",
-    "electra": "Electra",
-    "ernie": "Ernie",
-    "data2vec-text": "Data2VecText",
-    "distilbert": "DistilBert",
-}
-RESERVED = {"roberta": 2, "xlm-roberta": 2, "camembert": 2, "data2vec-text": 2}
+__all__ = [
+    "CLASSES",
+    "LENGTH",
+    "RESERVED",
+    "config",
+    "convert",
+    "converted",
+    "inputs",
+    "record",
+    "refused",
+    "same_bits",
+    "save",
+    "save_tensors",
+    "tensors",
+    "tiny",
+]
+
+CLASSES = {family: prefix for family, (prefix, _) in FAMILIES.items()}
+RESERVED = {family: reserved for family, (_, reserved) in FAMILIES.items() if reserved}
 LENGTH = 64  # tokens that they read
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
-DISTILBERT_SIZES = {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
-
-
-def tiny(family: str, head: str = "ForMaskedLM", seed: int = 0, length: int = LENGTH, **fields):
-    """A model of a family whose every parameter is random, and large enough to matter."""
-    special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3} if family in RESERVED else {}
-    sizes = DISTILBERT_SIZES if family == "distilbert" else SIZES
-    config = getattr(transformers, f"{CLASSES[family]}Config")(
-        **(sizes | special | {"max_position_embeddings": length + RESERVED.get(family, 0)} | fields)
-    )
-    generator = torch.Generator().manual_seed(seed)
-    model = getattr(transformers, CLASSES[family] + head)(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3, generator=generator)
-    return model
 
 
 def save(model, folder: Path) -> Path:

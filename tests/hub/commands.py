@@ -93,11 +93,11 @@ def _serve() -> None:
     from huggingface_hub import CommitOperationAdd, HfApi, repocard_data, snapshot_download  # noqa: F401
 
     from bsa_export import hub  # noqa: F401
-    from bsa_export.cli import pull, push
+    from bsa_export.cli import convert, pull, push
 
     sleep = time.sleep
     time.sleep = lambda seconds: sleep(seconds / 100)
-    mains: dict[str, Callable] = {"push": push.main, "pull": pull.main}
+    mains: dict[str, Callable] = {"convert": convert.main, "push": push.main, "pull": pull.main}
     for line in sys.stdin:
         asked = json.loads(line)
         pid = os.fork()
