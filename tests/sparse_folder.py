@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
+from support.tiny import FAMILIES as PREFIXES
+from support.tiny import random_model
 
 from bsa_export.conversion.convert import convert_source as convert
 from bsa_export.conversion.options import Options
@@ -19,7 +20,6 @@ SIZES = {
     "num_attention_heads": HEADS,
     "intermediate_size": 64,
 }
-DISTILBERT_SIZES = {"dim": 32, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": 64}
 COMMON = {"vocab_size": 100, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "tie_word_embeddings": True}
 # Family -> the class of the source, that of the converted model, and how many position rows the family reserves.
 FAMILIES = {
@@ -47,16 +47,14 @@ RANDOM = {
 
 def dense_folder(path: Path, family: str = "bert", class_name: str | None = None, **changes) -> Path:
     """A small random dense model."""
-    source_class, _, reserved = FAMILIES[family]
-    model_class = getattr(transformers, class_name or source_class)
-    sizes = DISTILBERT_SIZES if family == "distilbert" else SIZES
-    settings = sizes | COMMON | {"max_position_embeddings": SHORT + reserved} | changes
-    config = model_class.config_class(**settings)
-    torch.manual_seed(0)
-    model = model_class(config)
-    for parameter in model.parameters():  # the usual initialisation is so flat that a wrong mask would hardly show
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.5)
+    source_class, _, _ = FAMILIES[family]
+    head = (class_name or source_class).removeprefix(PREFIXES[family][0])
+
+    def fill(parameter: torch.nn.Parameter, generator: torch.Generator) -> None:
+        if parameter.ndim > 1:  # the usual initialisation is so flat that a wrong mask would hardly show
+            parameter.normal_(0, 0.5, generator=generator)
+
+    model = random_model(family, head, length=SHORT, fill=fill, **(SIZES | COMMON | changes))
     model.save_pretrained(path)
     return path
 

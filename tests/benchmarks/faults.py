@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "verify"))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "verify"), str(Path(__file__).resolve().parents[1])]
 
 from planted import KINDS, planted, without_digests  # noqa: E402
 
