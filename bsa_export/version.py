@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 PROJECT_URL = "https://bsa-export.example/bsa_export"
 
 # What each extra of setup.cfg brings; a test compares the two.
-_RUN = ("torch>=2.6", "triton>=3.2", "transformers>=5.0,<6", "tokenizers>=0.22.1")
+_RUN = ("torch>=2.8", "triton>=3.4", "transformers>=5.0,<6", "tokenizers>=0.22.1")
 EXTRAS = {
     "run": _RUN,
     "verify": (*_RUN, "deepspeed>=0.16,<0.19.7"),

@@ -205,11 +205,9 @@ def page(outcomes: list[Outcome], absent: list[str]) -> str:
     ]
     if absent:
         lines += ["", f"Not tried, as they were not on the machine: Python {', '.join(absent)}."]
-    core = requirements("options", "install_requires")
-    lines += [
-        "",
-        "Bounds in `setup.cfg`, each of them in a row above: " + ", ".join(f"`{line}`" for line in core) + ".",
-    ]
+    bounds = [*requirements("options", "install_requires"), *requirements("options.extras_require", "run")]
+    lines += ["", "Bounds in `setup.cfg`: " + ", ".join(f"`{line}`" for line in bounds) + "."]
+    lines += ["", "Only the versions of torch in the table were tried. `tests/matrix.sh --torch SPEC` tries another one."]
     return "\n".join(lines) + "\n"
 
 
