@@ -207,7 +207,7 @@ def page(outcomes: list[Outcome], absent: list[str]) -> str:
         lines += ["", f"Not tried, as they were not on the machine: Python {', '.join(absent)}."]
     bounds = [*requirements("options", "install_requires"), *requirements("options.extras_require", "run")]
     lines += ["", "Bounds in `setup.cfg`: " + ", ".join(f"`{line}`" for line in bounds) + "."]
-    lines += ["", "Only the versions of torch in the table were tried. `tests/matrix.sh --torch SPEC` tries another one."]
+    lines += ["", "The table has one version of torch; `tests/matrix.sh --torch SPEC` tries another one."]
     return "\n".join(lines) + "\n"
 
 
