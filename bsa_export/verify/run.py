@@ -141,7 +141,7 @@ class Verification:
         if any(check.kind is not Kind.OUTPUTS or check.part not in self.required for check in wrong):
             return True
         compared = {(check.kind, check.part): _comparisons(check) for check in self.checks if check.passed}
-        return self.finished and all(
+        return self.verdict is Verdict.PASSED and all(
             compared.get((check.kind, check.part), 0) >= _comparisons(check) for check in earlier.checks if check.passed
         )
 

@@ -17,6 +17,7 @@ from bsa_export.converted.checks import Check, Kind, result, skipped
 from bsa_export.converted.folder import ConvertedFolder
 from bsa_export.hf.stored_layout import NAME as SPARSE
 from bsa_export.verify.whole_model import every_block_kept
+from bsa_export.version import install_hint
 
 PART = "sentence embeddings"
 MODULES = "modules.json"
@@ -36,7 +37,7 @@ def check_embeddings(folder: ConvertedFolder, source: Path) -> Iterator[Check]:
     if not (top / MODULES).is_file():
         return
     if find_spec("sentence_transformers") is None:
-        yield skipped(Kind.WHOLE_MODEL, "sentence-transformers is not installed", PART)
+        yield skipped(Kind.WHOLE_MODEL, f"sentence-transformers is not installed; {install_hint('sentences')}", PART)
         return
     record = folder.record
     if record is None or (record.positions is not None and record.positions.interpolated):

@@ -26,7 +26,6 @@ from bsa_export.conversion.source_folder import encoder_folder
 from bsa_export.converted.checks import Check, Kind, Status, skipped
 from bsa_export.converted.folder import open_folder
 from bsa_export.converted.records import to_json
-from bsa_export.ops.deepspeed_source import VARIABLE
 from bsa_export.text import printable
 from bsa_export.verify.guard import guarded
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 MODEL = "model"  # the job that is not a backend's
 # On a CPU these run through Triton's interpreter, which Triton decides when it is imported.
 INTERPRETED = ("triton", "deepspeed")
+DEEPSPEED_VARIABLE = "BSA_DEEPSPEED"  # that of ops.deepspeed_source, whose package imports torch
 POLL_SECONDS = 0.1
 PROGRAM = "import sys; sys.path[:] = {path!r}; from bsa_export.verify.worker import main; main()"
 
@@ -89,7 +89,7 @@ class Job:
         # torch's threads wait by spinning, which slows down the other processes.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
         if self.deepspeed is not None:
-            environment[VARIABLE] = str(Path(self.deepspeed).absolute())
+            environment[DEEPSPEED_VARIABLE] = str(Path(self.deepspeed).absolute())
         if self.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         if self.interpreted:

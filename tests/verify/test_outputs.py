@@ -21,6 +21,7 @@ from bsa_export.converted.check_lines import figures
 from bsa_export.converted.checks import Check, Kind, Status
 from bsa_export.converted.folder import open_folder
 from bsa_export.ops import block_sparse_attention, torch_backend
+from bsa_export.ops.deepspeed_source import VARIABLE
 from bsa_export.verify import check_file, check_layout, tolerance
 from bsa_export.verify.controls import backend_control, file_controls
 from bsa_export.verify.drift import measure_drift
@@ -349,12 +350,12 @@ def test_wrong_numbers_before_a_tool_stops_are_a_failure(folder, monkeypatch):
 
 def test_processes_have_the_environment_of_their_backend(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delenv("BSA_DEEPSPEED", raising=False)
+    monkeypatch.delenv(VARIABLE, raising=False)
     cpu = {name: Job(name, tmp_path, "cpu", deepspeed=tmp_path / "ds.tar.gz").environment() for name in BACKENDS}
     assert {name for name, found in cpu.items() if "TRITON_INTERPRET" in found} == {"triton", "deepspeed"}
-    assert all(found["BSA_DEEPSPEED"] == str(tmp_path / "ds.tar.gz") for found in cpu.values())
+    assert all(found[VARIABLE] == str(tmp_path / "ds.tar.gz") for found in cpu.values())
     gpu = Job("triton", tmp_path, "cuda").environment()
-    assert "TRITON_INTERPRET" not in gpu and "BSA_DEEPSPEED" not in gpu
+    assert "TRITON_INTERPRET" not in gpu and VARIABLE not in gpu
     odd = Job("torch", Path(os.fsdecode(b"/tmp/\xff")), "cpu")
     assert Job.from_json(odd.to_json()) == odd
 

@@ -1,30 +1,58 @@
 """bsa-verify as a user has it: table, verdict, exit code, record and report."""
 
 import hashlib
+import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import bsa_export
 from bsa_export.cli.verify import main
-from bsa_export.converted.checks import Check
+from bsa_export.converted.checks import Check, Kind, Status
 from bsa_export.converted.names import VERIFICATION_RECORD
+from bsa_export.converted.records import Verdict, VerificationRecord
 from bsa_export.errors import BsaError
 from bsa_export.verify.report import render
 from bsa_export.verify.run import Verification, Wanted
 from bsa_export.verify.run import run_checks as verify
+from bsa_export.verify.worker import Job
+from bsa_export.version import install_hint
 
 TORCH = ["--backend", "torch", "--device", "cpu"]
 
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+class Instant:
+    """A worker whose checks have all passed already: for tests of what becomes of checks."""
+
+    device = "none"
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    def wait(self, kind: Kind, progress=None) -> list[Check]:
+        part = dict(self.job.stages())[kind]
+        status = Status.INFO if kind is Kind.DRIFT else Status.PASSED
+        return [Check(kind, status, part, numerical=kind is Kind.OUTPUTS)]
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def instant(monkeypatch):
+    monkeypatch.setattr("bsa_export.verify.run.Worker", Instant)
 
 
 def recorded(folder: Path) -> dict:
@@ -47,12 +75,17 @@ def test_a_right_folder_passes_and_is_recorded(damaged):
         ["passed", "layout"],
         ["passed", "weights"],
     ]
-    assert re.fullmatch(r"passed: 10 passed \(\d+\.\d s\)", lines[-1])
+    assert re.fullmatch(r"passed: \d+ passed(, 1 skipped)? \(\d+\.\d s\)", lines[-1])
     record = recorded(folder)
     assert record["verdict"] == "passed"
-    assert {check["status"] for check in record["checks"] if check["name"] != "drift"} == {"passed"}
-    assert next(check["status"] for check in record["checks"] if check["name"] == "drift") == "told"
-    assert set(record["checks"][0]) == {"name", "status", "reason", "figures"}
+    kinds = [check["kind"] for check in record["checks"]]
+    assert list(dict.fromkeys(kinds)) == [str(kind) for kind in Kind]
+    assert {check["status"] for check in record["checks"] if check["kind"] != "drift"} <= {"passed", "skipped"}
+    assert next(check["status"] for check in record["checks"] if check["kind"] == "drift") == "info"
+    assert set(record["checks"][0]) == {"name", "kind", "part", "status", "reason", "figures"}
+    whole = [check["figures"] for check in record["checks"] if check["kind"] == "whole model"]
+    assert [figures["backend"] for figures in whole] == ["torch", "torch"]
+    assert whole[0]["compared tokens"] == whole[0]["length"] + 2 * whole[0]["length"] // 3
     assert set(record["files"]) == {"config.json", "conversion.json", "model.safetensors"}
     for name, digest in record["files"].items():
         assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -61,16 +94,20 @@ def test_a_right_folder_passes_and_is_recorded(damaged):
     assert not list(folder.glob(".*"))
 
 
-def test_json_holds_every_comparison(damaged):
+def test_json_holds_every_comparison(damaged, tmp_path):
+    """Also why a model without a tokenizer has no loss."""
     _, folder = damaged()
-    result = run(folder, *TORCH, "--json")
-    content = json.loads(result.output)
+    (tmp_path / "text.txt").write_text("A text.")
+    result = run(folder, *TORCH, "--json", "--text", tmp_path / "text.txt")
+    content = json.loads(result.stdout)
     assert result.exit_code == 0 and content["verdict"] == "passed"
-    weights = next(check for check in content["checks"] if check["name"] == "weights")
-    assert weights["status"] == "skipped" and "--source" in weights["reason"]
-    outputs = next(check for check in content["checks"] if check["name"] == "outputs: torch")
+    checks = {check["name"]: check for check in content["checks"]}
+    assert checks["weights"]["status"] == "skipped" and "--source" in checks["weights"]["reason"]
+    outputs = checks["outputs: torch"]
     assert {row["situation"] for row in outputs["details"]} >= {"one shorter than a block", "padded", "odd", "longest"}
     assert all(row["ratio"] <= row["bound"] for row in outputs["details"])
+    figures = checks["drift"]["figures"]
+    assert "cosine of the last hidden states" in figures and "tokenizer.json" in figures["no loss"]
 
 
 def test_a_damaged_folder_fails_and_is_recorded(damaged):
@@ -119,18 +156,65 @@ def test_without_torch_nothing_can_be_compared_and_that_is_3(damaged):
     program = "import sys; sys.modules['torch'] = None; from bsa_export.cli.verify import main; main()"
     ran = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True)
     assert ran.returncode == 3, ran.stderr
-    assert "torch cannot be imported" in ran.stdout
+    assert install_hint("verify") in ran.stdout
     assert ran.stdout.splitlines()[-1].startswith("incomplete: 2 passed, ")
     assert recorded(folder)["verdict"] == "incomplete"
 
 
 def test_a_backend_that_is_required_may_not_be_skipped(damaged):
+    """Every kernel refuses blocks of 8; the verdict of a run without it stays."""
     _, folder = damaged(block=8, max_length=64)
+    assert run(folder, *TORCH).exit_code == 0
     result = run(folder, "--device", "cpu", "--backend", "torch", "--require", "triton")
     assert result.exit_code == 1
     assert "it is required, and was skipped: " in result.output
-    assert "not 8" in result.output  # the block that no kernel has
+    assert recorded(folder)["verdict"] == "passed" and recorded(folder)["later"]["verdict"] == "failed"
+
+
+def passed(*parts: str, comparisons: int = 1) -> list[Check]:
+    figures = {"comparisons": comparisons}
+    return [Check(Kind.OUTPUTS, Status.PASSED, part, figures=figures, numerical=True) for part in parts]
+
+
+SKIPPED = Check(Kind.OUTPUTS, Status.SKIPPED, "triton", "not here")
+WRONG = Check(Kind.OUTPUTS, Status.FAILED, "triton", "wrong numbers")
+
+
+@pytest.mark.parametrize(
+    ("checks", "replaces"),
+    [
+        (passed("torch", "triton", comparisons=9), True),
+        (passed("torch", "triton", "deepspeed", comparisons=10), True),
+        (passed("torch", "triton", comparisons=8), False),
+        (passed("torch", comparisons=9), False),
+        ([*passed("torch", comparisons=9), SKIPPED], False),
+        ([*passed("torch", comparisons=9), WRONG], True),
+    ],
+    ids=["the same", "more", "fewer comparisons", "fewer checks", "skipped", "wrong"],
+)
+def test_a_run_that_compares_less_does_not_replace_a_better_one(checks, replaces):
+    earlier = VerificationRecord(Verdict.PASSED, passed("torch", "triton", comparisons=9), {})
+    assert Verification(checks, finished=True).replaces(earlier) is replaces
+    required = Verification([*passed("torch"), replace(SKIPPED, status=Status.FAILED)], finished=True)
+    required.required = {"triton"}
+    assert not required.replaces(earlier)
+
+
+def test_a_better_verdict_of_the_same_files_is_kept_until_a_file_changes(damaged, instant):
+    _, folder = damaged()
+    assert run(folder, "--device", "cpu").exit_code == 0
+    first = recorded(folder)
+    result = run(folder, *TORCH)
+    assert result.exit_code == 0 and first["finished"] in result.output
+    later = recorded(folder).pop("later")
+    assert recorded(folder)["checks"] == first["checks"] and later["verdict"] == "passed"
+    assert run(folder, "--device", "cpu").exit_code == 0  # as much as the first
+    assert "later" not in recorded(folder)
+    record = folder / "conversion.json"
+    record.write_text(record.read_text() + " ")
     assert run(folder, *TORCH).exit_code == 0
+    names = {check["name"] for check in recorded(folder)["checks"]}
+    assert "outputs: torch" in names and "outputs: triton" not in names
 
 
 @pytest.mark.parametrize(
@@ -161,7 +245,6 @@ def test_a_report_in_the_folder_is_wrong_usage(damaged):
     for place in (folder, folder / "report", folder / ".." / folder.name):
         result = run(folder, *TORCH, "--report", place)
         assert result.exit_code == 2
-        assert "is in the folder that is verified; choose another place" in result.output
     assert (folder / "layout.png").read_bytes() == card and not (folder / VERIFICATION_RECORD).exists()
 
 
@@ -185,21 +268,20 @@ def test_an_interrupted_run_is_recorded_as_incomplete(damaged):
     with pytest.raises(KeyboardInterrupt):
         verify(Wanted(folder, backends=("torch",)), interrupt)
     assert recorded(folder)["verdict"] == "incomplete"
-    assert recorded(folder)["sentence"] == "incomplete: 2 passed; it was interrupted"
+    assert [check["kind"] for check in recorded(folder)["checks"]] == ["file", "layout"]
 
 
-def test_a_run_that_is_killed_leaves_no_older_verdict(damaged):
+def test_a_run_that_is_killed_leaves_no_older_verdict(damaged, instant):
     _, folder = damaged()
-    (folder / VERIFICATION_RECORD).write_text('{"verdict": "passed"}')
+    (folder / VERIFICATION_RECORD).write_text('{"verdict": "passed", "checks": [], "files": {}}')
     seen = []
     verify(Wanted(folder, backends=("torch",)), lambda check: seen.append(recorded(folder)))
     assert {record["verdict"] for record in seen} == {"incomplete"}
-    assert seen[0]["sentence"] == "incomplete: nothing was checked; it was interrupted"
     assert recorded(folder)["verdict"] == "passed"
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_record_that_cannot_be_written_takes_nothing_else_away(damaged, monkeypatch, tmp_path, broken):
+def test_a_record_that_cannot_be_written_takes_nothing_else_away(damaged, monkeypatch, tmp_path, broken, instant):
     _, folder = damaged()
     if broken:
         damage(folder)
@@ -218,11 +300,10 @@ def test_a_record_that_cannot_be_written_takes_nothing_else_away(damaged, monkey
     assert result.stderr.startswith(
         f"Warning: {folder / VERIFICATION_RECORD}: it cannot be written (Read-only file system)"
     )
-    assert result.stderr.endswith("; bsa-push will want one\n")
     assert not (folder / VERIFICATION_RECORD).exists() and not list(folder.glob(".*"))
 
 
-def test_the_verdict_comes_before_the_report(damaged, monkeypatch, tmp_path):
+def test_the_verdict_comes_before_the_report(damaged, monkeypatch, tmp_path, instant):
     def cannot(*_):
         raise BsaError("it cannot be written", where="report")
 
@@ -233,20 +314,20 @@ def test_the_verdict_comes_before_the_report(damaged, monkeypatch, tmp_path):
     assert result.stderr == "Error: report: it cannot be written\n"
 
 
-def test_every_file_of_the_model_is_recorded(damaged):
-    """Also those that came after the conversion, which a push would take."""
+def test_every_file_of_the_model_is_recorded_and_others_are_named(damaged, instant):
+    """Files that came after the conversion are not the model's; those of a tokenizer or a module are named."""
     _, folder = damaged()
-    (folder / "1_Pooling").mkdir()
-    for name in ("tokenizer.json", "1_Pooling/config.json", "LICENSE", "notes.txt"):
+    for name in ("tokenizer.json", "LICENSE", "notes.txt"):
         (folder / name).write_text("{}")
-    assert run(folder, *TORCH).exit_code == 0
-    assert set(recorded(folder)["files"]) == {
-        "config.json", "conversion.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json",
-    }  # fmt: skip
+    result = run(folder, *TORCH)
+    assert result.exit_code == 0
+    assert set(recorded(folder)["files"]) == {"config.json", "conversion.json", "model.safetensors"}
+    (line,) = (line for line in result.output.splitlines() if line.startswith("skipped  weights"))
+    assert "tokenizer.json" in line and "LICENSE" not in line and "notes.txt" not in line
 
 
 def test_figures_that_json_has_no_number_for_are_text():
-    found = Verification([Check("outputs: torch", "failed", "x", {"error": float("nan")})])
+    found = Verification([replace(WRONG, figures={"error": float("nan")})])
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["checks"][0]["figures"] == {"error": "nan"}
 
 
@@ -305,16 +386,6 @@ def test_a_text_gives_losses(english_mlm, tmp_path):
     assert all(0.3 < loss < 3 for loss in losses.values())
 
 
-def test_a_model_that_cannot_read_a_text_has_no_loss(damaged, tmp_path):
-    _, folder = damaged()
-    (tmp_path / "text.txt").write_text("A text.")
-    result = run(folder, *TORCH, "--text", tmp_path / "text.txt")
-    assert result.exit_code == 0
-    (line,) = (line for line in result.output.splitlines() if line.startswith("told     drift"))
-    assert "cosine of the last hidden states" in line
-    assert line.endswith("a text needs the model's tokenizer.json, found none")
-
-
 def test_a_text_is_cut_on_a_cpu_and_that_is_told(damaged, monkeypatch, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -337,23 +408,39 @@ def test_a_text_is_cut_on_a_cpu_and_that_is_told(damaged, monkeypatch, tmp_path)
 
 
 def test_a_drift_is_no_check_that_passes():
-    found = Verification([Check("file", "passed"), Check("drift", "told", "", {"least": float("nan")})])
-    assert found.sentence.startswith("incomplete: 1 passed;")
-
-
-def test_the_whole_model_names_its_backend_and_what_was_compared(damaged):
-    _, folder = damaged()
-    run(folder, *TORCH)
-    whole = [check["figures"] for check in recorded(folder)["checks"] if check["name"].startswith("whole model")]
-    assert [figures["backend"] for figures in whole] == ["torch", "torch"]
-    assert whole[0]["compared tokens"] == whole[0]["length"] + 2 * whole[0]["length"] // 3
+    info = Check(Kind.DRIFT, Status.INFO, figures={"least": float("nan")})
+    found = Verification([Check(Kind.FILE, Status.PASSED), info], finished=True)
+    assert found.verdict is Verdict.INCOMPLETE and "1 passed" in found.sentence
 
 
 def test_the_report_names_the_source_and_tells_what_is_drawn(tmp_path):
     """A snapshot of the Hub lies in a folder that is called by its commit."""
     wanted = Wanted(tmp_path, source=tmp_path / ("0" * 40), source_name="org/name@v1")
     for distinct, told in ((24, "each distinct head keeps"), (30, "each of the first 24 of 30 distinct heads keeps")):
-        checks = [Check("layout", "passed", "", {"density": 0.5, "distinct": distinct})]
+        checks = [Check(Kind.LAYOUT, Status.PASSED, figures={"density": 0.5, "distinct": distinct})]
         page = render(wanted, Verification(checks), {"layout.png": b""})
         assert "<td>org/name@v1</td>" in page
         assert page.count(told) == 2 and f'alt="Layouts: Which blocks of the score matrix {told}' in page
+
+
+def test_text_from_files_is_inert_in_the_report(tmp_path):
+    fault = "<script>alert(1)</script>\x1b[2J"
+    checks = [Check(Kind.FILE, Status.FAILED, reason=fault), Check(Kind.LAYOUT, Status.SKIPPED, reason=fault)]
+    page = render(Wanted(tmp_path, source_name="<b>x"), Verification(checks, {"<i>.json": "0"}), {})
+    assert "<script>" not in page and "\x1b" not in page and "<b>" not in page and "<i>" not in page
+    assert Page(page).open == []
+
+
+def test_the_api_has_the_options_and_the_verdict(damaged, instant, tmp_path):
+    source, folder = damaged()
+    found = bsa_export.verify(folder, source=source, device="cpu", report=tmp_path / "report")
+    found.raise_if_failed()
+    assert found.verdict is Verdict.PASSED and (tmp_path / "report/report.html").exists()
+    options = {parameter.name for parameter in main.params} - {"folder", "as_json", "help", "version", "backends"}
+    assert options | {"backend"} <= set(inspect.signature(bsa_export.verify).parameters)
+    damage(folder)
+    with pytest.raises(BsaError, match="checksum"):
+        bsa_export.verify(folder, device="cpu").raise_if_failed()
+    for wrong in ({"backend": ["fpga"]}, {"device": "tpu"}, {"report": folder}, {"text": tmp_path / "none.txt"}):
+        with pytest.raises(BsaError):
+            bsa_export.verify(folder, **wrong)
