@@ -175,9 +175,11 @@ def _plan_source(source: Source, options: Options, config_path: Path | None) -> 
         keep_card=planned.sparse_source and card.is_edited(_folder(source)),
     )
     notes = [*planned.notes, *carried.notes()]
+    files = {*carried.left_behind, *(file.source.name for file in carried.carried)}
+    skipped = {entry.name: entry.why for entry in checkpoint.skipped if entry.name not in files}
     return (
         checkpoint,
-        replace(planned, skipped={entry.name: entry.why for entry in checkpoint.skipped}, notes=notes),
+        replace(planned, skipped=skipped, notes=notes),
         carried,
     )
 
@@ -239,7 +241,7 @@ def convert_source(
         files |= {name: file for name, file in carried_files.write(carried, staging).items() if name != CARD}
         record = replace(conversion_record(planned, source, checkpoint.files, options, files), lengths=carried.changes)
         write_json(staging / CONVERSION_RECORD, to_json(record))
-        card.write(staging, repo=_text(target.resolve().name))
+        card.write(staging, repo=_text(target.resolve().name), layouts=planned.layouts)
     return Converted(target, planned, record, time.perf_counter() - started)
 
 

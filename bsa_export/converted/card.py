@@ -59,22 +59,36 @@ MAX_METADATA_CHARACTERS = 256 << 10
 UNUSUAL_YAML = re.compile(r"<<\s*:|(?:^|[\s,\[{])!\S+")
 
 
-def write(folder: Path, repo: str | None = None, unverified: str | None = None) -> bool:
+def write(
+    folder: Path,
+    repo: str | None = None,
+    unverified: str | None = None,
+    layouts: Sequence[np.ndarray] | None = None,
+) -> bool:
     """Writes the card of a converted folder, as `complete` says, and its picture of the layouts if there is none.
+
+    Args:
+        folder, repo, unverified, layouts: as for `complete`.
 
     Returns:
         False if its user has edited the card: it is kept.
     """
     folder = Path(folder)
     if not is_edited(folder) and not any((folder / name).is_file() for name in PICTURES):
-        (folder / PICTURES[0]).write_bytes(picture(_stored_layouts(folder)))
-    text = complete(folder, repo, unverified)
+        layouts = _stored_layouts(folder) if layouts is None else layouts
+        (folder / PICTURES[0]).write_bytes(picture(layouts))
+    text = complete(folder, repo, unverified, layouts)
     if text is not None:
         (folder / CARD).write_text(text, encoding="utf-8")
     return text is not None
 
 
-def complete(folder: Path, repo: str | None = None, unverified: str | None = None) -> str | None:
+def complete(
+    folder: Path,
+    repo: str | None = None,
+    unverified: str | None = None,
+    layouts: Sequence[np.ndarray] | None = None,
+) -> str | None:
     """Renders the card of a converted folder from its conversion.json, verification.json and stored layouts.
 
     A verification of other weight files than conversion.json lists counts as none.
@@ -83,6 +97,7 @@ def complete(folder: Path, repo: str | None = None, unverified: str | None = Non
         folder: the converted folder.
         repo: `org/name` that the card shows how to load; the folder's name by default.
         unverified: why it counts as not verified though it is published; verification.json is then left out.
+        layouts: those of all layers, `[heads, n, n]` each; read from the folder unless given.
 
     Returns:
         the text, or None if there is a card that its user has edited.
@@ -99,7 +114,7 @@ def complete(folder: Path, repo: str | None = None, unverified: str | None = Non
     verification = read_verification(folder) if unverified is None else None
     if verification and not _same_files(record, verification):
         verification = None
-    layouts = _stored_layouts(folder)
+    layouts = _stored_layouts(folder) if layouts is None else layouts
     block = max(1, record.max_length // layouts[0].shape[-1])
     interpolated = record.positions is not None and record.positions.interpolated
     return render(

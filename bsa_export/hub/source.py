@@ -1,4 +1,4 @@
-"""What the user typed as a source -> a local path: a file, a folder, or a repository of the Hub fetched into its cache."""
+"""What the user typed as a source becomes a local path: a file, a folder, or a repository of the Hub in its cache."""
 
 from __future__ import annotations
 

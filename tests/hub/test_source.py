@@ -1,4 +1,4 @@
-"""What a user types as a source: places on the Hub, mistyped paths, and repositories without weights that can be read."""
+"""What a user types as a source: places on the Hub, mistyped paths, repositories without readable weights."""
 
 import json
 from pathlib import Path
