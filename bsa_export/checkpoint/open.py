@@ -92,7 +92,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise CheckpointError("expected a file or a folder", found="a device or a pipe", where=path)
         file, others = _weight_file(path) if path.is_dir() else (path, [])
         checkpoint = _open_file(file)
-        checkpoint.skipped[:0] = [_other_file(path / name, checkpoint) for name in others]
+        checkpoint.skipped[:0] = [other_file(path / name, checkpoint) for name in others]
     except OSError as error:
         raise CheckpointError(f"it cannot be read ({error.strerror or error})", where=error.filename or path) from None
     except ValueError as error:  # a NUL in the path
@@ -181,7 +181,7 @@ def _fits(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def _other_file(path: Path, checkpoint: Checkpoint) -> Skipped:
+def other_file(path: Path, checkpoint: Checkpoint) -> Skipped:
     """What a file is that has the ending of weights and stands beside those that are read."""
     chosen = checkpoint.files[0].name if len(checkpoint.files) == 1 else "the sharded checkpoint"
     same = Skipped(path.name, SkipReason.SAME_WEIGHTS, f"{chosen} is read instead")

@@ -16,9 +16,9 @@ from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
-from bsa_export.checkpoint.open import NOT_WEIGHTS, SHARD, WEIGHT_ENDINGS, open_checkpoint
+from bsa_export.checkpoint.open import NOT_WEIGHTS, SHARD, WEIGHT_ENDINGS, open_checkpoint, other_file
 from bsa_export.checkpoint.safetensors_file import read_safetensors
-from bsa_export.checkpoint.table import Checkpoint, Tensor, file_stamp
+from bsa_export.checkpoint.table import Checkpoint, SkipReason, Tensor, file_stamp
 from bsa_export.checkpoint.writer import FileRecord, write_safetensors
 from bsa_export.conversion.lengths import has_lengths, set_lengths
 from bsa_export.conversion.source_folder import (
@@ -46,7 +46,7 @@ from bsa_export.converted.names import (
     VERIFICATION_RECORD,
 )
 from bsa_export.converted.records import LengthChange, Note, NoteKind
-from bsa_export.errors import BsaError, CheckpointError
+from bsa_export.errors import CheckpointError
 from bsa_export.files import PIECE_BYTES, open_file, parse_json, plain_error, read_text
 from bsa_export.text import some
 
@@ -383,15 +383,14 @@ class _Planner:
 
     def head(self, path: Path, name: str) -> None:
         """Tensors next to the weights: a head of its own is carried under its own name, as safetensors."""
-        try:
-            opened = open_checkpoint(path)
-        except BsaError:
-            self.left_behind[name] = LeftBehind.UNREADABLE
+        found = other_file(path, self.checkpoint).reason
+        if found is not SkipReason.OTHER_WEIGHTS:
+            same = found is SkipReason.SAME_WEIGHTS
+            self.left_behind[name] = LeftBehind.SAME_WEIGHTS if same else LeftBehind.UNREADABLE
             return
-        tensors, target = opened.tensors, f"{path.stem}.safetensors"
-        if _shares_names(tensors, self.checkpoint.tensors):
-            self.left_behind[name] = LeftBehind.SAME_WEIGHTS
-        elif _nbytes(tensors) >= _nbytes(self.checkpoint.tensors) or re.match(r"(pytorch_)?model[.-]", target):
+        opened, target = open_checkpoint(path), f"{path.stem}.safetensors"
+        larger = _nbytes(opened.tensors) >= _nbytes(self.checkpoint.tensors)
+        if larger or re.match(r"(pytorch_)?model[.-]", target):
             self.left_behind[name] = LeftBehind.OTHER_WEIGHTS
         elif target in self.carried or (target != path.name and path.with_name(target).exists()):
             self.left_behind[name] = LeftBehind.OTHER_FORMAT
@@ -559,16 +558,6 @@ def _table_of(path: Path) -> Checkpoint:
     stamp = file_stamp(path)
     tensors, metadata = read_safetensors(path)
     return Checkpoint(tensors, path.parent, [path], metadata=metadata, stamps={path: stamp})
-
-
-def _shares_names(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two tables name a tensor alike, whatever prefixes a layer's tensors have."""
-
-    def names(tensors: Mapping[str, Tensor]) -> set[str]:
-        parts = [name.split(".") for name in tensors]
-        return {".".join(part[-5:]) for part in parts if len(part) >= 5}
-
-    return not one.keys().isdisjoint(other) or not names(one).isdisjoint(names(other))
 
 
 def _nbytes(tensors: Mapping[str, Tensor]) -> int:

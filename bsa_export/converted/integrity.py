@@ -17,6 +17,7 @@ from bsa_export.bert.families import FAMILIES
 from bsa_export.checkpoint.checksum import file_checksum
 from bsa_export.checkpoint.dtypes import DTYPES, TORCH_NAMES, read
 from bsa_export.checkpoint.open import WEIGHT_ENDINGS
+from bsa_export.checkpoint.table import SkipReason
 from bsa_export.checkpoint.writer import INDEX_NAME
 from bsa_export.converted.checks import Check, Kind, result
 from bsa_export.converted.folder import ConvertedFolder, open_folder, recorded_sparsity
@@ -127,7 +128,12 @@ def _table_faults(opened: ConvertedFolder) -> list[str]:
 
 def _weight_file_faults(opened: ConvertedFolder) -> list[str]:
     """Weights that lie there besides those that are read, and an index that counts other bytes."""
-    faults = [f"{skipped.name}: {skipped.why}" for skipped in opened.checkpoint.skipped]
+    recorded = opened.record.files if opened.record else {}
+    faults = [
+        f"{skipped.name}: {skipped.why}"
+        for skipped in opened.checkpoint.skipped
+        if skipped.reason is not SkipReason.OTHER_WEIGHTS or skipped.name not in recorded  # a head that was carried over
+    ]
     read = {file.name for file in opened.checkpoint.files}
     there = [entry.name for entry in sorted(opened.path.iterdir()) if entry.name.endswith(WEIGHT_ENDINGS)]
     skipped = {skipped.name for skipped in opened.checkpoint.skipped}
