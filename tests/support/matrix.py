@@ -25,6 +25,7 @@ from hub_server import WRITER, HubServer  # noqa: E402
 
 PAGE = ROOT / "docs" / "compatibility.md"
 PROBE = Path(__file__).with_name("probe.py")
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 STEPS = ("convert", "verify", "load", "push, pull")
 SHOWN = ("numpy", "torch", "triton", "transformers", "deepspeed")
@@ -102,8 +103,7 @@ class Matrix:
         """The package's wheel, from a copy: setuptools packs what an earlier build left."""
         ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
         copy = shutil.copytree(ROOT, self.folder / "source", ignore=ignored)
-        command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", self.folder, copy]
-        subprocess.run(command, check=True)
+        subprocess.run([*PIP, "wheel", "-q", "--no-deps", "-w", self.folder, copy], check=True)
         return next(self.folder.glob("bsa_export-*.whl"))
 
     def install(self, row: Row, venv: Path) -> str | None:
@@ -113,14 +113,9 @@ class Matrix:
             (site,) = venv.glob("lib/python*/site-packages")
             (base,) = self.torch_base.glob("lib/python*/site-packages")
             (site / "torch.pth").write_text(f"{base.resolve()}\n")
-        pip = [sys.executable, "-m", "pip", "--python", venv / "bin" / "python", "install", "-q"]
-        upgrade = ["--upgrade", "--upgrade-strategy", "only-if-needed"]
-        done = subprocess.run(
-            [*pip, *upgrade, self.wheel, *row.libraries],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"DS_BUILD_OPS": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
-        )
+        install = [*PIP, "--python", venv / "bin" / "python", "install", "-q", "--upgrade"]
+        env = os.environ | {"DS_BUILD_OPS": "0"}
+        done = subprocess.run([*install, self.wheel, *row.libraries], capture_output=True, text=True, env=env)
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         return None if done.returncode == 0 else (errors or ["pip failed"])[-1].removeprefix("ERROR: ")
 
@@ -174,8 +169,8 @@ def torch_base(spec: str) -> Path:
     """A venv with that torch, kept in .venv-matrix for the next time."""
     venv = ROOT / ".venv-matrix"
     if not (venv / "bin" / "python").exists():
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    subprocess.run([venv / "bin" / "pip", "install", "-q", "--disable-pip-version-check", spec], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    subprocess.run([*PIP, "--python", venv / "bin" / "python", "install", "-q", spec], check=True)
     return venv
 
 
