@@ -9,11 +9,13 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# A module of transformers -> the module here whose `register` is called after its import. The first reads every
-# config.json, the second defines the table of attention functions; every model class imports both.
+# A module of transformers -> the module here whose `register` is called after its import: what reads every
+# config.json, the table of attention functions, the table of configs, and the auto classes.
 HOMES = {
     "transformers.configuration_utils": "bsa_export.hf.config_key",
     "transformers.modeling_utils": "bsa_export.hf.register",
+    "transformers.models.auto.configuration_auto": "bsa_export.hf.auto_classes",
+    "transformers.models.auto.modeling_auto": "bsa_export.hf.auto_classes",
 }
 
 

@@ -14,6 +14,7 @@ from bsa_export.bert.expected_tensors import compare
 from bsa_export.bert.families import FAMILIES, class_names
 from bsa_export.converted.folder import ConvertedFolder, open_folder
 from bsa_export.errors import BsaError, CheckpointError, MissingLibraryError
+from bsa_export.hf.auto_classes import CLASSES, MODEL_TYPE
 from bsa_export.hf.register import MIN_TRANSFORMERS, register, version_of
 from bsa_export.hf.stored_layout import NAME, StoredLayout
 from bsa_export.hub.source import find_source
@@ -90,11 +91,18 @@ def _model_class(folder: ConvertedFolder) -> type[PreTrainedModel]:
     """The class that config.json names, else that of the head that the tensors hold, else the encoder's."""
     import transformers
 
+    from bsa_export.hf import prenorm_bert
+
     named = next(iter(class_names(folder.config)), None)
-    found = getattr(transformers, named, None) if named else None
+    own = getattr(prenorm_bert, named, None) if named in CLASSES.values() else None
+    found = own or (getattr(transformers, named, None) if named else None)
     if found is not None:
         kind = getattr(getattr(found, "config_class", None), "model_type", None)
-        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and kind in FAMILIES):
+        if not (
+            isinstance(found, type)
+            and issubclass(found, transformers.PreTrainedModel)
+            and kind in (*FAMILIES, MODEL_TYPE)
+        ):
             raise CheckpointError(
                 "architectures: expected a model class of a BERT family", found=named, where=folder.path / "config.json"
             )
