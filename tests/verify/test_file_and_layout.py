@@ -174,14 +174,17 @@ def test_options_that_are_none_fail(options, damaged):
     _, folder = damaged()
     record = json.loads((folder / "conversion.json").read_text())
     edit_json(folder / "conversion.json", options=record["options"] | options)
-    assert f"options: {next(iter(options))}" in check_file(folder).reason
+    found = check_file(folder)
+    assert found.failed and next(iter(options)) in found.reason
     assert check_layout(folder).failed
 
 
-def test_a_density_that_is_no_number_fails(damaged):
+@pytest.mark.parametrize("density", [float("nan"), "0.5", 0.5])
+def test_a_density_that_is_not_that_of_the_layouts_fails(density, damaged):
     _, folder = damaged()
-    edit_json(folder / "conversion.json", density=float("nan"))
-    assert "expected a density of nan from conversion.json" in check_layout(folder).reason
+    edit_json(folder / "conversion.json", density=density)
+    found = check_layout(folder)
+    assert found.failed and "conversion.json" in found.reason
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"family": 3}'])
@@ -197,7 +200,8 @@ def test_a_record_that_leads_out_of_the_folder_fails(damaged):
     record = json.loads((folder / "conversion.json").read_text())
     record["files"]["../secret"] = {"bytes": 1, "sha256": "0"}
     (folder / "conversion.json").write_text(json.dumps(record))
-    assert "../secret" in check_file(folder).reason
+    found = check_file(folder)
+    assert found.failed and "conversion.json" in found.reason and "files" in found.reason
 
 
 @pytest.mark.parametrize("case", ["windowed", "random blocks, each layer its own"])
