@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from bsa_export.cli import command, repository
 from bsa_export.errors import BsaError
+from bsa_export.text import printable, some
+
+if TYPE_CHECKING:
+    from bsa_export.hub import Plan
 
 
 @command("bsa-push")
@@ -16,18 +21,30 @@ from bsa_export.errors import BsaError
 @click.argument("repo", metavar="ORG/NAME", callback=repository)
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option(
-    "--revision", metavar="BRANCH", help="Commit to this branch, made from main if it is not there.  [default: main]"
+    "--revision", metavar="BRANCH", help="Commit to this branch. A new branch starts at main.  [default: main]"
 )
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
-@click.option("--message", metavar="TEXT", help="The commit's message.")
-@click.option("--unverified", is_flag=True, help="Push what bsa-verify did not pass; the model card says so.")
-@click.option("--dry-run", is_flag=True, help="Show what would go up, and stop.")
-@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
-def main(folder, repo, private, revision, create_pr, message, unverified, dry_run, yes):
-    """Publish a converted model: FOLDER, made by bsa-convert and passed by bsa-verify, goes to ORG/NAME on the Hub.
+@click.option("--message", metavar="TEXT", help="Message of the commit.")
+@click.option(
+    "--unverified", is_flag=True, help="Publish a folder that bsa-verify did not pass. The model card says so."
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be uploaded, and stop.")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")
+def main(
+    folder: Path,
+    repo: tuple[str, str | None],
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    message: str | None,
+    unverified: bool,
+    dry_run: bool,
+    yes: bool,
+) -> None:
+    """Publish a converted model on the Hugging Face Hub.
 
-    Shows what goes up and asks. An interrupted push goes on when it is run again. The token comes from HF_TOKEN or from
-    hf auth login.
+    FOLDER is made by bsa-convert and passed by bsa-verify. The files are shown before anything is uploaded. To continue
+    an interrupted push, run it again. The token comes from HF_TOKEN or from hf auth login.
     """
     from bsa_export import hub
 
@@ -42,10 +59,13 @@ def main(folder, repo, private, revision, create_pr, message, unverified, dry_ru
         return
     if not yes:
         if not sys.stdin.isatty():
-            raise BsaError("nobody is there to ask", hint="look at the list above, then add --yes")
+            raise BsaError(
+                "the push needs a confirmation, and stdin is not a terminal",
+                hint="check the list above, then add --yes",
+            )
         click.confirm("Push this?", abort=True)
     result = hub.upload(plan, message=message, progress=sys.stderr.isatty())
-    click.echo(f"{'Pushed to' if result.changed else 'Nothing had changed:'} {result.url}")
+    click.echo(f"{'Pushed to' if result.changed else 'Already up to date:'} {result.url}")
     click.echo(f"commit  {result.commit}")
     click.echo(f'load    bsa_export.load("{result.name}")')
     if result.card_kept:
@@ -53,7 +73,7 @@ def main(folder, repo, private, revision, create_pr, message, unverified, dry_ru
         click.echo(f"{warning}; the repository has the complete card", err=True)
 
 
-def _shown(plan) -> str:
+def _shown(plan: Plan) -> str:
     """The plan, for a person."""
     visibility = "private" if plan.private else "public"
     state = "as it is" if plan.exists else "new"
@@ -64,16 +84,16 @@ def _shown(plan) -> str:
         f"{plan.repo_id} ({visibility}, {state}), {place}{' (new)' if plan.new_branch else ''}, as {plan.user}",
         "",
     ]
-    width = max(len(file.name) for file in plan.files)
+    width = min(max(len(file.name) for file in plan.files), 80)
     for file in plan.files:
-        note = "" if file.name in plan.uploads else "  there already"
+        note = "" if file.name in plan.uploads else "  already there"
         lines.append(f"  {file.name:{width}}  {file.bytes:>15,} bytes{note}")
-    lines += [f"  {name:{width}}  {'removed':>15}: of an earlier model" for name in plan.deletes]
-    lines += ["", f"{len(plan.uploads)} files, {plan.upload_bytes:,} bytes go up."]
+    lines += [f"  {name:{width}}  {'removed':>15}: file of an earlier model" for name in plan.deletes]
+    lines += ["", f"{len(plan.uploads)} files, {plan.upload_bytes:,} bytes to upload."]
     if plan.left_out:
-        lines.append(f"Left out: {', '.join(plan.left_out[:10])}{' ...' if len(plan.left_out) > 10 else ''}.")
+        lines.append(f"Left out, because conversion.json does not list it: {some(plan.left_out, 10)}.")
     if plan.own_card:
         lines.append("The model card is your own and is kept as it is.")
     if plan.unverified:
         lines.append(f"Not verified: {plan.unverified}.")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

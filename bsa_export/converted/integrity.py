@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from bsa_export.bert.families import FAMILIES
 from bsa_export.checkpoint.checksum import file_checksum
 from bsa_export.checkpoint.dtypes import DTYPES, TORCH_NAMES, read
 from bsa_export.checkpoint.open import WEIGHT_ENDINGS
-from bsa_export.checkpoint.table import SkipReason
+from bsa_export.checkpoint.table import FileRange, SkipReason
 from bsa_export.checkpoint.writer import INDEX_NAME
 from bsa_export.converted.checks import Check, Kind, result
 from bsa_export.converted.folder import ConvertedFolder, open_folder, recorded_sparsity
@@ -53,7 +54,7 @@ def check_file(folder: Path) -> Check:
     except BsaError as error:
         return result(Kind.FILE, [str(error)])
     faults = [*_parser_faults(opened), *_table_faults(opened), *_weight_file_faults(opened)]
-    figures = {
+    figures: dict[str, Any] = {
         "tensors": len(opened.tensors),
         "bytes": sum(row.nbytes for row in opened.tensors.values()),
         "files": len(opened.checkpoint.files),
@@ -89,6 +90,7 @@ def _parser_faults(opened: ConvertedFolder) -> list[str]:
 
     ours: dict[Path, dict[str, tuple[str, tuple[int, ...]]]] = {file: {} for file in opened.checkpoint.files}
     for name, row in opened.tensors.items():
+        assert isinstance(row.data, FileRange)  # what a safetensors file consists of
         ours[row.data.path][name] = (row.dtype, tuple(row.shape))
     faults = []
     for file, expected in ours.items():
@@ -132,7 +134,8 @@ def _weight_file_faults(opened: ConvertedFolder) -> list[str]:
     faults = [
         f"{skipped.name}: {skipped.why}"
         for skipped in opened.checkpoint.skipped
-        if skipped.reason is not SkipReason.OTHER_WEIGHTS or skipped.name not in recorded  # a head that was carried over
+        if skipped.reason is not SkipReason.OTHER_WEIGHTS
+        or skipped.name not in recorded  # a head that was carried over
     ]
     read = {file.name for file in opened.checkpoint.files}
     there = [entry.name for entry in sorted(opened.path.iterdir()) if entry.name.endswith(WEIGHT_ENDINGS)]
@@ -244,7 +247,7 @@ def check_layout(folder: Path) -> Check:
     if faults:
         return result(Kind.LAYOUT, faults, figures)
     try:
-        expected, how = expected_layouts(opened)
+        recomputed, how = expected_layouts(opened)
     except SparsityError as error:
         return result(Kind.LAYOUT, [str(error)], figures)
     kept, patterns = [], set()
@@ -254,7 +257,7 @@ def check_layout(folder: Path) -> Check:
             check_array(layout, f"layer {layer}")
         except SparsityError as error:
             faults.append(str(error))
-        faults += differences(layer, layout, expected)
+        faults += differences(layer, layout, recomputed)
         kept.append(np.count_nonzero(layout) / layout.size)
         patterns |= {np.packbits(head != 0).tobytes() for head in layout}
     density = float(np.mean(kept))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path, PurePosixPath
@@ -316,7 +316,7 @@ def to_json(record: object) -> Any:
     return _finite(msgspec.to_builtins(record))
 
 
-def _read(path: Path, kind: type[Record], today, hint: str) -> Record | None:
+def _read(path: Path, kind: type[Record], today: Callable[[Mapping[str, Any]], Any], hint: str) -> Record | None:
     try:
         content = read_json(path, MAX_JSON_BYTES)
     except FileNotFoundError:

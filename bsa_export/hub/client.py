@@ -64,7 +64,9 @@ def find(hub: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo | N
 
     def ask() -> ModelInfo | None:
         try:
-            return checked(hub.model_info(repo_id, revision=revision))
+            info = hub.model_info(repo_id, revision=revision)
+            commit_of(info)
+            return info
         except GatedRepoError:
             raise
         except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -73,11 +75,11 @@ def find(hub: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo | N
     return patiently(ask)
 
 
-def checked(info: ModelInfo) -> ModelInfo:
-    """What the Hub says of a repository. Raises HubError for a commit or name that is not one: both become paths."""
+def commit_of(info: ModelInfo) -> str:
+    """The commit that the Hub names. Raises HubError where it is not one: paths are made of it."""
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha) or not isinstance(info.id, str):
         raise HubError("expected a commit of 40 hex digits from the Hub", found=info.sha, hint="look at HF_ENDPOINT")
-    return info
+    return info.sha
 
 
 def tree(hub: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
@@ -121,7 +123,8 @@ def ask_for_room(repo_id: str, branch: str) -> None:
     from urllib.parse import quote
 
     from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
     url = f"{constants.ENDPOINT}/api/models/{repo_id}/xet-write-token/{quote(branch, safe='')}"
     hf_raise_for_status(get_session().get(url, headers=build_hf_headers(token=True)))
@@ -133,7 +136,8 @@ def refused_metadata(card: str) -> str | None:
     `RepoCard.validate` of huggingface_hub before 1.0 asks huggingface.co whatever HF_ENDPOINT says.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
     url, asked = f"{constants.ENDPOINT}/api/validate-yaml", {"content": card, "repoType": "model"}
     response = get_session().post(url, json=asked, headers=build_hf_headers(token=True))
@@ -188,6 +192,7 @@ def patiently(
         if conflict or wait is None or time.monotonic() - start > PATIENCE:
             raise trouble
         time.sleep(wait)
+    raise AssertionError("the last attempt returns or raises")
 
 
 @contextmanager
@@ -218,7 +223,7 @@ def sentences(
 def bars(show: bool) -> Iterator[None]:
     """Hides huggingface_hub's progress bars, unless `show` or $HF_HUB_DISABLE_PROGRESS_BARS asks for them."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hide = not show and not are_progress_bars_disabled() and constants.HF_HUB_DISABLE_PROGRESS_BARS is None
     if hide:

@@ -19,6 +19,7 @@ from bsa_export.converted.names import (
     PULL_RECORD,
     SAFE_NAME,
     is_runnable,
+    is_weights,
     of_conversion,
     of_people,
 )
@@ -150,8 +151,8 @@ def fetch(
     """Downloads what a checkpoint needs, dense or converted, into the Hub's cache.
 
     For a conversion these are the files that its conversion.json lists. It must pass the checks of file and layouts, as
-    in `pull`. For others: weights (safetensors if there are any), config.json, tokenizer, every file of the modules that
-    modules.json lists, licenses, and README.md. Sizes are checked, and hashes of new files.
+    in `pull`. For others: weights (safetensors if there are any), config.json, tokenizer, every file of the modules
+    that modules.json lists, licenses, and README.md. Sizes are checked, and hashes of new files.
 
     With HF_HUB_OFFLINE the cache answers.
 
@@ -207,7 +208,7 @@ def _of_checkpoint(there: Snapshot, folder: str, file: str | None) -> list[str]:
     paths = _module_paths(there) if MODULES in sizes and not folder else []
     chosen = names.of_checkpoint(sizes, paths)
     if file is not None and not file.endswith(".json"):
-        chosen = [*(name for name in chosen if not names.is_weights(name)), file[len(folder) :]]
+        chosen = [*(name for name in chosen if not is_weights(name)), file[len(folder) :]]
     if not any(name.endswith(WEIGHT_ENDINGS) for name in chosen):
         found, hint = without_weights(list(sizes), f"{there.repo_id}/{folder}")
         raise HubError(
@@ -347,8 +348,10 @@ def _download(wanted: Snapshot, progress: bool) -> Path:
         # Without a connection huggingface_hub is content with what the cache holds.
         raise ConnectionError("the download is not complete")
 
-    if (folder := in_cache()) or client.is_offline():
+    if (folder := in_cache()) is not None:
         return folder
+    if client.is_offline():
+        raise HubError("its files are not all in the cache, and HF_HUB_OFFLINE is set", where=wanted.repo_id)
     sizes = [file.size for file in wanted.files.values()]
     with client.sentences(wanted.repo_id, wanted.commit, sizes=sizes), client.bars(progress):
         return client.patiently(attempt, waits=client.LONG_WAITS)

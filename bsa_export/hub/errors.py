@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from bsa_export.checkpoint.atomic_folder import plain_error
 from bsa_export.errors import BsaError, HubError
+from bsa_export.files import plain_error
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 # hf_xet tells of an HTTP status only in its text, as "... status client error (403 Forbidden) ...".
@@ -142,9 +142,10 @@ def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushin
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The exception and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
 
 
 def _is_network(error: BaseException) -> bool:
@@ -159,7 +160,7 @@ def _is_network(error: BaseException) -> bool:
 
 def _is_misunderstood(error: BaseException) -> bool:
     """Whether huggingface_hub stumbled over an answer: no JSON, a key that lacks, another type than it expects."""
-    if not isinstance(error, (ValueError, LookupError, TypeError, AttributeError)):
+    if not isinstance(error, (ValueError, LookupError, TypeError, AttributeError, RecursionError)):
         return False
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:

@@ -103,12 +103,12 @@ def install() -> None:
     """Wraps huggingface_hub's current factory of HTTP clients, whoever set it. Does so once."""
     from huggingface_hub.utils import _http
 
-    if hasattr(_http, "set_client_factory"):
-        make, use, guarded = _http._GLOBAL_CLIENT_FACTORY, _http.set_client_factory, _guarded_httpx
-    else:
-        make, use, guarded = _http._GLOBAL_BACKEND_FACTORY, _http.configure_http_backend, _guarded_requests
-    if not getattr(make, "is_guarded", False):
-        use(_factory(make, guarded))
+    http: Any = _http
+    if hasattr(http, "set_client_factory"):
+        if not hasattr(http._GLOBAL_CLIENT_FACTORY, "is_guarded"):
+            http.set_client_factory(_factory(http._GLOBAL_CLIENT_FACTORY, _guarded_httpx))
+    elif not hasattr(http._GLOBAL_BACKEND_FACTORY, "is_guarded"):
+        http.configure_http_backend(_factory(http._GLOBAL_BACKEND_FACTORY, _guarded_requests))
 
 
 def _factory(make: Callable[[], Any], guarded: Callable[[Any], Any]) -> Callable[[], Any]:

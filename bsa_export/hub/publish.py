@@ -16,13 +16,13 @@ from bsa_export.converted.records import read_conversion
 from bsa_export.errors import CheckpointError, HubError
 from bsa_export.files import hashes_of, replace_file
 from bsa_export.hub import client, names
-from bsa_export.hub.errors import is_transient, status_of
+from bsa_export.hub.errors import endpoint, is_transient, status_of
 from bsa_export.hub.names import MAIN
 from bsa_export.hub.pushed_files import PlannedFile, folder_files, planned_files, refuse_claim, unverified_because
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Plan:
     left_out: tuple[str, ...]
     own_card: bool
     unverified: str | None
-    stamps: Mapping[str, tuple[int, int, int]]
+    stamps: Mapping[str, tuple[int, ...]]
 
     @property
     def upload_bytes(self) -> int:
@@ -169,15 +169,15 @@ def plan(
         info = client.find(hub, repo_id)
         _refuse_repository(info, repo_id, private, create_pr)
         head = info and client.find(hub, repo_id, branch)
-        start = head or info  # a new branch starts at main
-        remote = client.tree(hub, repo_id, start.sha) if start else {}
-        kept_there = _kept_card(hub, repo_id, start.sha, files) if start and CARD in remote else None
+        commit = client.commit_of(head or info) if info else None  # a new branch starts at main
+        remote = client.tree(hub, repo_id, commit) if commit else {}
+        kept_there = _kept_card(hub, repo_id, commit, files) if commit and CARD in remote else None
         if kept_there is not None:
             files = [file for file in files if file.name != CARD]
             if reason:
                 refuse_claim(kept_there, f"{repo_id}: {CARD}")
         uploads = [file.name for file in files if not _is_same(file, remote.get(file.name))]
-        deletes = _earlier(files, remote, _recorded_there(hub, repo_id, start.sha, files, remote) if start else ())
+        deletes = _earlier(files, remote, _recorded_there(hub, repo_id, commit, files, remote) if commit else ())
         open_one = _proposed(hub, repo_id, user, files) if create_pr else None
         if open_one:
             uploads, deletes = [], []
@@ -229,7 +229,7 @@ def upload(what: Plan, *, message: str | None = None, progress: bool = False) ->
     at = f"refs/pr/{number}" if number else what.branch
     page = f"/discussions/{number}" if number else "" if at == MAIN else f"/tree/{at}"
     return PushResult(
-        url=f"{client.endpoint()}/{what.repo_id}{page}",
+        url=f"{endpoint()}/{what.repo_id}{page}",
         commit=commit,
         changed=commit != base,
         name=what.repo_id if at == MAIN else f"{what.repo_id}@{at}",
@@ -268,16 +268,17 @@ def _complete_card(what: Plan) -> str | None:
 def _checked_user(hub: HfApi, repo_id: str, create_pr: bool) -> str:
     """The name of the token's user. Raises HubError if it cannot write there, as far as the Hub tells without a try."""
     me = client.patiently(hub.whoami)
-    (namespace, name), orgs = repo_id.split("/"), me.get("orgs") or []
-    if not isinstance(user := me.get("name"), str) or not isinstance(orgs, list):
-        raise HubError("expected the name of the token's user from the Hub", found=user, hint="look at HF_ENDPOINT")
-    if ((me.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+    if not isinstance(me, dict) or not isinstance(user := me.get("name"), str):
+        raise HubError("expected the name of the token's user from the Hub", hint="look at HF_ENDPOINT")
+    (namespace, name), auth, orgs = repo_id.split("/"), me.get("auth"), me.get("orgs")
+    access = auth.get("accessToken") if isinstance(auth, dict) else None
+    if isinstance(access, dict) and access.get("role") == "read":
         raise HubError(
             f"the token of {user} may only read",
-            hint=f"make one with write access at {client.endpoint()}/settings/tokens, then set HF_TOKEN"
-            " or run hf auth login",
+            hint=f"make one with write access at {endpoint()}/settings/tokens, then set HF_TOKEN or run hf auth login",
         )
-    own = [user, *(str(org.get("name")) for org in orgs if isinstance(org, dict) and org.get("roleInOrg") != "read")]
+    orgs = [org for org in orgs if isinstance(org, dict)] if isinstance(orgs, list) else []
+    own = [user, *(str(org.get("name")) for org in orgs if org.get("roleInOrg") != "read")]
     if namespace.lower() not in map(str.lower, own) and not create_pr:
         raise HubError(
             f"{user} may not write in the namespace {namespace}, only in {', '.join(own)}",
@@ -287,7 +288,7 @@ def _checked_user(hub: HfApi, repo_id: str, create_pr: bool) -> str:
     return user
 
 
-def _refuse_repository(info, repo_id: str, private: bool, create_pr: bool) -> None:
+def _refuse_repository(info: ModelInfo | None, repo_id: str, private: bool, create_pr: bool) -> None:
     """Raises HubError for a repository that this push would not be right for."""
     if info is None and create_pr:
         raise HubError(
@@ -296,7 +297,7 @@ def _refuse_repository(info, repo_id: str, private: bool, create_pr: bool) -> No
     if info is not None and info.id.lower() != repo_id.lower():
         raise HubError(f"it is called {info.id} now", where=repo_id, hint="push there")
     if info is not None and private and not info.private:
-        hint = f"make it private at {client.endpoint()}/{repo_id}/settings, or drop --private"
+        hint = f"make it private at {endpoint()}/{repo_id}/settings, or drop --private"
         raise HubError("it is public, and a push does not change that", where=repo_id, hint=hint)
 
 
@@ -347,10 +348,10 @@ def _base(hub: HfApi, what: Plan) -> str:
         client.patiently(
             lambda: hub.create_branch(what.repo_id, branch=what.branch, exist_ok=True), waits=client.LONG_WAITS
         )
-    made = client.patiently(lambda: client.checked(hub.model_info(what.repo_id, revision=what.branch)))
+    made = client.patiently(lambda: hub.model_info(what.repo_id, revision=what.branch))
     if what.private and not made.private:
         raise HubError("it was made by somebody else meanwhile, and is public", where=what.repo_id)
-    return made.sha
+    return client.commit_of(made)
 
 
 def _commit(hub: HfApi, what: Plan, base: str, message: str) -> tuple[str, str | None]:
@@ -393,10 +394,12 @@ def _commit(hub: HfApi, what: Plan, base: str, message: str) -> tuple[str, str |
 
     def went_through() -> tuple[str, str | None] | None:
         if what.create_pr:
-            heads = {n: head for n, head in _pull_requests(hub, what.repo_id).items() if n not in earlier}
+            heads: dict[str | None, str] = {**_pull_requests(hub, what.repo_id)}
+            heads = {number: head for number, head in heads.items() if number not in earlier}
         else:
             found = client.find(hub, what.repo_id, what.branch)
-            heads = {None: found.sha} if found and found.sha != base else {}
+            head = client.commit_of(found) if found else base
+            heads = {} if head == base else {None: head}
         for number, head in heads.items():
             if _holds(what.files, client.tree(hub, what.repo_id, head)):
                 return head, number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -40,7 +41,7 @@ class PlannedFile:
     bytes: int
     sha256: str
     blob: str | None
-    content: bytes | None = None
+    content: builtins.bytes | None = None
 
 
 def folder_files(folder: Path) -> tuple[list[str], list[str]]:

@@ -114,22 +114,24 @@ def test_a_login_page_instead_of_an_answer(bsa_lfs, hub, published, tmp_path, re
     assert ended.code == 1 and ended.err.startswith("Error: ") and ended.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", STRANGE, ids=[f"{content[:20]!r}" for content in STRANGE])
-def test_answers_that_are_none(bsa_lfs, hub, published, model, tmp_path, content):
-    for request in (
-        "/api/models/alice/model/revision",
-        "/api/models/alice/model/tree",
-        "whoami",
-        "POST .*/preupload/",
-        "POST .*/commit/",
-    ):
-        hub.come_up()
-        hub.fault(request, Answer(content), times=99)
-        command = ("pull", "alice/model", tmp_path / "out") if "model" in request and "POST" not in request else None
-        ended = bsa_lfs.run(*(command or ("push", model, "alice/other", "--yes")))
-        assert ended.code == 1, request
-        assert ended.err.startswith("Error: ") and ended.err.count("\n") == 1, ended.err
-        assert not (tmp_path / "out").exists()
+PULLING = ("/api/models/alice/model/revision", "/api/models/alice/model/tree")
+PUSHING = ("whoami", "POST .*/preupload/", "POST .*/commit/")
+CASES = [(request, content) for request in PULLING for content in STRANGE]
+CASES += [(request, content) for request in PUSHING for content in (b"", b"[]", b"{}")]
+
+
+@pytest.mark.parametrize(
+    ("request_", "content"), CASES, ids=[f"{request[-9:]} {content[:9]}" for request, content in CASES]
+)
+def test_answers_that_are_none(bsa_lfs, hub, published, model, tmp_path, request_, content):
+    hub.fault(request_, Answer(content), times=99)
+    command = (
+        ("pull", "alice/model", tmp_path / "out") if request_ in PULLING else ("push", model, "alice/new", "--yes")
+    )
+    ended = bsa_lfs.run(*command)
+    assert ended.code == 1
+    assert ended.err.startswith("Error: ") and ended.err.count("\n") == 1, ended.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("revision", ["../../x", "/x", "a/../b", ".x", "refs/../../x", "x\\..\\y"])

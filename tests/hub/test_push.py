@@ -63,8 +63,8 @@ def test_pushing_twice_changes_nothing(bsa, hub, model):
     second = push(bsa, model)
     assert second.code == first.code == 0
     assert hub.repos["alice/model"].head.id == before
-    assert "0 files, 0 bytes go up." in second.out
-    assert f"Nothing had changed: {hub.url}/alice/model" in second.out
+    assert "0 files, 0 bytes to upload." in second.out
+    assert f"Already up to date: {hub.url}/alice/model" in second.out
 
 
 def test_only_what_changed_goes_up(bsa, hub, model):
@@ -87,7 +87,7 @@ def test_the_plan_is_shown_first(bsa_lfs, hub, model):
     assert shown.out.startswith("alice/model (private, new), branch main, as alice\n")
     assert f"{(model / 'model.safetensors').stat().st_size:,} bytes\n" in shown.out
     assert "7 files, " in shown.out
-    assert "Left out: training_args.bin." in shown.out
+    assert "training_args.bin" in shown.out.partition("Left out")[2]
     assert not hub.repos
     others = [request for _, request, *_ in hub.log if not request.startswith(("GET", "HEAD"))]
     assert others == ["POST /api/validate-yaml"]
@@ -96,7 +96,7 @@ def test_the_plan_is_shown_first(bsa_lfs, hub, model):
 def test_nobody_to_ask(bsa_lfs, hub, model):
     ended = bsa_lfs.run("push", model, "alice/model")
     assert ended.code == 1
-    assert ended.err == "Error: nobody is there to ask; look at the list above, then add --yes\n"
+    assert "add --yes" in ended.err
     assert not hub.repos
 
 
@@ -121,7 +121,7 @@ def test_only_what_belongs_to_the_model_goes_up(bsa_lfs, hub, model):
         (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_bytes(b"{}")
     ended = push(bsa_lfs, model)
-    assert ended.code == 0 and "tokenizer.json" in ended.out.partition("Left out:")[2]
+    assert ended.code == 0 and "tokenizer.json" in ended.out.partition("Left out")[2]
     names = set(on_hub(hub))
     assert not names & set(extras)
     assert set(belongs) <= names
@@ -308,7 +308,7 @@ def test_files_of_an_earlier_model_go_and_those_of_people_stay(bsa, hub, model, 
     assert push(bsa, sharded).code == 0
     ended = push(bsa, model)
     assert ended.code == 0
-    assert "model-00001-of-" in ended.out and "removed: of an earlier model" in ended.out
+    assert "model-00001-of-" in ended.out and "removed: file of an earlier model" in ended.out
     assert on_hub(hub) == in_folder(model) | mine
     assert repo is hub.repos["alice/model"]
 
