@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from bsa_export.checkpoint.restricted_pickle import describe
 from bsa_export.checkpoint.safetensors_file import read_safetensors
 from bsa_export.checkpoint.table import MAX_TENSORS, Checkpoint, Skipped, SkipReason, Tensor, file_stamp
 from bsa_export.checkpoint.torch_file import read_torch
+from bsa_export.checkpoint.zero_folder import find_zero_folder, open_zero_folder
 from bsa_export.errors import CheckpointError
 from bsa_export.files import MAX_JSON_BYTES, open_file, read_json
 from bsa_export.text import some
@@ -76,7 +78,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Read the table of a checkpoint: which tensors it holds and where their bytes are. No tensor is read.
 
     Args:
-        path: a file of `torch.save` (zip or older) or of safetensors, a `*.index.json` of shards, or a folder with one.
+        path: a file of `torch.save` (zip or older) or of safetensors, a `*.index.json` of shards, or a folder with one;
+            or a folder of DeepSpeed ZeRO, whose fp32 weights are joined.
 
     Returns:
         the table. Entries around the state dict (`state_dict`, `model`, any other) are removed, and what wrappers of
@@ -90,6 +93,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
             raise CheckpointError("expected a file or a folder", found="a device or a pipe", where=path)
+        if path.is_dir() and (zero := _zero_folder(path)) is not None:
+            return replace(zero, tensors=_without_wrappers(zero.tensors))
         file, others = _weight_file(path) if path.is_dir() else (path, [])
         checkpoint = _open_file(file)
         checkpoint.skipped[:0] = [other_file(path / name, checkpoint) for name in others]
@@ -114,8 +119,6 @@ def _weight_file(folder: Path) -> tuple[Path, list[str]]:
     single = [name for name in weights if not SHARD.search(name)]
     if known:
         chosen = known[0]
-    elif any(folder.glob(ZERO_SHARDS)) or any(folder.glob(f"*/{ZERO_SHARDS}")):
-        raise _zero_shards(folder)
     elif len(indexes) == 1:
         chosen = indexes[0]
     elif not indexes and len(single) == 1 and len(weights) == 1:
@@ -198,13 +201,11 @@ def other_file(path: Path, checkpoint: Checkpoint) -> Skipped:
     return Skipped(path.name, SkipReason.OTHER_WEIGHTS, f"it holds other tensors: {names}")
 
 
-def _zero_shards(where: Path) -> CheckpointError:
-    return CheckpointError(
-        "expected weights",
-        found="the shards of DeepSpeed ZeRO",
-        where=where,
-        hint="join them first: python zero_to_fp32.py FOLDER OUTPUT",
-    )
+def _zero_folder(folder: Path) -> Checkpoint | None:
+    """The checkpoint of DeepSpeed ZeRO that a folder holds, if it holds no weights of a usual name."""
+    if any((folder / name).is_file() for name in KNOWN_NAMES) or (found := find_zero_folder(folder)) is None:
+        return None
+    return open_zero_folder(found)
 
 
 def _is_complete(index: Path) -> bool:
@@ -213,7 +214,9 @@ def _is_complete(index: Path) -> bool:
 
 def _open_file(path: Path) -> Checkpoint:
     if fnmatch(path.name, ZERO_SHARDS):
-        raise _zero_shards(path)
+        raise CheckpointError(
+            "expected weights", found="one shard of DeepSpeed ZeRO", where=path, hint=f"name the folder {path.parent}"
+        )
     stamp = file_stamp(path)
     head = _head(path)
     if head.lstrip()[:1] == b"{" and not _is_safetensors(head):

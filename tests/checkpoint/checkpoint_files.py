@@ -163,3 +163,64 @@ def same(row: Tensor, judge: torch.Tensor) -> bool:
 def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
+
+
+ZERO_STEP = "global_step7"
+ZERO_GROUPS = [
+    {"bert.embeddings.word_embeddings.weight": (7, 5), "bert.encoder.layer.0.dense.weight": (5, 5), "one": (1,)},
+    {"bert.encoder.layer.0.dense.bias": (5,), "bert.scalar": ()},
+]
+ZERO_FROZEN = {"bert.pooler.dense.weight": (3, 5)}
+
+
+def values(shape, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(flat: torch.Tensor, multiple: int) -> torch.Tensor:
+    return torch.nn.functional.pad(flat, (0, -len(flat) % multiple))
+
+
+def save_zero(folder, stage: int, ranks: int, prefix: str = ""):
+    """What DeepSpeed 0.19 saves of ZERO_GROUPS and ZERO_FROZEN, as far as joining needs it. Returns the run folder."""
+    step = folder / ZERO_STEP
+    step.mkdir(parents=True)
+    (folder / "latest").write_text(ZERO_STEP)
+    trained = {
+        name: values(shape, number)
+        for number, (name, shape) in enumerate(pair for g in ZERO_GROUPS for pair in g.items())
+    }
+    frozen = {name: values(shape, 99) for name, shape in ZERO_FROZEN.items()}
+    model = {
+        "module": {"bert.position_ids": torch.arange(4), "bert.encoder.layer.0.dense.bias": torch.zeros(5).half()},
+        "buffer_names": ["bert.position_ids"],
+        "param_shapes": [{name: torch.Size(shape) for name, shape in group.items()} for group in ZERO_GROUPS],
+        "frozen_param_shapes": {name: torch.Size(shape) for name, shape in ZERO_FROZEN.items()},
+        "shared_params": {"cls.decoder.weight": "bert.embeddings.word_embeddings.weight"},
+        "ds_version": "0.19.6",
+    }
+    for rank in range(ranks):
+
+        def part(tensor: torch.Tensor, rank: int = rank) -> torch.Tensor:
+            return padded(tensor.reshape(-1), ranks).reshape(ranks, -1)[rank].clone()
+
+        if stage == 3:
+            parts = [
+                part(tensor) for tensor in trained.values()
+            ]  # large models have several vectors, which go on as one
+            state = {"fp32_flat_groups": [torch.cat(parts[:2]), torch.cat(parts[2:])]}
+        else:
+            vectors = [torch.cat([trained[name].reshape(-1) for name in group]) for group in ZERO_GROUPS]
+            state = {"single_partition_of_fp32_groups": [part(padded(vector, 2 * ranks)) for vector in vectors]}
+        state |= {"zero_stage": stage, "partition_count": ranks if stage == 3 else [ranks, ranks]}
+        torch.save(
+            {
+                "optimizer_state_dict": state | {"base_optimizer_state": [{"exp_avg": torch.ones(3)}]},
+                "ds_version": "0.19.6",
+            },
+            step / f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
+        )
+        fragments = {name: part(tensor) if stage == 3 else tensor for name, tensor in frozen.items()}
+        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+        torch.save(model | {"frozen_param_fragments": fragments}, step / name)
+    return folder

@@ -118,14 +118,15 @@ def test_one_file_of_any_name_is_enough(tmp_path):
         "zero_pp_rank_0_mp_rank_00_model_states.pt",
     ],
 )
-def test_zero_shards_are_told_how_to_join(tmp_path, where, shard):
+def test_a_shard_of_zero_alone_is_refused(tmp_path, where, shard):
     (tmp_path / where).mkdir(exist_ok=True)
     (tmp_path / where / shard).write_bytes(b"x")
     if where == ".":
         torch.save({"module": {}}, tmp_path / "mp_rank_00_model_states.pt")
-    for named in (tmp_path, tmp_path / where / shard):
-        with pytest.raises(CheckpointError, match=r"found the shards of DeepSpeed ZeRO; .* zero_to_fp32.py"):
-            open_checkpoint(named)
+    with pytest.raises(CheckpointError, match=r"found one shard of DeepSpeed ZeRO; name the folder"):
+        open_checkpoint(tmp_path / where / shard)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(tmp_path)
 
 
 def test_weights_beside_zero_shards_are_read(tmp_path):

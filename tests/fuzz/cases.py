@@ -21,10 +21,10 @@ from random import Random
 
 import mutate
 import torch
+from checkpoint_files import ZERO_STEP, save_zero
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import BertConfig, BertModel
 
 from bsa_export.checkpoint.atomic_folder import AtomicFolder
 from bsa_export.checkpoint.open import open_checkpoint
@@ -37,7 +37,12 @@ from bsa_export.errors import BsaError
 
 SECONDS = 5  # of a case: inputs are smaller than 1 MB
 MEBIBYTES = 500
-SIZES = {
+CONFIG: dict[str, object] = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "torch_dtype": "float32",
     "vocab_size": 30,
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -92,6 +97,30 @@ SPARSITY = {"sparse_attention": {"mode": "fixed", "block": 16, "num_local_blocks
 RECORDS = ("conversion.json", "verification.json", "pulled.json", "config.json")
 
 
+def bert() -> dict[str, torch.Tensor]:
+    """The tensors of a BertModel of CONFIG, random: importing transformers would take longer than most cases."""
+    normal, dense = {"weight": (16,), "bias": (16,)}, {"weight": (16, 16), "bias": (16,)}
+    modules = {
+        "embeddings.word_embeddings": {"weight": (30, 16)},
+        "embeddings.position_embeddings": {"weight": (32, 16)},
+        "embeddings.token_type_embeddings": {"weight": (2, 16)},
+        "embeddings.LayerNorm": normal,
+        **{f"encoder.layer.0.attention.self.{part}": dense for part in ("query", "key", "value")},
+        "encoder.layer.0.attention.output.dense": dense,
+        "encoder.layer.0.attention.output.LayerNorm": normal,
+        "encoder.layer.0.intermediate.dense": dense,
+        "encoder.layer.0.output.dense": dense,
+        "encoder.layer.0.output.LayerNorm": normal,
+        "pooler.dense": dense,
+    }
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"{module}.{name}": torch.randn(shape, generator=generator)
+        for module, shapes in modules.items()
+        for name, shape in shapes.items()
+    }
+
+
 @contextmanager
 def limited() -> Iterator[None]:
     """A limit of time for a case, as an exception."""
@@ -123,10 +152,8 @@ class Bench:
     def __init__(self, folder: Path):
         self.folder = folder
         self.runner = CliRunner()
-        torch.manual_seed(0)
-        config = BertConfig(**SIZES, architectures=["BertModel"])
-        self.state = {name: value.clone() for name, value in BertModel(config).state_dict().items()}
-        self.config = config.to_diff_dict() | {"model_type": "bert"}
+        self.state = bert()
+        self.config = CONFIG
         pristine = folder / "pristine"
         pristine.mkdir(parents=True)
         saved = {"epoch": 3, "model": self.state, "optimizer": {"state": {0: {"exp_avg": torch.ones(9)}}}}
@@ -135,6 +162,8 @@ class Bench:
         torch.save(self.state, pristine / "legacy", _use_new_zipfile_serialization=False)
         save_file(self.state, pristine / "safetensors", metadata={"format": "pt"})
         self.pristine = {path.name: path.read_bytes() for path in pristine.iterdir()}
+        for stage in (2, 3):
+            save_zero(folder / f"zero {stage}", stage, 2)
         self.source(sidecars=True).rename(folder / "whole")
         result = self.convert(folder / "whole", folder / "converted")
         if result.exit_code:
@@ -302,6 +331,21 @@ def index_case(bench: Bench, random: Random) -> str | None:
     return None if found.keys() <= bench.state.keys() else "other names"
 
 
+def zero_case(bench: Bench, random: Random) -> str | None:
+    run = bench.folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(bench.folder / f"zero {random.choice((2, 3))}", run)
+    path = random.choice(sorted((run / ZERO_STEP).iterdir()))
+    path.write_bytes(mutate.of_zip(random, path.read_bytes()))
+    if random.random() < 0.1:
+        random.choice(sorted((run / ZERO_STEP).iterdir())).unlink()
+    try:
+        write_weights(bench.folder / "run", open_checkpoint(run).tensors)
+    except BsaError:
+        return None
+    return None if (run / "model.safetensors").stat().st_size < 200_000 else "too much was written"
+
+
 def convert_case(bench: Bench, random: Random, source: Path, *options: object) -> str | None:
     """A conversion by command: refused in a sentence, or a folder with the right files, and JSON as it should be."""
     before = bench.stamp()
@@ -411,7 +455,17 @@ def spoil(random: Random, path: Path, data: bytes) -> None:
 
 
 # Of 40 cases in a row so many are of a kind: those that run a whole command take longer.
-SHARES = {"zip": 12, "legacy": 8, "safetensors": 8, "index": 4, "config": 2, "sidecar": 2, "options": 2, "record": 2}
+SHARES = {
+    "zip": 12,
+    "legacy": 8,
+    "safetensors": 8,
+    "index": 4,
+    "config": 2,
+    "sidecar": 2,
+    "options": 2,
+    "record": 1,
+    "zero": 1,
+}
 KINDS: dict[str, Callable[[Bench, Random], str | None]] = {
     "zip": zip_case,
     "legacy": legacy_case,
@@ -421,4 +475,5 @@ KINDS: dict[str, Callable[[Bench, Random], str | None]] = {
     "sidecar": sidecar_case,
     "options": options_case,
     "record": record_case,
+    "zero": zero_case,
 }

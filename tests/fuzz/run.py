@@ -17,7 +17,7 @@ from collections import Counter
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "checkpoint")]
 
 
 def work(connection: Connection, folder: Path) -> None:
@@ -28,6 +28,7 @@ def work(connection: Connection, folder: Path) -> None:
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     bench = Bench(folder / "bench")
     limit_memory()
+    connection.send("ready")
     while (case := connection.recv()) is not None:
         connection.send(bench.run(*case))
 
@@ -42,9 +43,11 @@ class Worker:
         self.process.start()
         other.close()
         self.case: tuple[str, int] | None = None
-        self.started = time.monotonic()
+        self.started = 0.0
 
     def give(self, case: tuple[str, int] | None) -> None:
+        if not self.started and self.connection.recv() != "ready":  # importing torch is not part of a case
+            raise RuntimeError("a process did not start")
         self.case, self.started = case, time.monotonic()
         self.connection.send(case)
 
