@@ -1,4 +1,4 @@
-"""What a checkpoint of a BERT family is, found once and passed down: family, names, sizes, reserved rows, longest input."""
+"""What a checkpoint of a BERT family is, found once: family, names, sizes, reserved rows, longest input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Encoder:
 
     Attributes:
         family: what the checkpoint is; what is written may have the names of another (`Family.written_as`).
-        prefix: what stands before the encoder's names in the checkpoint, such as `bert.`; empty for a model without a head.
+        prefix: what stands before the encoder's names in the checkpoint, such as `bert.`; empty for a model without a
+            head.
         config: content of config.json in the field names that are written.
         sizes: the checked sizes of config.json.
         reserved: position rows in front that are not positions.

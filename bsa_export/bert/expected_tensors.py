@@ -87,13 +87,15 @@ def read_sizes(config: Mapping[str, Any], where: object = "config.json") -> Size
         "task_type_vocab_size": 3,
     }
     stated = {name: value for name, value in config.items() if value is not None}
-    found = {field.name: stated.get(field.name, defaults.get(field.name)) for field in fields(Sizes)}
-    for name, value in found.items():
+    found: dict[str, int] = {}
+    for name in (entry.name for entry in fields(Sizes)):
+        value = stated.get(name, defaults.get(name))
         least = 0 if name == "type_vocab_size" else 1
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**40:
             raise FamilyError(
                 f"{name}: expected a positive integer", found="none" if value is None else repr(value), where=where
             )
+        found[name] = value
     sizes = Sizes(**found)
     if sizes.hidden_size % sizes.num_attention_heads:
         raise FamilyError(
@@ -163,7 +165,7 @@ def dense_spec(family: Family, config: Mapping, prefix: str, where: object = "co
 
 
 def sparse_spec(family: Family, config: Mapping, prefix: str, where: object = "config.json") -> Spec:
-    """The names, shapes and dtypes that a converted folder's config.json implies: `dense_spec`, and a layout a layer."""
+    """The names, shapes and dtypes that a converted folder's config.json implies: `dense_spec` and the layouts."""
     section = config.get("sparse_attention")
     block = section.get("block") if isinstance(section, dict) else None
     if not isinstance(block, int) or isinstance(block, bool) or block < 1:

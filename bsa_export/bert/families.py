@@ -52,15 +52,16 @@ class Family:
         prefix: the attribute that holds the encoder in a model with a head, `bert` in `bert.embeddings...`.
         reserves: whether position rows up to that of the padding token are not positions (RoBERTa's fairseq heritage).
         tied: names of a head -> the name that they share their bytes with; one that starts with a dot is the encoder's.
-        marks: how a name behind the prefix begins that only this family has; it decides where neither config.json nor the
-            prefix does.
+        marks: how a name behind the prefix begins that only this family has; it decides where neither config.json nor
+            the prefix does.
         written_as: the family whose names, config.json and classes are written; empty for the family itself.
         encoder_names: renames of names behind the encoder's prefix, to those of `written_as`.
         head_names: renames of the other names.
         fields: fields of config.json -> those of `written_as`.
         constants: fields of `written_as` that this family has no field for.
         own_fields: fields that `written_as` has no field for.
-        head_classes: classes -> those of `written_as` that compute the same; a class that is absent runs as an encoder alone.
+        head_classes: classes -> those of `written_as` that compute the same; a class that is absent runs as an encoder
+            alone.
         lacks_token_types: whether it has no token types, so that rows of zeros are added.
         lacks_pooler: whether its encoder has no pooler.
         projects_embeddings: whether embeddings have a size of their own, `embedding_size`, and are projected.
@@ -120,7 +121,8 @@ class Family:
         return next((name for name in class_names(config) if name not in self.head_classes), None)
 
 
-# Found -> written, in every family: BERT's TensorFlow heritage, and NVIDIA's fused module of a product and its activation.
+# Found -> written, in every family: BERT's TensorFlow heritage, and NVIDIA's fused module of a product and its
+# activation.
 _EVERY_FAMILY: Renames = (
     (r"(.*LayerNorm)\.gamma", r"\1.weight"),
     (r"(.*LayerNorm)\.beta", r"\1.bias"),
@@ -239,7 +241,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def encoder_prefixes(names: Collection[str]) -> list[str]:
-    """What stands before each `embeddings.word_embeddings.weight`, such as `bert.`; empty for a model without a head."""
+    """What stands before each `embeddings.word_embeddings.weight`, such as `bert.`; `""` for an encoder alone."""
     return sorted(name.removesuffix(WORDS) for name in names if name == WORDS or name.endswith(f".{WORDS}"))
 
 
@@ -278,12 +280,13 @@ def encoder_prefix(names: Collection[str], chosen: str | None = None) -> str:
 def find_family(
     config: Mapping, names: Collection[str], position_rows: int | None = None, prefix: str | None = None
 ) -> Family:
-    """The family of a checkpoint: by `model_type`; without one by the class in `architectures`, or the names of its tensors.
+    """The family of a checkpoint: by `model_type`; without one by `architectures` or the names of its tensors.
 
     Args:
         config: content of config.json.
         names: those of the tensors.
-        position_rows: of the position embeddings; without a prefix they identify RoBERTa (two more than a round number).
+        position_rows: of the position embeddings; without a prefix they identify RoBERTa (two more than a round
+            number).
         prefix: the encoder's, if it is known.
 
     Raises:
@@ -320,7 +323,7 @@ def find_family(
 def written_name(family: Family, prefix: str, name: str) -> str:
     """The name under which a source's tensor is written; `prefix` is the encoder's.
 
-    What a wrapper put before the family's own prefix, such as Lightning's `model.` in `model.bert.`, goes from every name.
+    What a wrapper put before the family's own prefix, such as Lightning's `model.` in `model.bert.`, is removed.
     """
     for found, written in _EVERY_FAMILY:
         name = re.sub(f"^{found}$", written, name)

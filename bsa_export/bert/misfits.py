@@ -21,7 +21,7 @@ from bsa_export.text import some
 def refuse_misfits(
     written: Mapping[str, Tensor], encoder: Encoder, source: Mapping[str, Tensor], where: object = None
 ) -> None:
-    """Raises FamilyError unless the encoder's tensors are those that its class computes with, all of them and no others.
+    """Raises FamilyError unless the encoder's tensors are exactly those that its class computes with.
 
     Args:
         written: the tensors by their written names.
@@ -86,7 +86,7 @@ def _is_of_more_layers(encoder: Encoder, name: str) -> bool:
 
 
 def _likely_cause(written: Mapping[str, Tensor], encoder: Encoder, misfits: Misfits) -> str | None:
-    """What most likely explains the misfits. config.json is blamed only where other sizes in it would explain them all."""
+    """What most likely explains the misfits: config.json only where other sizes in it would explain them all."""
     if any(written[name].dtype not in FLOATS for name in misfits.mismatched):
         return "these look like quantized weights: convert those from before the quantization"
     sizes = _sizes_of(written, encoder)

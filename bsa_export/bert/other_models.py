@@ -74,9 +74,10 @@ _FIELDS = {
     "channel_shrink_ratio": "LiLT",
     "adapter_reduction_factor": "X-MOD",
 }
+_PRE_LAYER_NORM = "layer norms before each sublayer (pre-layer-norm)"
 # Fields that say, when they are set, that another computation than BERT's is meant; whatever model_type says.
 _COMPUTE_OTHERWISE = {
-    "pre_layer_norm": "layer norms before each sublayer (pre-layer-norm)",
+    "pre_layer_norm": _PRE_LAYER_NORM,
     "last_layer_norm": "a layer norm after the last layer (pre-layer-norm)",
     "rescale_embeddings": "rescaled embeddings, as BigBird's",
     "relative_attention": "relative positions, as DeBERTa's",
@@ -92,7 +93,8 @@ _COMPUTE_OTHERWISE = {
 _TENSORS = tuple(
     (re.compile(pattern, re.IGNORECASE), what)
     for pattern, what in {
-        r"distance_embedding|rel(ative)?_(attention|pos|embed)|pos_(key|query)_proj|position_bias": "relative positions",
+        r"distance_embedding|rel(ative)?_(attention|pos|embed)": "relative positions",
+        r"pos_(key|query)_proj|position_bias": "relative positions",
         r"rotary|inv_freq|\brope\b": "rotary positions",
         r"(x|y|h|w)_position_embeddings": "positions on a page, as LayoutLM's",
         r"bbox": "positions on a page, as BROS's",
@@ -108,8 +110,8 @@ _TENSORS = tuple(
         r"crossattention": "cross-attention, as of a decoder",
         r"(query|key|value)_global": "global projections, as Longformer's",
         r"conv|highway|early_?exit": "layers that BERT lacks",
-        r"(^|\.)layer\.\d+\..*(pre|post)_?attention_?(ln|layer_?norm)": "layer norms before each sublayer (pre-layer-norm)",
-        r"(^|\.)layer\.\d+\.(attention\.)?(ln|layer_?norm|self_attn_layer_norm)\b": "layer norms before each sublayer (pre-layer-norm)",
+        r"(^|\.)layer\.\d+\..*(pre|post)_?attention_?(ln|layer_?norm)": _PRE_LAYER_NORM,
+        r"(^|\.)layer\.\d+\.(attention\.)?(ln|layer_?norm|self_attn_layer_norm)\b": _PRE_LAYER_NORM,
         r"^(encoder\.)?\w*(layer_?norm|ln|norm)\w*(\.\w+)?$": "a layer norm after the last layer (pre-layer-norm)",
         r"^embeddings\.": "embeddings that BERT lacks",
         r"^pooler\.": "a pooler, which the class lacks",
@@ -151,7 +153,7 @@ def other_computation(config: Mapping[str, object]) -> tuple[str, str] | None:
 
 
 def describe_tensor(inner: str) -> str | None:
-    """What a tensor looks like that the family's class does not have, by its name behind the prefix; None if unknown."""
+    """What a tensor looks like that the class does not have, by its name behind the prefix; None if unknown."""
     return next((what for pattern, what in _TENSORS if pattern.search(inner)), None)
 
 

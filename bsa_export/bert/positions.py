@@ -60,4 +60,4 @@ def _interpolated(table: np.ndarray, length: int, reserved: int) -> Iterator[mem
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,14 @@ FLAGS = {
 MODES = ("windowed", "dense", "fixed", "variable", "bigbird", "bslongformer", "local", "custom")
 
 
-def _integers(_, parameter: click.Parameter, text: str | None) -> list[int] | None:
+def _integers(_: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     try:
         return None if text is None else [int(number) for number in text.split(",")]
     except ValueError:
-        raise click.BadParameter(f"expected integers such as 0,5, found {text!r}", param=parameter) from None
+        raise click.BadParameter(f"expected integers such as 0,5, found {str(text)[:80]!r}", param=parameter) from None
 
 
-def _size(_, parameter: click.Parameter, text: str | None) -> int | None:
+def _size(_: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
     from bsa_export.checkpoint.writer import parse_size
 
     try:
@@ -50,7 +51,7 @@ def _size(_, parameter: click.Parameter, text: str | None) -> int | None:
         raise click.BadParameter(str(error), param=parameter) from None
 
 
-def _length(_, parameter: click.Parameter, text: str | None) -> int | None:
+def _length(_: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
     from bsa_export.conversion.options import parse_length
 
     try:
@@ -59,7 +60,7 @@ def _length(_, parameter: click.Parameter, text: str | None) -> int | None:
         raise click.BadParameter(str(error), param=parameter) from None
 
 
-def _dtype(_, parameter: click.Parameter, text: str) -> str:
+def _dtype(_: click.Context, parameter: click.Parameter, text: str) -> str:
     from bsa_export.conversion.options import parse_dtype
 
     try:
@@ -68,7 +69,7 @@ def _dtype(_, parameter: click.Parameter, text: str) -> str:
         raise click.BadParameter(str(error), param=parameter) from None
 
 
-def _list_families(context: click.Context, _, wanted: bool) -> None:
+def _list_families(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted:
         from bsa_export.bert.families import FAMILIES
 
@@ -76,7 +77,7 @@ def _list_families(context: click.Context, _, wanted: bool) -> None:
         context.exit()
 
 
-def _mode_options(function):
+def _mode_options(function: Callable[..., None]) -> Callable[..., None]:
     """Adds the parameters of DeepSpeed's classes as options."""
     options = [
         *(click.option(name, type=click.IntRange(min=0), metavar="N", help=text) for name, text in COUNTS.items()),
@@ -100,7 +101,8 @@ def _mode_options(function):
     "--max-length",
     callback=_length,
     metavar="N",
-    help="Tokens that the new model reads, such as 4096 or 4k.  [default: 8 times the source's length; its own from 4,096]",
+    help="Tokens that the new model reads, such as 4096 or 4k.  [default: 8 times the source's length, or that length "
+    "itself from 4,096 on]",
 )
 @click.option("--mode", type=click.Choice(MODES), help="Which blocks are kept.  [default: windowed]")
 @click.option(
@@ -178,14 +180,16 @@ def _mode_options(function):
     help="List the families.",
 )
 @click.pass_context
-def main(context: click.Context, source: str, target: Path | None, to_dense: bool, as_json: bool, **choices) -> None:
+def main(
+    context: click.Context, source: str, target: Path | None, to_dense: bool, as_json: bool, **choices: Any
+) -> None:
     """Convert a dense BERT checkpoint to block-sparse attention.
 
-    SOURCE is a file of weights, an index of shards, a folder, or a repository of the Hugging Face Hub (org/name or
-    org/name@revision). TARGET is the folder to make.
+    SOURCE is a file of weights, an index of shards, a folder, or a repository of the Hugging Face Hub: org/name,
+    org/name@revision, org/name/folder, or the address of its page. TARGET is the folder to make.
 
-    By default the new model reads 8 times as many tokens as the source, 4,096 for 512. Inputs that the source could read
-    keep its outputs.
+    By default the new model reads 8 times as many tokens as the source, 4,096 for 512. Inputs that the source could
+    read keep its outputs.
     """
     if choices["quiet"] and choices["verbose"]:
         raise click.UsageError("--quiet and --verbose cannot be combined.")

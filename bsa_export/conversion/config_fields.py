@@ -18,6 +18,7 @@ _ATTENTION_FIELDS = (
 _NOT_ALLOWED = {
     "output_attentions": "block-sparse attention never holds the attention probabilities",
     "_output_attentions": "block-sparse attention never holds the attention probabilities",
+    "chunk_size_feed_forward": "padding is removed before the layers, so that inputs have any number of tokens",
     "torchscript": "block-sparse attention cannot be traced",
     "auto_map": "the code that it names is not carried along, and transformers' own class computes the model",
 }

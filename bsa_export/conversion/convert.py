@@ -82,16 +82,17 @@ def convert(
     The folder `target` appears whole or not at all. The source is only read, and nothing in it is executed.
 
     Args:
-        source: a file of weights, an index of shards, a folder, or a repository of the Hub (`org/name[@revision]`).
+        source: a file of weights, an index of shards, a folder, or a repository of the Hub (`org/name[/folder][@revision]`,
+            or the address of its page).
         target: the folder to make.
-        max_length: tokens that the new model reads, in whole blocks; unless given, 8 times the source's length, or that length
-            itself from 4,096 tokens on. `"4k"` is 4096.
+        max_length: tokens that the new model reads, in whole blocks; unless given, 8 times the source's length, or
+            that length itself from 4,096 tokens on. `"4k"` is 4096.
         mode: which blocks are kept, one of `bsa_export.sparsity.MODES`; `windowed` unless given.
         block: side of a block in tokens; 64, or 32 or 16 where 64 does not divide the lengths.
         sparsity: mode and parameters as the `sparse_attention` section of a DeepSpeed config, or a JSON file with it.
         layout: for the mode `custom`, a .npy or .safetensors file with a layout for all layers or one a layer.
-        num_local_blocks, num_sliding_window_blocks, num_global_blocks, num_random_blocks, num_different_global_patterns,
-            local_window_blocks, global_block_indices, global_block_end_indices, horizontal_global_attention,
+        num_local_blocks, num_sliding_window_blocks, num_global_blocks, num_random_blocks,
+            num_different_global_patterns, local_window_blocks, global_block_indices, global_block_end_indices, horizontal_global_attention,
             different_layout_per_head, attention: parameters of the mode's class, with its defaults.
         different_layout_per_layer: whether each layer draws its own random blocks.
         seed: for random blocks.
@@ -157,7 +158,7 @@ def convert(
 def plan_source(
     source: Source, options: Options, config_path: Path | None = None
 ) -> tuple[Checkpoint, Plan, CarriedFiles]:
-    """Opens a source and plans its conversion. Returns the checkpoint, the plan, and the files that are carried over."""
+    """Opens a source and plans its conversion. Returns the checkpoint, the plan, and the files to carry over."""
     check_options(options)
     with source.named_errors():
         return _plan_source(source, options, config_path)
@@ -224,7 +225,7 @@ def convert_source(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
-    """`convert` of a source that was found, with its options in one value. Arguments and errors are those of `convert`."""
+    """`convert` of a source that was found, with its options in one value. See `convert` for arguments and errors."""
     started = time.perf_counter()
     folder = AtomicFolder(target, overwrite=overwrite)
     folder.refuse_target()

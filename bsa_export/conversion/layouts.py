@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from bsa_export.sparsity.configs import (
     sparsity_config_from_class_path,
     windowed_for,
 )
-from bsa_export.sparsity.facts import check_layout
+from bsa_export.sparsity.facts import check_layout, layout_hash
 from bsa_export.sparsity.layout_file import load_layouts
 
 BLOCKS = (64, 32, 16)  # tried in this order where no block is named
@@ -102,7 +103,7 @@ def _whole_blocks(length: int, block: int) -> int:
 
 
 def _default_block(source_length: int, length: int | None) -> int:
-    """The largest of BLOCKS that divides both lengths, so that a window is as long as the source; else the new one alone."""
+    """The largest of BLOCKS that divides both lengths, so that a window is the source's length; else the new."""
     wanted = length or default_length(source_length)
     for lengths in ((source_length, wanted), (wanted,)):
         for block in BLOCKS:
@@ -112,7 +113,11 @@ def _default_block(source_length: int, length: int | None) -> int:
 
 
 def kept_layouts(
-    tensors: Mapping[str, Tensor], stored: Mapping[int, str], config: dict, source_length: int, options: Options
+    tensors: Mapping[str, Tensor],
+    stored: Mapping[int, str],
+    config: Mapping[str, Any],
+    source_length: int,
+    options: Options,
 ) -> tuple[SparsityConfig, list[np.ndarray]]:
     """The sparsity config and layouts of a source that is sparse already: as stored, else as configured."""
     if options.chooses_sparsity or options.max_length not in (None, source_length) or options.positions != "tile":
@@ -135,16 +140,8 @@ def kept_layouts(
         raise SparsityError(
             f"expected a stored layout for each of {layers} layers", found=f"layers {sorted(stored)}", where="source"
         )
-    arrays = [read(tensors[stored[layer]]) for layer in range(layers)]
-    for layer, array in enumerate(arrays):
-        check_layout(array, stored[layer])
-        if array.shape != (heads, *arrays[0].shape[1:]):
-            raise SparsityError(
-                f"expected [{heads}, {arrays[0].shape[1]}, {arrays[0].shape[1]}]",
-                found=list(array.shape),
-                where=stored[layer],
-            )
-    n = arrays[0].shape[1]
+    layouts = _stored_layouts(tensors, [stored[layer] for layer in range(layers)], heads)
+    n = layouts[0].shape[1]
     try:
         sparsity = _configured_sparsity(config, section, heads)
     except SparsityError:
@@ -155,11 +152,25 @@ def kept_layouts(
         raise SparsityError(
             f"expected at least a block of {sparsity.block} tokens", found=f"{source_length} positions", where="source"
         )
-    same = {array.tobytes(): np.ascontiguousarray(array[:, :n, :n], np.uint8) for array in arrays}
-    return sparsity, [same[array.tobytes()] for array in arrays]
+    same = {id(layout): np.ascontiguousarray(layout[:, :n, :n], np.uint8) for layout in layouts}
+    return sparsity, [same[id(layout)] for layout in layouts]
 
 
-def _configured_sparsity(config: Mapping, section: Mapping, heads: int) -> SparsityConfig:
+def _stored_layouts(tensors: Mapping[str, Tensor], names: list[str], heads: int) -> list[np.ndarray]:
+    """The layouts that a source stores, one a layer, checked; equal ones are one array."""
+    layouts: list[np.ndarray] = []
+    distinct: dict[str, np.ndarray] = {}
+    for name in names:
+        layout = read(tensors[name])
+        check_layout(layout, name)
+        n = layouts[0].shape[1] if layouts else layout.shape[1]
+        if layout.shape != (heads, n, n):
+            raise SparsityError(f"expected [{heads}, {n}, {n}]", found=list(layout.shape), where=name)
+        layouts.append(distinct.setdefault(layout_hash(layout), layout))
+    return layouts
+
+
+def _configured_sparsity(config: Mapping[str, Any], section: Mapping[str, Any], heads: int) -> SparsityConfig:
     path = config.get("sparse_config_cls")
     return sparsity_config_from_class_path(path, section, heads) if path else sparsity_config(section, heads)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bsa_export.converted.records import ChosenOptions
 
@@ -15,8 +16,8 @@ class Options:
     """What a user chooses about a conversion; the defaults are those of the bare command.
 
     Attributes:
-        max_length: tokens that the new model reads, a multiple of the block; None is 8 times the source's length, or that
-            length itself from 4,096 tokens on, rounded up to whole blocks.
+        max_length: tokens that the new model reads, a multiple of the block; None is 8 times the source's length, or
+            that length itself from 4,096 tokens on, rounded up to whole blocks.
         mode: one of `sparsity.MODES`; None is `windowed`, or `custom` with a layout.
         block: side of a block in tokens; None is 64, or 32 or 16 where 64 does not divide the length.
         parameters: those of the mode's class, by name.
@@ -33,8 +34,8 @@ class Options:
     max_length: int | None = None
     mode: str | None = None
     block: int | None = None
-    parameters: Mapping[str, object] = field(default_factory=dict)
-    section: Mapping[str, object] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    section: Mapping[str, Any] | None = None
     layout: Path | None = None
     seed: int = 0
     different_layout_per_layer: bool = False
@@ -75,7 +76,7 @@ def parse_length(text: str | int) -> int:
 
 
 def parse_dtype(text: object) -> str:
-    """The name of a dtype, `keep`, `fp32`, `fp16` or `bf16`, as people write it, such as `float16`. Raises ValueError."""
+    """`keep`, `fp32`, `fp16` or `bf16` for any usual spelling of it, such as `float16`. Raises ValueError."""
     wanted = str(text).strip().lower().removeprefix("torch.")
     for name, spellings in _DTYPES.items():
         if wanted in spellings:

@@ -188,7 +188,8 @@ def _without_ignored(draft: _Draft, tensors: Mapping[str, Tensor], patterns: Ite
         ignored += matching
     if ignored:
         draft.dropped |= dict.fromkeys(ignored, DropReason.IGNORED)
-        text = f"ignored, as asked: {some(dict.fromkeys(ignored))}. Outputs differ from the source's if it computes with them"
+        names = some(dict.fromkeys(ignored))
+        text = f"ignored, as asked: {names}. Outputs differ from the source's if it computes with them"
         draft.notes.append(Note(NoteKind.IGNORED_TENSORS, text))
     return {name: row for name, row in tensors.items() if name not in draft.dropped}
 
@@ -253,14 +254,15 @@ def _note_kept_layouts(
     draft: _Draft, encoder: Encoder, tensors: Mapping[str, Tensor], sparsity: SparsityConfig, layouts: list[np.ndarray]
 ) -> None:
     """Says where the kept layouts are not those of the training, or do not cover all positions."""
-    if not draft.stored and getattr(sparsity, "num_random_blocks", 0):
+    if not draft.stored and getattr(sparsity, "num_random_blocks", None):
         redrawn = (
             "the checkpoint stores no layouts: random blocks are drawn again and differ from those used in training"
         )
         draft.notes.append(Note(NoteKind.LAYOUTS_REDRAWN, redrawn))
     covered = tensors[draft.stored[0]].shape[-1] * sparsity.block if draft.stored else encoder.longest
     if (reads := layouts[0].shape[-1] * sparsity.block) < max(covered, encoder.longest):
-        cut = f"it has {encoder.longest:,} positions and layouts for {covered:,} tokens: it reads the {reads:,} that both cover"
+        has = f"it has {encoder.longest:,} positions and layouts for {covered:,} tokens"
+        cut = f"{has}: it reads the {reads:,} that both cover"
         draft.notes.append(Note(NoteKind.LENGTHS_DIFFER, cut))
 
 
@@ -336,8 +338,8 @@ def _natural(name: str) -> list:
 def _ties(written: Mapping[str, Tensor], encoder: Encoder) -> dict[str, str]:
     """Written names of a head that transformers ties to another, where they hold the same bytes: name -> the other.
 
-    They share storage, or hold equal bytes where a format or a shard forced a copy. Nothing is tied where the config says so:
-    then transformers looks for both names.
+    They share storage, or hold equal bytes where a format or a shard forced a copy. Nothing is tied where the config
+    says so: then transformers looks for both names.
     """
     if not encoder.config.get("tie_word_embeddings", True):
         return {}
@@ -358,7 +360,7 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
     return all(a == b for a, b in zip(_regular(pieces(one)), _regular(pieces(other)), strict=True))
 
 
-def _regular(parts: Iterable[memoryview], size: int = 1 << 16) -> Iterator[bytes]:
+def _regular(parts: Iterable[bytes | memoryview], size: int = 1 << 16) -> Iterator[bytes]:
     """The same bytes in pieces of one size; the last one may be shorter."""
     left = b""
     for part in parts:
@@ -379,6 +381,6 @@ def _layout_row(layout: np.ndarray) -> Tensor:
     """The tensor of a layout `[heads, n, n]`, made head by head: heads may share one array."""
 
     def chunks() -> Iterator[memoryview]:
-        return (memoryview(np.ascontiguousarray(head).reshape(-1)) for head in layout)
+        return (np.ascontiguousarray(head).reshape(-1).data for head in layout)
 
     return Tensor("U8", layout.shape, Computed(chunks))

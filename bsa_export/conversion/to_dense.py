@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,8 @@ def _restored(dense: dict[str, Tensor], record: ConversionRecord, rows: int, not
     restored = {source_names.get(name, name): row for name, row in dense.items() if name not in added} | tied
     for name, why in record.dropped.items():
         if why is DropReason.BUFFER:
-            values = buffer_values(name, rows)
-            restored[name] = Tensor("I64", values.shape, Computed(lambda values=values: iter([values.tobytes()])))
+            content = buffer_values(name, rows).tobytes()
+            restored[name] = Tensor("I64", (1, rows), Computed(partial(iter, [content])))
         else:
             notes.append(f"{name}: left out by the conversion ({DROP_WORDS[why]})")
     return restored
@@ -166,8 +167,8 @@ def to_dense(
 ) -> WrittenDense:
     """Converts a converted folder back to the dense checkpoint that it came from: `bsa-convert --to-dense`.
 
-    Names and bits are those of the conversion's source: as safetensors, tied weights under each of their names. The folder
-    `target` appears whole or not at all.
+    Names and bits are those of the conversion's source: as safetensors, tied weights under each of their names. The
+    folder `target` appears whole or not at all.
 
     Args:
         source: the converted folder, or its repository on the Hub (`org/name[@revision]`).

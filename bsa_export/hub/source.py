@@ -75,8 +75,8 @@ def parse_hub_path(text: str) -> HubPath | None:
     if parse_repo(f"{repo}@{revision}" if revision else repo, bare=True) is None:
         return None
     path = path.rstrip("/")
-    parts = PurePosixPath(path).parts
-    if path != "/".join(parts) or ".." in parts or any(part.startswith(".") for part in parts):
+    folders = PurePosixPath(path).parts
+    if path != "/".join(folders) or any(folder.startswith(".") for folder in folders):
         return None
     return HubPath(repo, revision or None, path)
 

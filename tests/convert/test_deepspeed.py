@@ -29,7 +29,7 @@ MASTER = "attention.self.sparse_self_attention.master_layout"
 
 
 def made_sparse(model, sparsity, length=None):
-    """The model with DeepSpeed's self-attention in every layer, whose masters are 2,048 tokens unless a length is given."""
+    """The model with DeepSpeed's self-attention in every layer; masters have 2,048 tokens unless a length is given."""
     for layer in model.base_model.encoder.layer:
         layer.attention.self = BertSparseSelfAttention(model.config, sparsity)
         if length is not None:

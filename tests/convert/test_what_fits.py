@@ -1,14 +1,20 @@
-"""Which tensors and config fields a conversion accepts, and what a refusal blames. Plans only: no tensor is read or written."""
+"""Which tensors and config fields a conversion accepts, and what a refusal blames. Nothing is written."""
+
+from inspect import signature
+from types import SimpleNamespace
 
 import pytest
 
 from bsa_export.bert.expected_tensors import dense_spec
 from bsa_export.bert.families import FAMILIES
 from bsa_export.checkpoint.table import Computed, Tensor
-from bsa_export.conversion.options import Options
+from bsa_export.cli.convert import main
+from bsa_export.conversion.convert import convert
+from bsa_export.conversion.options import Options, parse_dtype, parse_length
 from bsa_export.conversion.plan import plan
+from bsa_export.conversion.resources import refuse_full_disk
 from bsa_export.converted.records import DropReason, NoteKind
-from bsa_export.errors import FamilyError, SparsityError
+from bsa_export.errors import CheckpointError, FamilyError, SparsityError
 
 SIZES = {
     "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
@@ -67,7 +73,8 @@ def test_tensors_that_the_class_would_not_use_are_refused_or_ignored(name):
 @pytest.mark.parametrize(
     ("name", "fits"),
     [("LayerNorm.weight", False), ("last_layer_ln.bias", False), ("encoder.norm.weight", False),
-     ("classifier.weight", True), ("cls.predictions.transform.LayerNorm.weight", True), ("lm_head.layer_norm.weight", True)],
+     ("classifier.weight", True), ("cls.predictions.transform.LayerNorm.weight", True), ("lm_head.layer_norm.weight",
+      True)],
 )  # fmt: skip
 def test_without_a_prefix_heads_pass_and_layer_norms_on_top_do_not(name, fits):
     tensors = encoder("") | {name: zeros(32)}
@@ -125,14 +132,17 @@ FOREIGN = {
     "ZeRO-3": ({name: zeros(0) for name in encoder()}, "zero_to_fp32.py"),
     "pruning": (encoder() | {f"{LAYER}output.dense.weight_orig": zeros(32, 48),
                 f"{LAYER}output.dense.weight_mask": zeros(32, 48)}, "prune.remove"),
-    "PEFT": ({name.replace("query.", "query.base_layer."): row for name, row in encoder("base_model.model.bert.").items()},
+    "PEFT": ({name.replace("query.", "query.base_layer."): row for name,
+     row in encoder("base_model.model.bert.").items()},
              "merge_and_unload"),
     "8 bits": (encoder() | {f"{LAYER}attention.self.query.SCB": zeros(32)}, "SCB"),
     "int8": (encoder() | {f"{LAYER}attention.self.query.weight": zeros(32, 32, dtype="I8")}, "quantized"),
     "transposed": (encoder() | {f"{LAYER}output.dense.weight": zeros(48, 32)}, "transposed"),
-    "pruned heads": (encoder() | {f"{LAYER}attention.self.{part}.weight": zeros(24, 32) for part in ("query", "key", "value")},
+    "pruned heads": (encoder() | {f"{LAYER}attention.self.{part}.weight": zeros(24, 32) for part in ("query", "key",
+     "value")},
                      "heads"),
-    "a part": ({name: row for name, row in encoder().items() if LAYER not in name or "output" not in name}, "a part of"),
+    "a part": ({name: row for name, row in encoder().items() if LAYER not in name or "output" not in name},
+     "a part of"),
 }  # fmt: skip
 
 
@@ -153,7 +163,8 @@ def test_config_json_is_blamed_where_other_sizes_explain_all(field):
 
 @pytest.mark.parametrize(
     ("field", "noted"),
-    [({"output_attentions": True}, True), ({"torchscript": True}, True), ({"auto_map": {"AutoModel": "m.M"}}, True),
+    [({"output_attentions": True}, True), ({"torchscript": True}, True), ({"chunk_size_feed_forward": 16}, True),
+     ({"auto_map": {"AutoModel": "m.M"}}, True),
      ({"_attn_implementation": "flash_attention_2"}, True), ({"attn_implementation": "eager"}, False),
      ({"_attn_implementation_autoset": True}, False)],
     ids=str,
@@ -196,3 +207,45 @@ def test_layouts_that_differ_by_layer_need_memory_for_each(monkeypatch):
     options = Options(max_length=16384, mode="bigbird", block=16, different_layout_per_layer=True)
     with pytest.raises(SparsityError, match="memory"):
         plan(encoder(), BERT, options)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    refuse_full_disk(tmp_path / "new" / "out", 1000)
+    with pytest.raises(CheckpointError, match="1 kB"):
+        refuse_full_disk(tmp_path / "new" / "out", 1001)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("4096", 4096), ("4,096", 4096), ("4_096", 4096), ("4k", 4096), ("32K", 32768), (" 16 k", 16384), (512, 512),
+     ("0", None), ("-1", None), ("4,09", None), ("4m", None), ("", None), ("4.5k", None), ("9" * 30, None)],
+)  # fmt: skip
+def test_lengths_as_people_write_them(text, tokens):
+    if tokens:
+        assert parse_length(text) == tokens
+    else:
+        with pytest.raises(ValueError, match="4096"):
+            parse_length(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("float16", "fp16"), ("half", "fp16"), ("FP16", "fp16"), ("torch.bfloat16", "bf16"), ("float32", "fp32"),
+     ("keep", "keep"),
+     ("int8", None), ("", None)],
+)  # fmt: skip
+def test_dtypes_as_people_write_them(text, name):
+    if name:
+        assert parse_dtype(text) == name
+    else:
+        with pytest.raises(ValueError, match="bf16"):
+            parse_dtype(text)
+
+
+def test_the_function_has_the_options_of_the_command():
+    names = {parameter.name for parameter in main.params}
+    only_commands = {"to_dense", "dry_run", "plot", "as_json", "quiet", "verbose", "list_families", "version", "help"}
+    renamed = {"config_path": "config"}
+    options = {renamed.get(name, name) for name in names - only_commands}
+    assert set(signature(convert).parameters) - {"progress"} == options

@@ -25,7 +25,8 @@ from bsa_export.hub.source import HubPath, find_source, parse_hub_path
         ("huggingface.co/org/name", HubPath("org/name")),
         *(
             (text, None)
-            for text in ("", "w.bin", "org/name@", "org/../name", "org/name/../x", "org//name", "org/name/.git", "a b/c",
+            for text in ("", "w.bin", "org/name@", "org/../name", "org/name/../x", "org//name", "org/name/.git",
+             "a b/c",
                          "https://example.com/org/name", "org/name@../x", "/org/name", "model.safetensors")
         ),
     ],
@@ -36,7 +37,8 @@ def test_places_on_the_hub(text, place):
 
 @pytest.mark.parametrize(
     ("text", "near"),
-    [("modle", "model"), ("./modle", "model"), ("runs/best_modle", "best_model"), ("runs/x/best", None), ("/nowhere", None)],
+    [("modle", "model"), ("./modle", "model"), ("runs/best_modle", "best_model"), ("runs/x/best", None), ("/nowhere",
+     None)],
 )  # fmt: skip
 def test_a_mistyped_path_says_what_is_near(tmp_path, monkeypatch, text, near):
     (tmp_path / "model").mkdir()
