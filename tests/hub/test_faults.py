@@ -36,6 +36,7 @@ PULL_REQUESTS = {
 }
 # Trouble with one request a run, and with all of them in one run.
 ONE, ALL = {"503": Status(503), "unanswered": LoseAnswer()}, {"500": Status(500), "dropped": Cut(0)}
+TROUBLES = [pytest.param("503", marks=pytest.mark.slow), "unanswered", *ALL]
 OF_XET = {"xet token", "xorb", "shard", "reconstruction"}
 OF_LFS = {"lfs batch", "lfs object", "lfs verify", "metadata"}
 
@@ -53,7 +54,7 @@ def runs(requests: dict[str, str], bsa, trouble: str) -> list[list[str]]:
     return [patterns] if trouble in ALL else [[pattern] for pattern in patterns]
 
 
-@pytest.mark.parametrize("trouble", [*ONE, *ALL])
+@pytest.mark.parametrize("trouble", TROUBLES)
 def test_pushes_survive(bsa, hub, hub_home, model, trouble):
     for patterns in runs(PUSH_REQUESTS, bsa, trouble):
         hub.repos.clear()
@@ -69,7 +70,7 @@ def test_pushes_survive(bsa, hub, hub_home, model, trouble):
     assert all_in_repository(hub, model)
 
 
-@pytest.mark.parametrize("trouble", [*ONE, *ALL])
+@pytest.mark.parametrize("trouble", TROUBLES)
 def test_pulls_survive(bsa, hub, hub_home, model, tmp_path, trouble):
     assert bsa.run("push", model, "alice/model", "--yes").code == 0
     for patterns in runs(PULL_REQUESTS, bsa, trouble):

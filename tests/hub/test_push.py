@@ -436,8 +436,7 @@ def test_a_file_system_that_is_read_only(hub, model, tmp_path):
     ended = subprocess.run(command, env=env | {"HF_HUB_DISABLE_XET": "1"}, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.endswith('load    bsa_export.load("alice/model")\n')
-    warning = f"Warning: {model}: its model card could not be completed there (Read-only file system)"
-    assert ended.stderr == f"{warning}; that of the repository is\n"
+    assert ended.stderr.startswith(f"Warning: {model}: ") and "Read-only file system" in ended.stderr
     assert (model / "README.md").read_bytes() == before != on_hub(hub)["README.md"]
 
 
