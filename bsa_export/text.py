@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable
 
 Lines = list[tuple[str, str]]
 
 LONGEST = 2000  # characters of a message: a name in a file may have megabytes
-# What a terminal would act on, or a reader could not see: controls, line breaks, invisible format and direction marks,
-# halves of surrogate pairs.
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
-)
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~!])")
+_MARKDOWN = re.compile(r"[\\`*_{}\[\]<>|#~!@$]|(?<=:)//|(?<=www)\.|^[-+=]|(?<=\d)[.)](?=\s|$)", re.IGNORECASE)
+# What holds others is shown in part, so that what it holds many times is not shown many times.
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 4, 300, 300
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = _SHORT.maxset = _SHORT.maxfrozenset = 12
 
 
 def printable(value: object, most: int = LONGEST) -> str:
-    """`value` in one line that is safe on a terminal: unsafe is escaped, and the middle of long text is left out."""
-    text = str(value)
-    if len(text) > most:
-        text = f"{text[: most * 2 // 3]} [... {len(text) - most:,} characters ...] {text[-most // 3 :]}"
-    return _UNSAFE.sub(lambda match: ascii(match[0])[1:-1], text)
+    """`value` in one line that is safe on a terminal, of about `most` characters.
+
+    What a terminal would act on or a reader could not see (controls, line breaks, invisible and direction marks, halves
+    of surrogate pairs) is escaped; the middle of long text is left out.
+    """
+    text = _shortened(_text(value), most)
+    if not text.isprintable():
+        text = _shortened("".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text), most)
+    return text
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    try:
+        return _SHORT.repr(value) if isinstance(value, (list, tuple, dict, set, frozenset)) else str(value)
+    except (ValueError, RecursionError):  # an integer of more digits than Python converts
+        return f"a {type(value).__name__} that is too long to show"
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3]} [... {len(text) - most:,} characters ...] {text[-most // 3 :]}"
 
 
 def markdown(value: object, most: int = 300) -> str:
-    """`value` as plain text of a Markdown paragraph or table cell: it cannot format anything or leave its place."""
-    return _MARKDOWN.sub(r"\\\1", printable(value, most)).replace("&", "&amp;")
+    """`value` as plain text of a Markdown paragraph or table cell: it cannot format, link or leave its place."""
+    text = printable(value, most).strip()
+    return _MARKDOWN.sub(lambda match: "".join(f"\\{mark}" for mark in match[0]), text).replace("&", "&amp;")
 
 
 def markdown_code(value: object, most: int = 300) -> str:
