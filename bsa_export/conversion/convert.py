@@ -82,8 +82,8 @@ def convert(
     The folder `target` appears whole or not at all. The source is only read, and nothing in it is executed.
 
     Args:
-        source: a file of weights, an index of shards, a folder, or a repository of the Hub (`org/name[/folder][@revision]`,
-            or the address of its page).
+        source: a file of weights, an index of shards, a folder, or a repository of the Hub: `org/name[@revision]`,
+            `org/name/folder[@revision]`, or the address of its page.
         target: the folder to make.
         max_length: tokens that the new model reads, in whole blocks; unless given, 8 times the source's length, or
             that length itself from 4,096 tokens on. `"4k"` is 4096.
@@ -92,8 +92,9 @@ def convert(
         sparsity: mode and parameters as the `sparse_attention` section of a DeepSpeed config, or a JSON file with it.
         layout: for the mode `custom`, a .npy or .safetensors file with a layout for all layers or one a layer.
         num_local_blocks, num_sliding_window_blocks, num_global_blocks, num_random_blocks,
-            num_different_global_patterns, local_window_blocks, global_block_indices, global_block_end_indices, horizontal_global_attention,
-            different_layout_per_head, attention: parameters of the mode's class, with its defaults.
+            num_different_global_patterns, local_window_blocks, global_block_indices, global_block_end_indices,
+            horizontal_global_attention, different_layout_per_head, attention: parameters of the mode's class, with its
+            defaults.
         different_layout_per_layer: whether each layer draws its own random blocks.
         seed: for random blocks.
         positions: how position embeddings are extended, `tile` or `interpolate`.

@@ -28,6 +28,7 @@ from bsa_export.converted.records import ConversionRecord, DropReason, read_conv
 from bsa_export.errors import CheckpointError, FamilyError
 from bsa_export.files import write_json
 from bsa_export.hub.source import find_source
+from bsa_export.text import some
 
 SPARSE_FIELDS = ("sparse_config_cls", "sparse_attention")
 
@@ -124,12 +125,14 @@ def _restored(dense: dict[str, Tensor], record: ConversionRecord, rows: int, not
     added = set(record.added)
     tied = {old: dense[holder] for old, holder in record.tied.items() if holder in dense}
     restored = {source_names.get(name, name): row for name, row in dense.items() if name not in added} | tied
-    for name, why in record.dropped.items():
-        if why is DropReason.BUFFER:
-            content = buffer_values(name, rows).tobytes()
-            restored[name] = Tensor("I64", (1, rows), Computed(partial(iter, [content])))
-        else:
-            notes.append(f"{name}: left out by the conversion ({DROP_WORDS[why]})")
+    for reason in DropReason:
+        names = [name for name, why in record.dropped.items() if why is reason]
+        if reason is DropReason.BUFFER:
+            for name in names:
+                content = buffer_values(name, rows).tobytes()
+                restored[name] = Tensor("I64", (1, rows), Computed(partial(iter, [content])))
+        elif names:
+            notes.append(f"left out by the conversion ({DROP_WORDS[reason]}): {some(names)}")
     return restored
 
 

@@ -31,7 +31,10 @@ from tiny_models import (
 
 import bsa_export
 from bsa_export.converted.card import metadata
+from bsa_export.converted.folder import open_folder
+from bsa_export.converted.integrity import check_file
 from bsa_export.sparsity.configs import BigBirdSparsityConfig, make_layouts, windowed_for
+from bsa_export.verify.weights import check_weights
 
 LAYOUT = "encoder.layer.{}.attention.self.sparse_self_attention.master_layout"
 
@@ -419,6 +422,29 @@ def test_the_record_says_what_was_done(tmp_path):
     for name, file in told["files"].items():
         assert file["bytes"] == (out / name).stat().st_size
     assert told["options"]["max_length"] == 256 and told["bsa_export"] == bsa_export.__version__
+
+
+def test_what_is_left_out_is_recorded_verified_and_restored(tmp_path):
+    """One of two encoders, a tensor that BERT lacks, and fields that block-sparse attention does not allow."""
+    model = tiny("bert")
+    state = {f"query.{name}": tensor for name, tensor in model.state_dict().items()}
+    state |= {f"document.{name}": tensor for name, tensor in model.bert.state_dict(prefix="bert.").items()}
+    state["query.bert.embeddings.rank_embeddings.weight"] = torch.ones(3, 32)
+    fields = {"output_attentions": True, "auto_map": {"AutoModel": "their.Model"}, "attn_implementation": "eager"}
+    source = save_tensors(tmp_path / "source", state, model.config.to_dict() | fields)
+    out = converted(source, "--prefix", "query.bert", "--ignore-tensors", "*.rank_*", "--max-length", 256)
+    kinds = [note["kind"] for note in record(out)["notes"]]
+    assert kinds == ["ignored tensors", "other encoder", "config field", "config field"]
+    assert {name.split(".")[0] for name in tensors(out)} == {"bert", "cls"}
+    assert config(out)["attn_implementation"] == "block_sparse" and not {"output_attentions", "auto_map"} & set(
+        config(out)
+    )
+    assert check_file(out).passed and check_weights(open_folder(out), source).passed
+    assert "outputs are those of the source" not in (out / "README.md").read_text()
+    with torch.no_grad():
+        assert bsa_export.load(out)(**inputs()).logits.isfinite().all()
+    assert convert(out, tmp_path / "dense", "--to-dense").exit_code == 0
+    assert config(tmp_path / "dense") == config(source)
 
 
 def test_shards_hold_the_same_tensors(tmp_path):
