@@ -394,8 +394,8 @@ def _commit(hub: HfApi, what: Plan, base: str, message: str) -> tuple[str, str |
 
     def went_through() -> tuple[str, str | None] | None:
         if what.create_pr:
-            heads: dict[str | None, str] = {**_pull_requests(hub, what.repo_id)}
-            heads = {number: head for number, head in heads.items() if number not in earlier}
+            open_now = _pull_requests(hub, what.repo_id).items()
+            heads: dict[str | None, str] = {number: head for number, head in open_now if number not in earlier}
         else:
             found = client.find(hub, what.repo_id, what.branch)
             head = client.commit_of(found) if found else base
