@@ -324,14 +324,16 @@ class _Tensors:
     def tensor(self, args: tuple) -> Tensor | None:
         """`_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata])`, or the first four."""
         match args:
-            case (_Storage() as storage, offset, shape, strides, *rest):
+            case (_Storage() as storage, offset, shape, strides, *rest) if all(
+                isinstance(flag, bool) for flag in rest[:1]
+            ):
                 return self.resolve(storage, storage.dtype, offset, shape, strides, rest[2] if len(rest) > 2 else None)
         raise self.error("a tensor is described by other arguments than a storage, an offset, a shape and strides")
 
     def tensor_v3(self, args: tuple) -> Tensor | None:
         """`_rebuild_tensor_v3(storage in bytes, offset, size, stride, requires_grad, hooks, dtype[, metadata])`."""
         match args:
-            case (_Storage() as storage, offset, shape, strides, _, _, Global(name), *rest):
+            case (_Storage() as storage, offset, shape, strides, bool(), _, Global(name), *rest):
                 dtype = TORCH_DTYPE.get(name.removeprefix("torch."))
                 if dtype is None:
                     raise self.refused(name)
@@ -342,9 +344,10 @@ class _Tensors:
 
     def parameter(self, args: tuple) -> object:
         """`_rebuild_parameter(data, requires_grad, hooks[, state])` is its data."""
-        if not args:
-            raise self.error("a parameter has no data")
-        return args[0]
+        match args:
+            case (Tensor() | restricted_pickle.Unbuilt() | None as data, bool(), *_):
+                return data
+        raise self.error("a parameter is described by other arguments than its data and whether it is trained")
 
     def from_type(self, args: tuple) -> object:
         """`_rebuild_from_type_v2(function, type, arguments, state)`: a tensor with Python attributes."""

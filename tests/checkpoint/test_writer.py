@@ -152,6 +152,35 @@ def test_a_source_that_changes_meanwhile_is_noticed(tmp_path, table):
         write_safetensors(tmp_path / "out.safetensors", table, progress=touch)
 
 
+def test_a_source_that_is_rewritten_with_its_old_time_is_noticed(tmp_path, table):
+    path = tmp_path / "views.pt"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+
+    def touch(done, total):
+        path.write_bytes(path.read_bytes())
+        os.utime(path, ns=times)
+
+    with pytest.raises(CheckpointError, match="views.pt: it was changed while it was being copied"):
+        write_safetensors(tmp_path / "out.safetensors", table, progress=touch)
+
+
+def test_reads_that_return_less_go_on(tmp_path, table, monkeypatch):
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, offset: real(file, [buffers[0][:7]], offset))
+    record = write_safetensors(tmp_path / "out.safetensors", table)
+    monkeypatch.undo()
+    check(tmp_path / "out.safetensors", many_views(), record)
+
+
+def test_a_read_error_is_blamed_on_the_source(tmp_path, table, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(CheckpointError, match="views.pt: it cannot be read .Input/output error"):
+        write_safetensors(tmp_path / "out.safetensors", table)
+
+
 def test_a_source_that_is_gone_is_one_sentence(tmp_path, table):
     (tmp_path / "views.pt").unlink()
     with pytest.raises(CheckpointError, match=r"views.pt: it cannot be read or written \(No such file or directory\)"):
