@@ -193,14 +193,15 @@ def test_a_bool_mask_says_who_takes_part_in_mode_mul():
     torch.testing.assert_close(output, expected(layout, q, k, v, key_padding_mask=keys, attn_mask=pairs))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8], ids=str)
 @pytest.mark.parametrize("name", ["key_padding_mask", "attn_mask"])
-def test_a_bool_mask_is_refused_in_mode_add_where_deepspeed_would_add_1(name):
+def test_a_mask_of_who_takes_part_is_refused_in_mode_add_where_deepspeed_would_add_1(name, dtype):
     attention = make(key_padding_mask_mode="add", attn_mask_mode="add")
-    said = (
-        f'{name}: expected numbers .*in mode add, found bool; pass 0 for .* or make the module with {name}_mode="mul"'
-    )
+    said = f'{name}.* in mode add, found .*{name}_mode="mul"'
+    mask = torch.ones(2 if "key" in name else 32, 32, dtype=dtype)
+    mask[1, 20:] = 0
     with pytest.raises(AttentionError, match=said):
-        attention(*normal(3, 2, HEADS, 32, 16), **{name: torch.ones(2 if "key" in name else 32, 32).bool()})
+        attention(*normal(3, 2, HEADS, 32, 16), **{name: mask})
 
 
 def test_bert_takes_a_bool_mask_as_transformers_means_it():

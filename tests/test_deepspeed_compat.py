@@ -120,8 +120,10 @@ def test_matmul_knows_three_modes():
 MASKS = list(itertools.product(["none", "rpe"], ["none", "add", "mul"], ["none", "add", "mul"]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("rpe, padding, pairs", MASKS, ids=["-".join(m) for m in MASKS])
+DTYPES = itertools.cycle([torch.float16, torch.float32, torch.float64])
+
+
+@pytest.mark.parametrize("rpe, padding, pairs, dtype", [(*masks, next(DTYPES)) for masks in MASKS], ids=str)
 def test_softmax_and_its_gradients_are_dense_math_on_kept_blocks(rpe, padding, pairs, dtype):
     layout, length = layout_of(HEADS, ROWS, ROWS), ROWS * BLOCK
     x = random_tensor(2, HEADS, length, length, dtype=dtype)
@@ -167,6 +169,40 @@ def test_softmax_and_its_gradients_are_dense_math_on_kept_blocks(rpe, padding, p
     assert not torch.allclose(found.double(), exact.roll(1, dims=1), atol=tolerance)
 
 
+def test_softmax_writes_into_its_input_and_returns_it_as_deepspeeds_does():
+    layout = layout_of(HEADS, ROWS, ROWS)
+    leaf = random_tensor(2, int(layout.sum()), BLOCK, BLOCK).requires_grad_()
+    weight = random_tensor(*leaf.shape, seed=2)
+    expected = Softmax(layout, BLOCK)(leaf, scale=0.5)  # autograd lets nobody write into a leaf
+    assert expected is not leaf and not torch.equal(expected, leaf)
+    (of_leaf,) = torch.autograd.grad((expected * weight).sum(), leaf)
+    scores = leaf * 1
+    scores.retain_grad()
+    found = Softmax(layout, BLOCK)(scores, scale=0.5)
+    assert found is scores and torch.equal(scores, expected)
+    found.backward(weight)
+    # DeepSpeed's unit tests read the gradient of the scores from the tensor that now holds the probabilities.
+    torch.testing.assert_close(scores.grad, of_leaf)
+    torch.testing.assert_close(leaf.grad, of_leaf)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda leaf: leaf[:1].expand(2, -1, -1, -1),
+        lambda leaf: torch.stack([leaf, leaf], 1).unbind(1)[0],
+        lambda leaf: leaf.view_as(leaf),
+    ],
+    ids=["expanded", "unbound", "view of a leaf"],
+)
+def test_softmax_returns_a_new_tensor_where_autograd_does_not_allow_to_write(make):
+    layout = layout_of(HEADS, ROWS, ROWS)
+    leaf = random_tensor(2, int(layout.sum()), BLOCK, BLOCK).requires_grad_()
+    found, expected = (Softmax(layout, BLOCK)(each) for each in (make(leaf), make(leaf).detach().clone()))
+    assert torch.equal(found, expected)
+    assert torch.autograd.grad(found.square().sum(), leaf)[0].any()
+
+
 def test_softmax_over_nothing_is_zero_not_nan():
     layout = layout_of(1, 2, 2)
     x = random_tensor(1, int(layout.sum()), BLOCK, BLOCK, dtype=torch.float32).requires_grad_()
@@ -198,12 +234,11 @@ def test_softmax_takes_masks_with_dimensions_of_1():
     layout, length = layout_of(HEADS, ROWS, ROWS), ROWS * BLOCK
     x = random_tensor(2, int(layout.sum()), BLOCK, BLOCK)
     keys, pairs = random_tensor(2, length, seed=2), random_tensor(length, length, seed=3)
-    flat = Softmax(layout, BLOCK)(x, key_padding_mask=keys, attn_mask=pairs)
-    assert torch.equal(
-        Softmax(layout, BLOCK)(x, key_padding_mask=keys[:, None, None], attn_mask=pairs[None, None]), flat
-    )
-    one = Softmax(layout, BLOCK)(x[0], rpe=pairs, key_padding_mask=keys[:1], attn_mask=pairs)
-    both = Softmax(layout, BLOCK)(x, rpe=pairs, key_padding_mask=keys[:1], attn_mask=pairs)
+    softmax = Softmax(layout, BLOCK)
+    flat = softmax(x.clone(), key_padding_mask=keys, attn_mask=pairs)
+    assert torch.equal(softmax(x.clone(), key_padding_mask=keys[:, None, None], attn_mask=pairs[None, None]), flat)
+    one = softmax(x[0].clone(), rpe=pairs, key_padding_mask=keys[:1], attn_mask=pairs)
+    both = softmax(x.clone(), rpe=pairs, key_padding_mask=keys[:1], attn_mask=pairs)
     assert torch.equal(one, both[0])
 
 

@@ -123,8 +123,9 @@ def encoded(tensors, config, ids, token_types, keys, layouts=None):
 
 def stated(model, inputs, layouts=None):
     """The outputs of a model by the statement, one row a sequence: what its head computes from the encoder's output."""
-    config, kind = model.config.to_dict(), type(model).__name__
-    config = {"rotary_base": 10000.0, "last_layer_norm": None} | config
+    kind = type(model).__name__
+    fields = ("layer_norm_eps", "pre_layer_norm", "last_layer_norm", "rotary_base", "rotary_dim")
+    config = {name: getattr(model.config, name) for name in (*fields, "position_embedding_type")}
     everything = {name: tensor.double() for name, tensor in model.state_dict().items()}
     tensors = {name.removeprefix("bert."): tensor for name, tensor in everything.items()}
     found = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from bsa_export.bert.expected_tensors import compare
 from bsa_export.bert.families import FAMILIES, class_names
@@ -94,7 +95,7 @@ def _model_class(folder: ConvertedFolder) -> type[PreTrainedModel]:
     from bsa_export.hf import prenorm_bert
 
     named = next(iter(class_names(folder.config)), None)
-    own = getattr(prenorm_bert, named, None) if named in CLASSES.values() else None
+    own = getattr(prenorm_bert, named) if named and named in CLASSES.values() else None
     found = own or (getattr(transformers, named, None) if named else None)
     if found is not None:
         kind = getattr(getattr(found, "config_class", None), "model_type", None)
@@ -142,7 +143,7 @@ def _from_pretrained(
         )
     except BsaError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(
             f"transformers cannot build {model_class.__name__} from this config.json ({type(error).__name__}: {error})",
             where=folder.path,

@@ -84,7 +84,7 @@ class RotaryEmbeddings(bert.BertEmbeddings):
         super().__init__(config)
         del self.position_embeddings
 
-    def forward(
+    def forward(  # type: ignore[override] # no cache
         self,
         input_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -224,7 +224,7 @@ def _classifier(model: Any, config: BsaBertConfig, add_pooling_layer: bool) -> N
     model.bert = BsaBertModel(config, add_pooling_layer=add_pooling_layer)
     dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
     model.dropout = nn.Dropout(dropout)
-    model.classifier = nn.Linear(config.hidden_size, config.num_labels)
+    model.classifier = nn.Linear(config.hidden_size, model.num_labels)
     model.post_init()
 
 
