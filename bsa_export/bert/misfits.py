@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -19,7 +19,11 @@ from bsa_export.text import some
 
 
 def refuse_misfits(
-    written: Mapping[str, Tensor], encoder: Encoder, source: Mapping[str, Tensor], where: object = None
+    written: Mapping[str, Tensor],
+    encoder: Encoder,
+    source: Mapping[str, Tensor],
+    ignored: Iterable[str] = (),
+    where: object = None,
 ) -> None:
     """Raises FamilyError unless the encoder's tensors are exactly those that its class computes with.
 
@@ -27,6 +31,7 @@ def refuse_misfits(
         written: the tensors by their written names.
         encoder: what the checkpoint is.
         source: the tensors by the names of the file.
+        ignored: names of the file that the user leaves out.
         where: the source, for messages.
     """
     misfits = compare(written, encoder.dense_spec())
@@ -34,6 +39,9 @@ def refuse_misfits(
     more_layers = [name for name in unused if _is_of_more_layers(encoder, name)]
     if not (misfits.missing or misfits.mismatched or unused):
         return
+    for name in ignored:
+        if (new := encoder.written_name(name)) in misfits.missing:
+            raise FamilyError(f"{name} cannot be left out: the model computes with {new}", where="--ignore-tensors")
     if foreign := recognise(source):
         raise FamilyError(
             f"expected the plain weights of a BERT family ({family_list()})",

@@ -10,6 +10,7 @@ from bsa_export.checkpoint.dtypes import cast, read
 from bsa_export.checkpoint.table import Computed, Tensor
 
 METHODS = ("tile", "interpolate")
+ROWS = 4096  # that are interpolated at once
 
 
 def extend(name: str, table: Tensor, length: int, reserved: int, method: str = "tile") -> Tensor:
@@ -50,13 +51,14 @@ def _tiled(table: np.ndarray, length: int, reserved: int) -> Iterator[memoryview
 
 def _interpolated(table: np.ndarray, length: int, reserved: int) -> Iterator[memoryview]:
     own = table[reserved:]
-    places = np.arange(length) * (len(own) / length)
-    below = np.minimum(places.astype(int), len(own) - 1)
-    above = np.minimum(below + 1, len(own) - 1)
-    share = (places - below)[:, None].astype(table.dtype)
     yield _bytes(table[:reserved])
-    mixed = own[below] * (1 - share) + own[above] * share
-    yield _bytes(np.where(share == 0, own[below], mixed))  # -0.0 too stays as it is
+    for start in range(0, length, ROWS):
+        places = np.arange(start, min(start + ROWS, length)) * (len(own) / length)
+        below = np.minimum(places.astype(int), len(own) - 1)
+        above = np.minimum(below + 1, len(own) - 1)
+        share = (places - below)[:, None].astype(table.dtype)
+        mixed = own[below] * (1 - share) + own[above] * share
+        yield _bytes(np.where(share == 0, own[below], mixed))  # -0.0 too stays as it is
 
 
 def _bytes(array: np.ndarray) -> memoryview:

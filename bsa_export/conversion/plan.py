@@ -134,7 +134,8 @@ def plan(
     _map_names(draft, encoder, tensors, where)
     _leave_out_tied(draft, encoder)
     _add_token_types(draft, encoder)
-    refuse_misfits(draft.written, encoder, tensors, where)
+    ignored = [name for name, why in draft.dropped.items() if why is DropReason.IGNORED]
+    refuse_misfits(draft.written, encoder, tensors, ignored, where)
 
     sparse_source = bool(
         draft.stored or encoder.config.get("sparse_attention") or encoder.config.get("sparse_config_cls")

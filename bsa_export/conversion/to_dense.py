@@ -21,11 +21,13 @@ from bsa_export.checkpoint.writer import write_weights
 from bsa_export.conversion import carried_files
 from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
 from bsa_export.conversion.lengths import change_words
+from bsa_export.conversion.options import parse_length
 from bsa_export.conversion.plan import buffer_values
+from bsa_export.conversion.resources import refuse_full_disk
 from bsa_export.conversion.summary import DROP_WORDS
 from bsa_export.converted.names import CONFIG, CONVERSION_RECORD
 from bsa_export.converted.records import ConversionRecord, DropReason, read_conversion
-from bsa_export.errors import CheckpointError, FamilyError
+from bsa_export.errors import CheckpointError, FamilyError, SparsityError
 from bsa_export.files import write_json
 from bsa_export.hub.source import find_source
 from bsa_export.text import some
@@ -163,7 +165,7 @@ def to_dense(
     source: str | Path,
     target: str | Path,
     *,
-    max_length: int | None = None,
+    max_length: int | str | None = None,
     max_shard_size: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -188,6 +190,10 @@ def to_dense(
         BsaError: with what is wrong; nothing is left behind then.
     """
     started = time.perf_counter()
+    try:
+        length = None if max_length is None else parse_length(max_length)
+    except ValueError as error:
+        raise SparsityError(str(error)) from None
     folder = AtomicFolder(target, overwrite=overwrite)
     folder.refuse_target()
     path = source if isinstance(source, Path) else find_source(source, progress=progress is not None).path
@@ -201,7 +207,8 @@ def to_dense(
         raise CheckpointError(
             "expected a sparse checkpoint", found="neither stored layouts nor conversion.json", where=source
         )
-    dense = plan_dense(checkpoint.tensors, config, record, max_length)
+    dense = plan_dense(checkpoint.tensors, config, record, length)
+    refuse_full_disk(folder.target, sum(row.nbytes for row in dense.tensors.values()))
     with folder as staging:
         write_weights(staging, dense.tensors, max_shard_size=max_shard_size, progress=progress)
         checkpoint.check_unchanged()

@@ -84,8 +84,9 @@ def test_without_a_prefix_heads_pass_and_layer_norms_on_top_do_not(name, fits):
         assert name in refusal(tensors)
 
 
-def test_a_pattern_that_matches_nothing_is_refused():
+def test_patterns_that_match_nothing_or_too_much_are_refused():
     assert "bert.rank*" in refusal(encoder(), ignore_tensors=["bert.rank*"])
+    assert "cannot be left out" in refusal(encoder(), ignore_tensors=["*.query.*"])
 
 
 def test_other_spellings_are_the_same_tensors():
