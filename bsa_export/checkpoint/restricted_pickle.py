@@ -318,7 +318,7 @@ class _Machine:
         items = self.pop_to_mark()
         self.stack.append(items)
 
-    FROZENSET = LIST
+    FROZENSET = TUPLE
 
     def APPENDS(self, _: object) -> None:
         self.append(self.pop_to_mark())
@@ -419,6 +419,8 @@ _PUSH_CONSTANT: dict[str, Callable[[], object]] = {
 
 def _key(key: object) -> object:
     """`key` where it is plain; otherwise something that hashes without recursion and collision, and equals nothing."""
+    if isinstance(key, (list, dict)):
+        raise _Malformed(f"a {type(key).__name__} is a key")
     plain = key is None or isinstance(key, (str, bytes, bool)) or (isinstance(key, int) and abs(key) < MAX_KEY)
     return key if plain else Unbuilt(type(key).__name__)
 
