@@ -1,9 +1,11 @@
-"""Backend `deepspeed`: the kernels of the installed DeepSpeed, forward and backward, as a judge; `packed_tables()` is for benchmarks."""
+"""Backend `deepspeed`: DeepSpeed's own kernels, forward and backward, as a judge; `packed_tables()` is for
+benchmarks."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from hashlib import sha256
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from bsa_export.ops import deepspeed_kernels as kernels
 from bsa_export.ops.deepspeed_kernels import packed_tables
+from bsa_export.ops.triton_version import unusable
 
 __all__ = ["attend", "packed_tables", "refuses", "unavailable"]
 
@@ -25,6 +28,8 @@ MOST_OPERATORS = 32
 
 def unavailable() -> str | None:
     """Why DeepSpeed's kernels cannot run on this machine, or None."""
+    if (reason := unusable(descriptors=False)) is not None:
+        return reason
     operators = kernels.operators()
     if isinstance(operators, str):
         return operators
@@ -33,8 +38,24 @@ def unavailable() -> str | None:
     return "no CUDA GPU (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
 
 
-def refuses(query, key, value, layout, block, *, key_padding_mask, attn_mask, rpe, scale) -> str | None:
-    """What DeepSpeed refuses, what its kernels would compute wrong, and what is not installed. See `dispatch.py`."""
+def clear_cache() -> None:
+    """Forgets DeepSpeed's look-up tables."""
+    _cache.clear()
+
+
+def refuses(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    block: int,
+    *,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    rpe: Tensor | None,
+    scale: float,
+) -> str | None:
+    """What DeepSpeed refuses, what its kernels would compute wrong, and what is not installed. See `contract.py`."""
     batch, heads, seq, head_dim = query.shape
     if (reason := unavailable()) is not None:
         return reason
@@ -58,9 +79,9 @@ def refuses(query, key, value, layout, block, *, key_padding_mask, attn_mask, rp
         return "DeepSpeed needs a kept block in every head"
     largest = max(
         batch * operators.num_blocks * block * block,
-        *(sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) for x in (query, key, value)),
+        *map(_extent, (query, key, value)),
         0 if rpe is None else rpe.numel(),
-    )  # fmt: skip
+    )
     if largest >= MOST_ELEMENTS:
         return f"DeepSpeed's kernels count elements in 32 bits, and {largest} are to be addressed"
     return None
@@ -81,6 +102,7 @@ def attend(
     """See `reference.attend`. As DeepSpeed's `SparseSelfAttention` does it: scores, softmax in place, context."""
     batch, heads, seq, _ = query.shape
     operators = _cache.get(layout, heads, block, query.device)
+    assert operators is not None, "refuses() comes first"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
         # DeepSpeed's backward pass fails where one operand of a product needs no gradient.
         query, key, value = (x if x.requires_grad else x.detach().requires_grad_() for x in (query, key, value))
@@ -100,6 +122,11 @@ def attend(
         return operators.context(weights, value)
 
 
+def _extent(tensor: Tensor) -> int:
+    """Elements between the first and the last one of a tensor in memory."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
 def _half(mask: Tensor, seq: int) -> Tensor:
     """A mask in float16, its last dimension `seq` long and contiguous: the kernels step through it by 1."""
     return mask.expand(*mask.shape[:-1], seq).to(torch.float16).contiguous()
@@ -114,6 +141,7 @@ class _Operators:
 
     def __init__(self, layout: Tensor, block: int, device: torch.device):
         classes = kernels.operators()
+        assert not isinstance(classes, str), classes
         self.block = block
         self.num_blocks = int(layout.sum())
         self.layout = layout.to(device)
@@ -136,7 +164,10 @@ class _Operators:
         if not added:
             return None
         heads, n, _ = self.layout.shape
-        removed = sum(added).isneginf()
+        total = added[0]
+        for mask in added[1:]:
+            total = total + mask
+        removed = total.isneginf()
         removed = removed.expand(*removed.shape[:-1], n * self.block)[(None,) * (4 - removed.ndim)]
         no_key = removed.unflatten(-1, (n, self.block)).all(-1)  # [batch or 1, heads or 1, seq or 1, n]
         rows = (n, self.block) if no_key.shape[2] > 1 else (1, 1)
@@ -148,13 +179,18 @@ class _Operators:
 class _Cache:
     """Operators by (layout's content, block, device, packing), for the `MOST_OPERATORS` used last."""
 
-    def __init__(self):
-        self._by_content: OrderedDict[tuple, _Operators | None] = OrderedDict()
-        self._by_tensor: OrderedDict[tuple, tuple[Tensor, int, _Operators | None]] = OrderedDict()
+    def __init__(self) -> None:
+        self._by_content: OrderedDict[tuple[Any, ...], _Operators | None] = OrderedDict()
+        self._by_tensor: OrderedDict[tuple[Any, ...], tuple[Tensor, int, _Operators | None]] = OrderedDict()
+
+    def clear(self) -> None:
+        self._by_content.clear()
+        self._by_tensor.clear()
 
     def get(self, layout: Tensor, heads: int, block: int, device: torch.device) -> _Operators | None:
         """The operators of `layout [heads or 1, n, n]`, or None if a head keeps no block."""
-        # A tensor that was not written to since is not read again. The entry holds it, so that its address stays its own.
+        # A tensor that was not written to since is not read again. The entry holds it, so that its address stays its
+        # own.
         version = None if layout.is_inference() else layout._version
         options = (heads, block, device, kernels.packing())
         key = (layout.data_ptr(), layout.shape, layout.stride(), layout.dtype, layout.device, *options)
@@ -163,7 +199,7 @@ class _Cache:
             self._by_tensor.move_to_end(key)
             return operators
         kept = layout.ne(0).cpu().expand(heads, *layout.shape[1:]).contiguous()
-        content = (sha256(np.packbits(kept.numpy())).digest(), kept.shape, *options)
+        content = (sha256(np.packbits(kept.numpy()).tobytes()).digest(), kept.shape, *options)
         if content not in self._by_content:
             whole = bool(kept.flatten(1).any(1).all())
             self._by_content[content] = _Operators(kept, block, device) if whole else None
@@ -171,9 +207,10 @@ class _Cache:
         self._by_content.move_to_end(content)
         if version is not None:
             self._by_tensor[key] = (layout, version, operators)
-        for entries in (self._by_content, self._by_tensor):
-            while len(entries) > MOST_OPERATORS:
-                entries.popitem(last=False)
+        while len(self._by_content) > MOST_OPERATORS:
+            self._by_content.popitem(last=False)
+        while len(self._by_tensor) > MOST_OPERATORS:
+            self._by_tensor.popitem(last=False)
         return operators
 
 

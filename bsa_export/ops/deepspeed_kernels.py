@@ -1,8 +1,8 @@
 """DeepSpeed's own sparse attention operators, read from its source files and brought to today's Triton.
 
-deepspeed 0.16 to 0.19.6 ships kernels for Triton 1.0: compile-time values come as `**meta`, heuristics see positional arguments,
-and Triton's C++ held a helper that packs kept blocks. The source is rewritten as a syntax tree and run from a file of its own;
-deepspeed itself is not imported, and nothing in triton, torch or `sys.modules` is changed.
+deepspeed 0.16 to 0.19.6 ships kernels for Triton 1.0: compile-time values come as `**meta`, heuristics see positional
+arguments, and Triton's C++ held a helper that packs kept blocks. The source is rewritten as a syntax tree and run from
+a file of its own; deepspeed itself is not imported, and nothing in triton, torch or `sys.modules` is changed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +33,11 @@ _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 @contextmanager
 def packed_tables() -> Iterator[None]:
-    """DeepSpeed's score products take up to 128 x 128 tokens at once where kept blocks lie side by side, instead of block by block.
+    """DeepSpeed's score products take up to 128 x 128 tokens at once where kept blocks lie side by side, instead of
+    block by block.
 
-    For benchmarks, so that DeepSpeed is measured at its best: calls inside use look-up tables made by the package's own C++, which
-    is compiled at the first use (needs a C++ compiler and ninja). The results are the same.
+    For benchmarks, so that DeepSpeed is measured at its best: calls inside use look-up tables made by the package's own
+    C++, which is compiled at the first use (needs a C++ compiler and ninja). The results are the same.
 
     Raises:
         AttentionError: deepspeed is not there, or its C++ cannot be compiled.
@@ -73,7 +75,8 @@ def _loaded(folder: Path) -> SimpleNamespace | str:
 
 
 def load(folder: Path) -> SimpleNamespace:
-    """The classes `MatMul` and `Softmax` of the deepspeed in `folder`, on kernels that today's Triton compiles or interprets."""
+    """The classes `MatMul` and `Softmax` of the deepspeed in `folder`, on kernels that today's Triton compiles or
+    interprets."""
     matmul, softmax = (
         _import(folder / "ops/sparse_attention" / f"{name}.py", f"bsa_export.ops.deepspeed_{name}")
         for name in ("matmul", "softmax")
@@ -92,6 +95,7 @@ def _import(path: Path, name: str) -> ModuleType:
     module = ModuleType(name)
     vars(module).update(
         __file__=file.name,
+        as_block=_as_block,
         jit=_jit,
         heuristics=_heuristics,
         libtriton=SimpleNamespace(superblock=_superblock),
@@ -102,14 +106,15 @@ def _import(path: Path, name: str) -> ModuleType:
 
 
 @cache
-def _folder() -> TemporaryDirectory:
+def _folder() -> TemporaryDirectory[str]:
     """Goes when the process does."""
     return TemporaryDirectory(prefix="bsa_export_deepspeed_")
 
 
-def _without_empty_shares(load_balance: Callable) -> Callable:
-    """DeepSpeed's `load_balance`, which shares the sums of block columns out, without the shares of no block that it gives to columns
-    that have another: both programs write the result, and the last one wins. It makes them where no column keeps 4 blocks.
+def _without_empty_shares(load_balance: Callable[..., Any]) -> Callable[..., Any]:
+    """DeepSpeed's `load_balance`, which shares the sums of block columns out, without the shares of no block that it
+    gives to columns that have another: both programs write the result, and the last one wins. It makes them where no
+    column keeps 4 blocks.
     """
 
     def balanced(sizes: Tensor, block: int) -> tuple[Tensor, ...]:
@@ -124,7 +129,7 @@ class _Accelerator:
     """What the operators ask of `deepspeed.accelerator`. Where kernels can run is decided before they are called."""
 
     @staticmethod
-    def on_accelerator(tensor) -> bool:
+    def on_accelerator(tensor: Tensor) -> bool:
         return True
 
 
@@ -136,11 +141,12 @@ class _Modern(ast.NodeTransformer):
         return node if node.names else None
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
-        return None if node.module.partition(".")[0] == "deepspeed" else node
+        return None if (node.module or "").partition(".")[0] == "deepspeed" else node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        if "triton.jit" not in map(ast.unparse, node.decorator_list):
-            return self.generic_visit(node)
+        if "triton.jit" not in map(ast.unparse, node.decorator_list) or node.args.kwarg is None:
+            self.generic_visit(node)
+            return node
         node.decorator_list = [_without_module(decorator) for decorator in node.decorator_list]
         constants = _Constants(node.args.kwarg.arg)
         node.body = [statement for statement in map(constants.visit, node.body) if statement is not None]
@@ -155,7 +161,7 @@ def _without_module(decorator: ast.expr) -> ast.expr:
     if isinstance(decorator, ast.Call):
         decorator.func = _without_module(decorator.func)
         return decorator
-    return ast.Name(decorator.attr, ast.Load())
+    return ast.Name(ast.unparse(decorator).rpartition(".")[2], ast.Load())
 
 
 class _Constants(ast.NodeTransformer):
@@ -166,19 +172,32 @@ class _Constants(ast.NodeTransformer):
         self.names: dict[str, None] = {}
 
     def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        if isinstance(node.value, ast.Name) and node.value.id == self.meta:
-            self.names[node.slice.value] = None
-            return ast.Name(node.slice.value, node.ctx)
-        return self.generic_visit(node)
+        if isinstance(node.value, ast.Name) and node.value.id == self.meta and isinstance(node.slice, ast.Constant):
+            name = str(node.slice.value)
+            self.names[name] = None
+            return ast.Name(name, node.ctx)
+        self.generic_visit(node)
+        return node
 
     def visit_Assign(self, node: ast.Assign) -> ast.Assign | None:
         self.generic_visit(node)
         if ast.unparse(node.targets[0]) == ast.unparse(node.value):
             return None
-        if interpreted() and isinstance(node.value, ast.Constant) and node.value.value is True:
-            # The interpreter takes no Python bool as a mask.
-            node.value = ast.parse("tl.full((1, 1), 1, tl.int1)", mode="eval").body
         return node
+
+    def visit_keyword(self, node: ast.keyword) -> ast.keyword:
+        self.generic_visit(node)
+        if node.arg == "mask" and interpreted():
+            node.value = ast.Call(ast.Name("as_block", ast.Load()), [node.value], [])
+        return node
+
+
+def _as_block(mask: Any) -> Any:
+    """A mask that Triton's interpreter accepts, inside a kernel: a Python bool, or a comparison of scalars, as a block
+    of one."""
+    if isinstance(mask, tl.tensor) and mask.type.is_block():
+        return mask
+    return tl.full((1, 1), 1, tl.int1) & mask
 
 
 class _Launcher:
@@ -189,12 +208,12 @@ class _Launcher:
         heuristics: compile-time values by name, from the positional arguments and the values that are known.
     """
 
-    def __init__(self, kernel, heuristics: dict[str, Callable]):
+    def __init__(self, kernel: Any, heuristics: dict[str, Callable[..., Any]]):
         self.kernel = kernel
         self.heuristics = heuristics
 
-    def __getitem__(self, grid: Callable[[dict], list[int]]) -> Callable:
-        def launch(*args, **meta):
+    def __getitem__(self, grid: Callable[[dict[str, Any]], list[int]]) -> Callable[..., Any]:
+        def launch(*args: Any, **meta: Any) -> Any:
             for name, value in self.heuristics.items():
                 meta[name] = value(*args, **meta)
             # The interpreter wants a tuple.
@@ -203,11 +222,11 @@ class _Launcher:
         return launch
 
 
-def _jit(function: Callable) -> _Launcher:
+def _jit(function: Callable[..., Any]) -> _Launcher:
     return _Launcher(triton.jit(function), {})
 
 
-def _heuristics(values: dict[str, Callable]) -> Callable[[_Launcher], _Launcher]:
+def _heuristics(values: dict[str, Callable[..., Any]]) -> Callable[[_Launcher], _Launcher]:
     return lambda launcher: _Launcher(launcher.kernel, launcher.heuristics | values)
 
 
@@ -215,7 +234,8 @@ def _superblock(pointer: int, heads: int, rows: int, columns: int, start_width: 
     """`libtriton.superblock` of Triton 1.0: cuts the int32 layout at `pointer` into squares of kept blocks.
 
     Returns:
-        For each width of a square, int32 `[number of blocks, 4]`: head, row, column and number of each block, square by square.
+        For each width of a square, int32 `[number of blocks, 4]`: head, row, column and number of each block, square by
+        square.
     """
     layout = np.ctypeslib.as_array((ctypes.c_int32 * (heads * rows * columns)).from_address(pointer))
     layout = layout.reshape(heads, rows, columns)
@@ -230,7 +250,7 @@ def _superblock(pointer: int, heads: int, rows: int, columns: int, start_width: 
 
 
 @cache
-def sdd_segment() -> Callable:
+def sdd_segment() -> Callable[..., Any]:
     """DeepSpeed's own C++ `sdd_segment(layout, start_width)`, compiled at the first call.
 
     Raises:

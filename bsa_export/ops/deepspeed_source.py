@@ -1,6 +1,8 @@
-"""Finds the source files of DeepSpeed's sparse attention: in a file or folder that the user names, or in an installed deepspeed.
+"""Finds the source files of DeepSpeed's sparse attention: in a file or folder that the user names, or in an installed
+deepspeed.
 
-The last release that has them is 0.19.6. Nothing of deepspeed is imported here, and no newer deepspeed has to be replaced.
+The last release that has them is 0.19.6. Nothing of deepspeed is imported here, and no newer deepspeed has to be
+replaced.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ LAST_RELEASE = "0.19.6"
 VARIABLE = "BSA_DEEPSPEED"
 RELEASES = f"deepspeed 0.16 to {LAST_RELEASE}"
 TWO_WAYS = (
-    f'pip install "deepspeed=={LAST_RELEASE}"; or, next to any other version, pip download --no-deps "deepspeed=={LAST_RELEASE}" '
-    f"and set {VARIABLE} to the file that this leaves (bsa-verify: --deepspeed FILE)"
+    f'pip install "deepspeed=={LAST_RELEASE}"; or, next to any other version, '
+    f'pip download --no-deps "deepspeed=={LAST_RELEASE}" and set {VARIABLE} to the file that this leaves '
+    "(bsa-verify: --deepspeed FILE)"
 )
 
-# What a release is allowed to hold: deepspeed-0.19.6.tar.gz has 2 MB, and 10 MB unpacked; its largest file that is read has 50 kB.
+# What a release is allowed to hold: deepspeed-0.19.6.tar.gz has 2 MB, and 10 MB unpacked; its largest file that is read
+# has 50 kB.
 MAX_ARCHIVE_BYTES = 256 << 20
 MAX_UNPACKED_BYTES = 256 << 20
 MAX_FILE_BYTES = 1 << 20
@@ -46,7 +50,8 @@ class _Unusable(Exception):
 
 
 def find(path: Path | str | None = None) -> Path | str:
-    """The folder of a package `deepspeed` that has `ops/sparse_attention/matmul.py`, or a sentence that says why there is none.
+    """The folder of a package `deepspeed` that has `ops/sparse_attention/matmul.py`, or a sentence that says why there
+    is none.
 
     Args:
         path: a release as a file (.tar.gz, .whl), the folder that one was unpacked to, or a folder `deepspeed`; None is
@@ -100,7 +105,8 @@ def _package_folders() -> list[Path]:
 
 
 def _in_folder(path: Path) -> Path:
-    """The package in a folder that is it, holds it (an unpacked release, site-packages), or holds one release's file."""
+    """The package in a folder that is it, holds it (an unpacked release, site-packages), or holds one release's
+    file."""
     for folder in (path, path / "deepspeed", *sorted(path.glob("deepspeed-*/deepspeed"))):
         if _has_kernels(folder):
             return folder.resolve()

@@ -1,15 +1,16 @@
-"""One function for every backend: checks the arguments, brings the masks into one form and chooses who computes."""
+"""One function for every backend: checks the arguments, brings the masks into one form and chooses a backend."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from itertools import pairwise
-from types import ModuleType
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from bsa_export.errors import AttentionError
+from bsa_export.ops.contract import Backend, VarlenBackend
 
 # Where each backend lives, the fastest first. `auto` takes the first that can; `deepspeed` runs only when it is named.
 MODULES = {
@@ -20,23 +21,24 @@ MODULES = {
 }
 AUTO = ("triton", "torch", "reference")
 
-# Finite masks are raised to this, so that a sum of several, or one in units of log2, stays finite: only -inf removes a key.
+# Finite masks are raised to this, so that a sum of several, or one in units of log2, stays finite: only -inf removes a
+# key.
 LOWEST = -1e30
 
 
-def _load(name: str) -> ModuleType | str:
+def _load(name: str) -> Backend | str:
     """The backend's module, or why it cannot be imported here."""
     try:
-        return import_module(MODULES[name])
+        return cast(Backend, import_module(MODULES[name]))
     except ImportError as error:
-        return f"cannot be imported here: {error}"
+        return "triton is not installed" if error.name == "triton" else f"cannot be imported here: {error}"
 
 
 # Loaded now, not at the first call, so that torch.compile never meets an import.
-_loaded: dict[str, ModuleType | str] = {name: _load(name) for name in AUTO}
+_loaded: dict[str, Backend | str] = {name: _load(name) for name in AUTO}
 
 
-def _backend(name: str) -> ModuleType | str:
+def _backend(name: str) -> Backend | str:
     if name not in _loaded:
         _loaded[name] = _load(name)
     return _loaded[name]
@@ -47,9 +49,16 @@ def backends() -> dict[str, str | None]:
     reasons = {}
     for name in MODULES:
         module = _backend(name)
-        # The plain ones run wherever torch does, and have no such function.
-        reasons[name] = module if isinstance(module, str) else getattr(module, "unavailable", lambda: None)()
+        reasons[name] = module if isinstance(module, str) else module.unavailable()
     return reasons
+
+
+def clear_caches() -> None:
+    """Forgets what the backends keep between calls: work lists of layouts (up to 512 MiB), compiled kernels,
+    DeepSpeed's look-up tables. The next calls make them again."""
+    for module in _loaded.values():
+        if not isinstance(module, str):
+            module.clear_cache()
 
 
 def block_sparse_attention(
@@ -66,23 +75,24 @@ def block_sparse_attention(
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Self-attention whose softmax runs over the kept blocks of a layout only. Differentiable once in query, key and value.
+    """Self-attention whose softmax runs over the kept blocks of a layout only. Differentiable once in query, key and
+    value.
 
-    A mask is bool (True takes part) or added to the scores. What -inf or False removes is gone: a row without any key gives
-    zeros and zero gradients. Finite values keep the meaning that softmax gives them, also where a row has no others. Under
-    autocast inputs are cast, as `scaled_dot_product_attention` does.
+    A mask is bool (True takes part) or added to the scores. What -inf or False removes is gone: a row without any key
+    gives zeros and zero gradients. Finite values keep the meaning that softmax gives them, also where a row has no
+    others. Under autocast inputs are cast, as `scaled_dot_product_attention` does.
 
-    The fused kernel reads a layout back to the CPU at its first call and knows it again for as long as it is the same memory
-    that PyTorch has not written to. It cannot see writes that PyTorch does not count: through `.data`, by kernels of your own,
-    or by replays of a CUDA graph; write a new tensor instead. A layout that is new at each call is read at each call, which
-    waits for the GPU and cannot happen while a CUDA graph is captured: one that a compiled function computes, or a tensor made
-    in inference mode. Parameters and buffers, and their slices, are read once for each length in blocks, in a compiled function
-    once for each place in it.
+    The fused kernel reads a layout back to the CPU at its first call and knows it again for as long as it is the same
+    memory that PyTorch has not written to. It cannot see writes that PyTorch does not count: through `.data`, by
+    kernels of your own, or by replays of a CUDA graph; write a new tensor instead. A layout that is new at each call is
+    read at each call, which waits for the GPU and cannot happen while a CUDA graph is captured: one that a compiled
+    function computes, or a tensor made in inference mode. Parameters and buffers, and their slices, are read once for
+    each length in blocks, in a compiled function once for each place in it.
 
     Args:
         query, key, value: `[batch, heads, seq, head_dim]` of one floating dtype and device, in any strides.
-        layout: `[heads, n, n]`, or `[1, n, n]` for every head, integer or bool, on any device; nonzero keeps a block. Its
-            top-left `ceil(seq / block)` blocks count.
+        layout: `[heads, n, n]`, or `[1, n, n]` for every head, integer or bool, on any device; nonzero keeps a block.
+            Its top-left `ceil(seq / block)` blocks count.
         block: side of a square block, in tokens.
         key_padding_mask: `[batch, seq]`, or a shape that broadcasts to it.
         attn_mask: `[seq, seq]`, or any shape that broadcasts to `[batch, heads, seq, seq]`.
@@ -120,13 +130,13 @@ def block_sparse_attention(
     _check(query, key, value, layout, block)
     _check_length(layout, block, query.shape[2], "query: seq")
     batch, heads, seq, head_dim = query.shape
-    masks = {
+    masks: dict[str, Tensor | None] = {
         "key_padding_mask": _additive("key_padding_mask", key_padding_mask, query, (batch, seq)),
         "attn_mask": _additive("attn_mask", attn_mask, query, (batch, heads, seq, seq)),
         "rpe": _additive("rpe", rpe, query, (batch, heads, seq, seq)),
     }
-    if key_padding_mask is not None:
-        masks["key_padding_mask"] = masks["key_padding_mask"].expand(batch, seq)
+    if (keys := masks["key_padding_mask"]) is not None:
+        masks["key_padding_mask"] = keys.expand(batch, seq)
     if query.numel() == 0:
         return query + key + value  # nothing, whose gradients are nothing too
     scale = head_dim**-0.5 if scale is None else scale
@@ -148,21 +158,22 @@ def block_sparse_attention_varlen(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`block_sparse_attention` of texts of any lengths, one after another, without padding between them.
+    """`block_sparse_attention` of packed sequences: of any lengths, one after another, without padding between them.
 
-    The fused kernel computes them in one call; other backends text by text. Nothing of a text reaches another. Its launches
-    grow with texts times `max_seqlen`: many short texts are better not put beside a very long one.
+    The fused kernel computes them in one call, other backends one by one. No sequence attends to another. The fused
+    kernel launches as many programs as sequences times `max_seqlen` need: do not pack many short sequences with a very
+    long one.
 
     Args:
-        query, key, value: `[1, heads, tokens, head_dim]`, tokens of all texts.
-        layout, block, scale, backend: as in `block_sparse_attention`; each text starts at the layout's top left.
-        cu_seqlens: int32 `[texts + 1]` on the query's device, where each text begins, and the end of the last, as in
-            flash-attn's varlen functions: they ascend and lie within the tokens. The fused kernel does not wait for the GPU to
-            check that.
-        max_seqlen: tokens of the longest text, or more. Fused, what a text has beyond them has no meaning.
+        query, key, value: `[1, heads, tokens, head_dim]`, the tokens of all sequences.
+        layout, block, scale, backend: as in `block_sparse_attention`; each sequence starts at the layout's top left.
+        cu_seqlens: int32 `[sequences + 1]` on the query's device, where each sequence begins, and the end of the last,
+            as in flash-attn's varlen functions: ascending, within the tokens. The fused kernel does not wait for the
+            GPU to check that.
+        max_seqlen: tokens of the longest sequence, or more. In the fused kernel, the output beyond them is undefined.
 
     Returns:
-        `[1, heads, tokens, head_dim]` in the query's dtype; zeros for tokens before the first text and behind the last.
+        `[1, heads, tokens, head_dim]` in the query's dtype; zeros for tokens that belong to no sequence.
 
     Raises:
         AttentionError: an argument does not fit, or the named backend cannot compute this call.
@@ -175,7 +186,7 @@ def block_sparse_attention_varlen(
         or not len(cu_seqlens)
     ):
         found = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)} on {cu_seqlens.device}"
-        raise AttentionError(f"expected int32 [texts + 1] on {query.device}", found=found, where="cu_seqlens")
+        raise AttentionError(f"expected int32 [sequences + 1] on {query.device}", found=found, where="cu_seqlens")
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query, key, value)
     _check(query, key, value, layout, block)
@@ -190,35 +201,45 @@ def block_sparse_attention_varlen(
         return torch.cat([(query + key + value)[:, :, :0], query.new_zeros(query.shape)], dim=2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     n = -(-max_seqlen // block)
-    masks = dict.fromkeys(("key_padding_mask", "attn_mask", "rpe"))
+    masks: dict[str, Tensor | None] = dict.fromkeys(("key_padding_mask", "attn_mask", "rpe"))
     module = _choose(backend, query, key, value, layout[:, :n, :n], block, masks, scale)
     if module is _loaded["triton"]:
-        return module.attend_texts(query, key, value, layout[:, :n, :n], block, cu_seqlens, max_seqlen, scale)
+        varlen = cast(VarlenBackend, module)
+        return varlen.attend_varlen(query, key, value, layout[:, :n, :n], block, cu_seqlens, max_seqlen, scale)
     bounds = cu_seqlens.tolist()
     lengths = [end - begin for begin, end in pairwise(bounds)]
     if min(bounds[0], *lengths, tokens - bounds[-1]) < 0 or max(lengths) > max_seqlen:
-        message = f"expected ascending bounds within {tokens:,} tokens, of texts of at most {max_seqlen:,}"
+        message = f"expected ascending bounds within {tokens:,} tokens, of sequences of at most {max_seqlen:,}"
         raise AttentionError(message, found=bounds if len(bounds) < 10 else "others", where="cu_seqlens")
-    outputs = [query.new_zeros(1, query.shape[1], rest, query.shape[3]) for rest in (bounds[0], tokens - bounds[-1])]
-    outputs[1:1] = [
-        block_sparse_attention(
-            *(x[:, :, begin:end] for x in (query, key, value)), layout, block, scale=scale, backend=backend
-        )
-        for begin, end in pairwise(bounds)
-    ]
-    return torch.cat(outputs, dim=2)
+    outside = [query.new_zeros(1, query.shape[1], n, query.shape[3]) for n in (bounds[0], tokens - bounds[-1])]
+    outputs = []
+    for begin, end in pairwise(bounds):
+        one = slice(begin, end)
+        q, k, v = query[:, :, one], key[:, :, one], value[:, :, one]
+        outputs.append(block_sparse_attention(q, k, v, layout, block, scale=scale, backend=backend))
+    return torch.cat([outside[0], *outputs, outside[1]], dim=2)
 
 
-def _choose(backend, query, key, value, layout, block, masks, scale) -> ModuleType:
+def _choose(
+    backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    block: int,
+    masks: dict[str, Tensor | None],
+    scale: float,
+) -> Backend:
     """The module of the backend that is to compute this call."""
     if backend == "auto":
         # Triton's interpreter computes on a CPU too, but slower than anything else: only who names it gets it.
-        names = AUTO if query.is_cuda else AUTO[1:]
+        names: tuple[str, ...] = AUTO if query.is_cuda else AUTO[1:]
     elif backend in MODULES:
         names = (backend,)
     else:
         raise AttentionError(f"expected auto, {', '.join(MODULES)}", found=repr(backend), where="backend")
-    learned = [mask for mask in masks if masks[mask] is not None and masks[mask].requires_grad]
+    learned = [name for name, mask in masks.items() if mask is not None and mask.requires_grad]
+    reason: str | None = None
     for name in names:
         module = _backend(name)
         if isinstance(module, str):
@@ -228,24 +249,25 @@ def _choose(backend, query, key, value, layout, block, masks, scale) -> ModuleTy
             reason = f"{learned[0]} requires a gradient, which only the reference backend computes"
         else:
             reason = module.refuses(query, key, value, layout, block, **masks, scale=scale)
-        if reason is None:
-            return module
-    raise AttentionError(reason, where=f"backend {name}")
+            if reason is None:
+                return module
+    raise AttentionError(str(reason), where=f"backend {names[-1]}")
 
 
-def _check_tensors(**arguments) -> None:
+def _check_tensors(**arguments: Any) -> None:
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise AttentionError("expected a tensor", found=type(x).__name__, where=name)
 
 
 def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the dtype of the autocast region, as PyTorch casts those of an operator that it lists: not float64."""
+    """The tensors in the dtype of the autocast region, as PyTorch casts those of an operator that it lists: not
+    float64."""
     dtype = torch.get_autocast_dtype(tensors[0].device.type)
     return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
-def _check(query, key, value, layout, block) -> None:
+def _check(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, block: int) -> None:
     if query.ndim != 4:
         raise AttentionError("expected [batch, heads, seq, head_dim]", found=list(query.shape), where="query")
     if not query.is_floating_point():
@@ -266,7 +288,7 @@ def _check(query, key, value, layout, block) -> None:
         raise AttentionError("expected an integer or bool dtype", found=layout.dtype, where="layout")
 
 
-def _check_length(layout, block, seq, where) -> None:
+def _check_length(layout: Tensor, block: int, seq: int, where: str) -> None:
     if layout.shape[1] * block < seq:
         message = f"expected at most the {layout.shape[1] * block} tokens of {layout.shape[1]} blocks of {block}"
         raise AttentionError(message, found=seq, where=where, hint="the layout must be made longer")

@@ -1,54 +1,94 @@
-"""Starts Triton's kernels; or, before a first call, only compiles them, which takes seconds each and goes on beside each other."""
+"""Launches Triton's kernels by the names of their parameters; before a first call, only compiles them, in threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-# Bytes of which Triton asks whether a pointer is a multiple.
+# Triton asks whether a pointer is a multiple of as many bytes.
 ALIGNMENT = 16
 # Kinds of launches that are remembered: a length is a kind.
 MOST_KINDS = 4096
 
-_compiled: dict[tuple, object] = {}
-_compile: ContextVar[Callable | None] = ContextVar("compile", default=None)
+T = TypeVar("T")
+NO_OPTIONS: Mapping[str, Any] = {}
+# Values that are their own kind: Triton may compile a kernel again for another one.
+_PLAIN = frozenset((int, bool, str))
+# Types of which all values are of one kind; others are added by `one_kind`.
+_TYPED: set[type] = {float}
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+_in_order: dict[Any, Callable[[Mapping[str, Any]], tuple[Any, ...]]] = {}
+_compile: ContextVar[Callable[..., None] | None] = ContextVar("compile", default=None)
 
 
-def start(kernel, programs: int, *arguments, **constants) -> None:
-    """Runs `programs` programs of `kernel`; within `warmup`, none. The first argument is a tensor, on the current device.
+def start(kernel: Any, programs: int, options: Mapping[str, Any] = NO_OPTIONS, /, **arguments: Any) -> None:
+    """Runs `programs` programs of `kernel`; within `warmup`, none.
 
-    What Triton compiled for a launch of the same kind runs at once: to find it again takes Triton longer than to launch it.
+    A kernel that Triton compiled for a launch of the same kind runs at once: Triton takes longer to find it again than
+    to launch it.
+
+    Args:
+        kernel: a `triton.jit` function of two or more parameters, the first a tensor on the current device. Names of
+            constants are in capitals.
+        options: how it is compiled, such as `num_warps`.
+        arguments: all its parameters, constants too, by name.
+
+    Raises:
+        KeyError: a parameter is missing. TypeError: there is no such parameter.
     """
+    in_order = _in_order.get(kernel)
+    if in_order is None:
+        in_order = _in_order[kernel] = itemgetter(*kernel.arg_names)
+    values = in_order(arguments)
     compile_it = _compile.get()
     if compile_it is not None:
-        compile_it(kernel, programs, arguments, constants)
+        compile_it(kernel, programs, options, values)
         return
-    kind = _kind_of_launch(kernel, arguments, constants)
-    compiled = _compiled.get(kind)
+    launched = (
+        kernel,
+        values[0].get_device(),
+        *[
+            # inline, as a call for each value would take longer
+            value
+            if (kind := type(value)) in _PLAIN
+            else (value.dtype, value.data_ptr() % ALIGNMENT)
+            if kind is Tensor or kind not in _TYPED and isinstance(value, Tensor)
+            else kind
+            for value in values
+        ],
+        *options.values(),
+    )
+    compiled = _compiled.get(launched)
     if compiled is not None:
-        compiled[programs, 1, 1](*arguments, *(constants[name] for name in kernel.arg_names[len(arguments) :]))
+        compiled[programs, 1, 1](*values)
         return
-    compiled = kernel[(programs,)](*arguments, **constants)
+    if len(arguments) != len(values):
+        raise TypeError(f"{kernel} has no parameter {', '.join(sorted(set(arguments) - set(kernel.arg_names)))}")
+    compiled = kernel[(programs,)](*values, **options)
     if compiled is not None:  # Triton's interpreter compiles nothing
         if len(_compiled) >= MOST_KINDS:
             _compiled.clear()
-        _compiled[kind] = compiled
+        _compiled[launched] = compiled
 
 
-def _kind_of_launch(kernel, arguments, constants) -> tuple:
-    """All that Triton may compile a kernel anew for: constants, integers, dtypes and alignment of tensors, and the device."""
-    kinds = [argument if type(argument) is int else _kind(argument) for argument in arguments]
-    return kernel, arguments[0].get_device(), *kinds, *constants.values()
+def one_kind(cls: type[T]) -> type[T]:
+    """Declares that a launch needs no other kernel for another value of this class, as with tiles of a tensor that is
+    an argument, too."""
+    _TYPED.add(cls)
+    return cls
 
 
-def _kind(argument):
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % ALIGNMENT
-    return type(argument)  # a float; or tiles of a tensor that is an argument, too
+def clear_compiled() -> None:
+    """Forgets the compiled kernels; Triton's own cache on disk stays."""
+    _compiled.clear()
 
 
 @contextmanager
@@ -59,13 +99,14 @@ def warmup(device: torch.device) -> Iterator[None]:
         Exception: what a compilation raised, as launching that kernel would.
     """
     with ThreadPoolExecutor(initializer=torch.cuda.set_device, initargs=(device,)) as threads:
-        kernels = {}
+        kernels: dict[tuple[Any, ...], Any] = {}
 
-        def compile_it(kernel, programs, arguments, constants):
-            what = (kernel, *constants.values())
+        def compile_it(kernel: Any, programs: int, options: Mapping[str, Any], values: tuple[Any, ...]) -> None:
+            constants = [value for name, value in zip(kernel.arg_names, values, strict=True) if name.isupper()]
+            what = (kernel, *constants, *options.values())
             if what not in kernels:
                 # `run` is the launcher, for which Triton calls a C compiler
-                kernels[what] = threads.submit(lambda: kernel.warmup(*arguments, grid=(programs,), **constants).run)
+                kernels[what] = threads.submit(lambda: kernel.warmup(*values, grid=(programs,), **options).run)
 
         token = _compile.set(compile_it)
         try:

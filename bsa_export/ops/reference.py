@@ -6,8 +6,28 @@ import torch
 from torch import Tensor
 
 
-def refuses(query, key, value, layout, block, *, key_padding_mask, attn_mask, rpe, scale) -> str | None:
-    """None: it takes any device, dtype and mask."""
+def unavailable() -> str | None:
+    """None: it runs wherever PyTorch does."""
+    return None
+
+
+def clear_cache() -> None:
+    """Nothing is kept between calls."""
+
+
+def refuses(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    block: int,
+    *,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    rpe: Tensor | None,
+    scale: float,
+) -> str | None:
+    """None: any device, dtype and mask will do."""
     return None
 
 
@@ -25,8 +45,8 @@ def attend(
 ) -> Tensor:
     """Attention over the kept blocks, by a dense score matrix: plain PyTorch, differentiable.
 
-    The products run in the inputs' dtype, the softmax in float32 at least, as `transformers` does in eager mode; float64 inputs
-    give the exact answer. A row with no key gives zeros.
+    The products run in the inputs' dtype, the softmax in float32 at least, as `transformers` does in eager mode;
+    float64 inputs give the exact answer. A row with no key gives zeros.
 
     Args:
         query, key, value: `[batch, heads, seq, head_dim]`.

@@ -1,8 +1,9 @@
-"""Layout -> work list: which key blocks each tile of query rows visits, in what order, and how long rows are shared out.
+"""Layout -> work list: which key blocks each tile of query rows visits, in what order, and how long rows are shared
+out.
 
-A *tile* is `size` consecutive rows of the score matrix, a *step* up to `size` of its columns. Both are cut into *units*: blocks,
-or parts of a block that is larger than a tile. Unit rows that share a tile visit the union of their kept units; a bit of the
-step's word says for each (row, column) of units whether it is kept.
+A *tile* is `size` consecutive rows of the score matrix, a *step* up to `size` of its columns. Both are cut into
+*units*: blocks, or parts of a block that is larger than a tile. Unit rows that share a tile visit the union of their
+kept units; a bit of the step's bit mask says for each (row, column) of units whether it is kept.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import sha256
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 # Columns of `Schedule.items`; the kernels read them by position.
-ITEM_FIELDS = ("head", "tile", "begin", "solid", "whole", "run", "end", "slot", "least")
+ITEM_FIELDS = ("head", "tile", "begin", "end_full_run", "end_full", "end_run", "end", "slot", "lowest_unit")
 # Columns of `Schedule.splits`.
 SPLIT_FIELDS = ("head", "tile", "slot", "slots")
 
@@ -36,7 +39,8 @@ MOST_LAYOUTS = 4096
 
 @dataclass(frozen=True)
 class Tile:
-    """How the score matrix is cut: a program computes `size` rows and reads `size` columns a step, in units of `unit` tokens."""
+    """How the score matrix is cut: a program computes `size` rows and reads `size` columns a step, in units of `unit`
+    tokens."""
 
     size: int
     unit: int
@@ -52,27 +56,35 @@ class Schedule:
     """The work of one layout, its few long items first.
 
     Attributes:
-        items: int32 `[n_items, 9]`, `ITEM_FIELDS`. Steps `[begin, solid)` and `[whole, run)` read consecutive columns; `[begin, whole)`
-            keep all that they read, `[whole, end)` need a mask. `[begin, solid)` ascend, and so do `[solid, whole)`; all do where a
-            tile is one unit.
-            `slot` is -1, or where the partial result of a shared row goes; `least` is the lowest unit that the item reads.
-        columns: int32 `[n_steps + 1, tile.units]`, the units of a step (repeated where a step is not full); the last is none, for
-            those who read ahead.
-        words: int32 `[n_steps]`, bit `row * tile.units + column` is 1 where that unit is kept.
+        items: int32 `[n_items, 9]`, `ITEM_FIELDS`. Steps `[begin, end_full_run)` and `[end_full, end_run)` read
+            consecutive columns. Steps `[begin, end_full)` keep all that they read, `[end_full, end)` need a mask.
+            Columns ascend within `[begin, end_full_run)` and within `[end_full_run, end_full)`, and over all steps
+            where a tile is one unit. `slot` is -1, or where the partial result of a shared row is stored. `lowest_unit`
+            is the first unit that the item reads.
+        row_indices: int32 `[n_tiles, tile.units]`, the unit rows of each tile.
+        column_indices: int32 `[n_steps + 1, tile.units]`, the units of a step, repeated where a step is not full. The
+            last row is not a step: loops read ahead.
+        bit_masks: int32 `[n_steps]`, bit `row * tile.units + column` is 1 where that unit is kept.
         splits: int32 `[n_splits, 4]`, `SPLIT_FIELDS`: the rows shared between several items.
         slots: number of partial results, per sequence of the batch.
     """
 
     items: torch.Tensor
-    rows: torch.Tensor
-    columns: torch.Tensor
-    words: torch.Tensor
+    row_indices: torch.Tensor
+    column_indices: torch.Tensor
+    bit_masks: torch.Tensor
     splits: torch.Tensor
     slots: int
 
+    @cached_property
+    def steps(self) -> dict[str, torch.Tensor]:
+        """The lists that tell a program what to do, by the names of the kernels' parameters."""
+        names = ("items", "row_indices", "column_indices", "bit_masks")
+        return {name: getattr(self, name) for name in names}
+
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in (self.items, self.rows, self.columns, self.words, self.splits))
+        return sum(part.nbytes for part in (*self.steps.values(), self.splits))
 
 
 def build_schedule(
@@ -84,9 +96,9 @@ def build_schedule(
     transposed: bool = False,
     sequences: int = 1,
 ) -> Schedule:
-    """Makes the work list of `layout` (bool `[heads, n, n]`, `n = ceil(seq / block)`), on `device`; of its transpose if `transposed`,
-    as the gradients of keys and values need it: rows are then key blocks. Of the `sequences` that run side by side it knows how
-    much there is to do while a long row is worked on.
+    """Makes the work list of `layout` (bool `[heads, n, n]`, `n = ceil(seq / block)`), on `device`; of its transpose if
+    `transposed`, as the gradients of keys and values need it: rows are then key blocks. Of the `sequences` that run
+    side by side it knows how much there is to do while a long row is worked on.
     """
     across = tile.units
     kept, head_of = _distinct_heads(layout)
@@ -113,18 +125,18 @@ def build_schedule(
     flat = np.flatnonzero(bits)
     row_id, unit = np.divmod(flat, bits.shape[2])
     row_bits = bits.reshape(-1)[flat].astype(np.int64)
-    is_whole = row_bits == full if across == 1 else row_bits == full.reshape(-1)[row_id]
+    is_full = row_bits == full if across == 1 else row_bits == full.reshape(-1)[row_id]
     if seq % tile.unit:
-        is_whole &= unit != units - 1
-    in_run, in_whole_run = _runs(flat, unit, is_whole, across)
-    # 0 solid, 1 whole, 2 of a run, 3 none of these: the order of the steps of a row
-    kind = np.where(in_run, np.where(in_whole_run, 0, 2), np.where(is_whole, 1, 3))
+        is_full &= unit != units - 1
+    in_run, in_full_run = _runs(flat, unit, is_full, across)
+    # 0 full and consecutive, 1 full, 2 consecutive, 3 neither: the order of the steps of a row
+    kind = np.where(in_run, np.where(in_full_run, 0, 2), np.where(is_full, 1, 3))
     if across > 1:
-        # what of the whole ones does not fill a step comes last
-        whole = np.flatnonzero(kind == 1)
-        n_whole = np.bincount(row_id[whole], minlength=len(kept) * n_tiles)
-        rank = np.arange(len(whole)) - (n_whole.cumsum() - n_whole)[row_id[whole]]
-        kind[whole[rank < (n_whole % across)[row_id[whole]]]] = 3
+        # full units that do not fill a step come last
+        scattered = np.flatnonzero(kind == 1)
+        n_scattered = np.bincount(row_id[scattered], minlength=len(kept) * n_tiles)
+        rank = np.arange(len(scattered)) - (n_scattered.cumsum() - n_scattered)[row_id[scattered]]
+        kind[scattered[rank < (n_scattered % across)[row_id[scattered]]]] = 3
     if across > 1 or seq % tile.unit:
         order = np.argsort(row_id * 4 + kind, kind="stable")
         unit, row_bits, kind, row_id = unit[order], row_bits[order], kind[order], row_id[order]
@@ -135,44 +147,48 @@ def build_schedule(
     steps = -(-count // across)
     first_step = steps.cumsum() - steps
     if across == 1:
-        columns, words = np.append(unit, 0)[:, None], row_bits
+        column_indices, bit_masks = np.append(unit, 0)[:, None], row_bits
     else:
         n_steps = int(steps.sum())
         step, lane = np.divmod(np.arange(len(row_id)) - (count.cumsum() - count)[row_id], across)
         step += first_step[row_id]
         # a step that is not full repeats its first unit, with its bits at 0
-        columns = np.zeros((n_steps + 1, across), np.int64)
-        columns[step[lane == 0]] = unit[lane == 0][:, None]
-        columns[step, lane] = unit
-        words = np.zeros(n_steps, np.int64)
+        column_indices = np.zeros((n_steps + 1, across), np.int64)
+        column_indices[step[lane == 0]] = unit[lane == 0][:, None]
+        column_indices[step, lane] = unit
+        bit_masks = np.zeros(n_steps, np.int64)
         spread = sum(((row_bits >> row) & 1) << (row * across) for row in range(across)) << lane
         for column in range(across):
-            words[step[lane == column]] |= spread[lane == column]
+            bit_masks[step[lane == column]] |= spread[lane == column]
 
-    items, splits, slots = _items(first_step, bounds, steps, columns[:-1].min(1), n_tiles, across, head_of, sequences)
-    parts = (items, rows.reshape(-1, across), columns, words, splits)
-    return Schedule(*_on_device(parts, device), slots)
+    items, splits, slots = _items(
+        first_step, bounds, steps, column_indices[:-1].min(1), n_tiles, across, head_of, sequences
+    )
+    parts = (items, rows.reshape(-1, across), column_indices, bit_masks, splits)
+    on_device = _on_device(parts, device)
+    return Schedule(on_device[0], on_device[1], on_device[2], on_device[3], on_device[4], slots)
 
 
 def _on_device(parts: tuple[np.ndarray, ...], device: torch.device) -> list[torch.Tensor]:
-    """`parts` as int32, in memory that is theirs. What this thread allocates may become a CUDA graph's: torch.compile with
-    `mode="reduce-overhead"` first runs what it will record, gives the graph all memory that is allocated meanwhile, and refuses
-    to go on where any of it outlives the run."""
+    """`parts` as int32, in memory that is theirs. What this thread allocates may become a CUDA graph's: torch.compile
+    with `mode="reduce-overhead"` first runs what it will record, gives the graph all memory that is allocated
+    meanwhile, and refuses to go on where any of it outlives the run."""
     with ThreadPoolExecutor(1) as thread:
         return list(thread.map(lambda part: torch.from_numpy(part.astype(np.int32)).to(device), parts))
 
 
-def _runs(flat, unit, is_whole, across):
-    """Cuts consecutive units of a row, as far as they go, into groups of `across`: which units are in one, and in one of whole ones."""
+def _runs(flat: np.ndarray, unit: np.ndarray, is_full: np.ndarray, across: int) -> tuple[np.ndarray | bool, np.ndarray]:
+    """Cuts consecutive units of a row, as far as they go, into groups of `across`: which units are in one, and in one
+    of full ones."""
     if across == 1:
-        return True, is_whole
+        return True, is_full
     place = np.arange(len(flat))
     begins = (unit == 0) | (np.diff(flat, prepend=-1) != 1)
     i_run = begins.cumsum() - 1
     place_in_run = place - np.flatnonzero(begins)[i_run]
     first = place - place_in_run % across  # of the group
     in_run = place_in_run - place_in_run % across + across <= np.bincount(i_run)[i_run]
-    return in_run, np.bincount(first[is_whole], minlength=len(flat))[first] == across
+    return in_run, np.bincount(first[is_full], minlength=len(flat))[first] == across
 
 
 def _distinct_heads(layout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -185,8 +201,8 @@ def _distinct_heads(layout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _rows_of_tiles(kept: np.ndarray, across: int) -> np.ndarray:
     """The unit rows of each tile, `[distinct, n_tiles, across]` ascending; a missing one is the number of units.
 
-    Rows that keep much more than the mean, such as global ones, share tiles of their own: light rows beside them would visit
-    all their columns in vain.
+    Rows that keep much more than the mean, such as global ones, share tiles of their own: light rows next to them would
+    visit all their columns for nothing.
     """
     distinct, units, _ = kept.shape
     natural = np.arange(units)
@@ -204,7 +220,16 @@ def _rows_of_tiles(kept: np.ndarray, across: int) -> np.ndarray:
     return rows.reshape(distinct, n_tiles, across)
 
 
-def _items(first_step, bounds, steps, lowest, n_tiles, across, head_of, sequences):
+def _items(
+    first_step: np.ndarray,
+    bounds: list[np.ndarray],
+    steps: np.ndarray,
+    lowest: np.ndarray,
+    n_tiles: int,
+    across: int,
+    head_of: np.ndarray,
+    sequences: int,
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Shares rows that would still run when all others have ended out over several items, and puts long ones first."""
     of_all = sequences * int(steps.reshape(-1, n_tiles).sum(1)[head_of].sum())
     cap = max(MIN_STEPS_TO_SPLIT, int(SPLIT_ABOVE_MEAN * steps.mean()), of_all // PROGRAMS)
@@ -215,9 +240,9 @@ def _items(first_step, bounds, steps, lowest, n_tiles, across, head_of, sequence
     begin = np.minimum(part * length[row], steps[row])
     end = np.minimum(begin + length[row], steps[row])
     bounds = [begin, *(bound[row].clip(begin, end) for bound in bounds), end]
-    least = np.zeros(len(row), np.int64)
+    lowest_unit = np.zeros(len(row), np.int64)
     # one part begins where the one before it ends
-    least[begin < end] = np.minimum.reduceat(lowest, (first_step[row] + begin)[begin < end]) if len(lowest) else 0
+    lowest_unit[begin < end] = np.minimum.reduceat(lowest, (first_step[row] + begin)[begin < end]) if len(lowest) else 0
 
     of_distinct = [np.flatnonzero(row // n_tiles == distinct) for distinct in range(head_of.max() + 1)]
     pick = np.concatenate([of_distinct[distinct] for distinct in head_of])
@@ -225,30 +250,31 @@ def _items(first_step, bounds, steps, lowest, n_tiles, across, head_of, sequence
     shared = parts[row[pick]] > 1
     slot = np.where(shared, shared.cumsum() - 1, -1)
     tile = row[pick] if across > 1 else row[pick] % n_tiles
-    items = np.stack([head, tile, *((first_step[row] + bound)[pick] for bound in bounds), slot, least[pick]], 1)
+    items = np.stack([head, tile, *((first_step[row] + bound)[pick] for bound in bounds), slot, lowest_unit[pick]], 1)
     starts = shared & (part[pick] == 0)
     splits = np.stack([head[starts], tile[starts], slot[starts], parts[row[pick]][starts]], 1)
-    # Only rows far above the mean go first, so that they do not end last. The others stay in their order: neighbours read
-    # the same keys at the same time, from the cache.
+    # Only rows far above the mean go first, so that they do not end last. The others stay in their order: neighbours
+    # read the same keys at the same time, from the cache.
     length = items[:, ITEM_FIELDS.index("end")] - items[:, ITEM_FIELDS.index("begin")]
     order = np.argsort(np.where(length > LONG_ABOVE_MEAN * steps.mean(), -length, 0), kind="stable")
     return items[order], splits, int(shared.sum())
 
 
 class ScheduleCache:
-    """Schedules by (layout, block, units, tile, device, sequences): those used last, up to `most_bytes`. Threads may share it.
+    """Schedules by (layout, block, units, tile, device, sequences): those used last, up to `most_bytes`. Threads may
+    share it.
 
-    A layout is known again by its storage, as long as that lives and was not written to since (its version changed); looking it up
-    synchronises nothing. Any other is read. Layouts are not kept alive, and equal ones share a schedule.
+    A layout is known again by its storage, as long as that lives and was not written to since (its version changed);
+    looking it up synchronises nothing. Any other is read. Layouts are not kept alive, and equal ones share a schedule.
     """
 
     def __init__(self, most_bytes: int = MOST_BYTES):
         self.most_bytes = most_bytes
         self._bytes = 0
-        self._layouts: dict[tuple, tuple[StorageWeakRef, int, tuple]] = {}
+        self._layouts: dict[tuple[Any, ...], tuple[StorageWeakRef, int, tuple[Any, ...]]] = {}
         self._most_layouts = MOST_LAYOUTS
-        self._schedules: OrderedDict[tuple, Schedule] = OrderedDict()
-        self._captured: dict[tuple, Schedule] = {}
+        self._schedules: OrderedDict[tuple[Any, ...], Schedule] = OrderedDict()
+        self._captured: dict[tuple[Any, ...], Schedule] = {}
         self._lock = Lock()
 
     def get(
@@ -266,8 +292,8 @@ class ScheduleCache:
 
         Args:
             sequences: how many run side by side; their next lower power of two counts, so that few schedules are made.
-            site: where in a compiled graph the call stands. Such a graph writes another layout into the memory of one that it
-                needs no more, and no version tells of it; but one place in it reads a layout once in a run.
+            site: where in a compiled graph the call stands. Such a graph writes another layout into the memory of one
+                that it needs no more, and no version tells of it; but one place in it reads a layout once in a run.
         """
         # All lengths that end in the same unit, with it or within it, have one schedule.
         sequences = 1 << max(sequences, 1).bit_length() - 1
@@ -279,11 +305,11 @@ class ScheduleCache:
         # Inference tensors have no version.
         version = None if layout.is_inference() else layout._version
         with self._lock:
-            _, known_version, content = self._layouts.get(key, (None, None, None))
+            _, known_version, content = self._layouts.get(key, (None, None, ()))
             schedule = self._schedules.get(content) if known_version == version is not None else None
             if schedule is None:
                 host = np.ascontiguousarray((layout != 0).cpu().numpy())
-                content = (sha256(np.packbits(host)).digest(), host.shape, *options)
+                content = (sha256(np.packbits(host).tobytes()).digest(), host.shape, *options)
                 schedule = self._schedules.get(content)
                 if schedule is None:
                     schedule = build_schedule(host, block, seq, tile, device, transposed, sequences)
@@ -296,13 +322,20 @@ class ScheduleCache:
                 self._captured[content] = schedule
             return schedule
 
-    def _add(self, content: tuple, schedule: Schedule) -> None:
+    def clear(self) -> None:
+        """Forgets all schedules but those that a CUDA graph reads."""
+        with self._lock:
+            self._layouts.clear()
+            self._schedules.clear()
+            self._bytes = 0
+
+    def _add(self, content: tuple[Any, ...], schedule: Schedule) -> None:
         self._schedules[content] = schedule
         self._bytes += schedule.nbytes
         while self._bytes > self.most_bytes and len(self._schedules) > 1:
             self._bytes -= self._schedules.popitem(last=False)[1].nbytes
 
-    def _remember(self, key: tuple, entry: tuple[StorageWeakRef, int, tuple]) -> None:
+    def _remember(self, key: tuple[Any, ...], entry: tuple[StorageWeakRef, int, tuple[Any, ...]]) -> None:
         if len(self._layouts) >= self._most_layouts:
             self._layouts = {
                 key: known

@@ -1,8 +1,9 @@
 """Block-sparse attention in plain PyTorch, on any device: work and memory follow the number of kept blocks.
 
-Block rows whose blocks lie side by side, alike in every head, are computed on views. Of the others those of a head that keep the
-same blocks are computed together, and those with equally many in one batch, on gathered blocks. All in parts of a size. Sums run in float32, also of fp16 and bf16 inputs, where every value of a mask keeps its meaning. The
-backward pass computes the probabilities again: nothing but the inputs is kept for it.
+Block rows whose kept blocks are consecutive and the same in every head are computed on views. The others are computed
+on gathered blocks: the rows of a head that keep the same blocks together, and rows that keep equally many in one batch.
+All work is cut into parts of a size. Sums are float32, also for fp16 and bf16 inputs, so every value of a mask keeps
+its meaning. The backward pass recomputes the probabilities: nothing but the inputs is kept for it.
 """
 
 from __future__ import annotations
@@ -11,25 +12,46 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from bsa_export.ops.once import second_derivative
+from bsa_export.ops.contract import second_derivative
 
 # Block rows computed together are cut at this many tokens: the backward pass holds their scores.
 MAX_ROW_TOKENS = 512
 
-# Bytes that a part takes, for its scores and what it gathers: enough to fill a device. The forward pass does not hold the scores;
-# backward they are to stay in a CPU's cache.
+# Bytes that a part takes, for its scores and what it gathers: enough to fill a device. The forward pass does not hold
+# the scores; backward they are to stay in a CPU's cache.
 PART_BYTES = 256 << 20
 CPU_PART_BYTES = {"forward": 32 << 20, "backward": 4 << 20}
 
 
-def refuses(query, key, value, layout, block, *, key_padding_mask, attn_mask, rpe, scale) -> str | None:
-    """None: it takes any device, dtype and mask."""
+def unavailable() -> str | None:
+    """None: it runs wherever PyTorch does."""
+    return None
+
+
+def clear_cache() -> None:
+    """Nothing is kept between calls."""
+
+
+def refuses(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    block: int,
+    *,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    rpe: Tensor | None,
+    scale: float,
+) -> str | None:
+    """None: any device, dtype and mask will do."""
     return None
 
 
@@ -50,9 +72,11 @@ def attend(
 
 
 class _Operand:
-    """An input or a result: `tokens [batch, heads, seq, head_dim]`, and the same as `blocks [batch, heads * n, block * head_dim]`.
+    """An input or a result: `tokens [batch, heads, seq, head_dim]`, and the same as `blocks [batch, heads * n, block *
+    head_dim]`.
 
-    The blocks of an input are a copy, zero where the last one lacks tokens. A result is made of whole blocks, in the same memory.
+    The blocks of an input are a copy, zero where the last one lacks tokens. A result is made of whole blocks, in the
+    same memory.
     """
 
     def __init__(self, tokens: Tensor, block: int):
@@ -88,10 +112,11 @@ class _Masks:
 
 @dataclass(frozen=True)
 class _Windows:
-    """A part: windows of some heads, one in each of several sequences, or `count` in one, each `step` tokens after the last.
+    """A part: windows of some heads, one in each of several sequences, or `count` in one, each `step` tokens after the
+    last.
 
-    The `rows` tokens from `row` on attend to the `columns` tokens from `column` on, all taken as views: `[sequences, heads, tokens,
-    head_dim]` or `[heads, count, tokens, head_dim]`.
+    The `rows` tokens from `row` on attend to the `columns` tokens from `column` on, all taken as views: `[sequences,
+    heads, tokens, head_dim]` or `[heads, count, tokens, head_dim]`.
     """
 
     sequences: slice
@@ -110,8 +135,8 @@ class _Windows:
         return self._view(x, self.column, self.columns)
 
     def _view(self, x: _Operand, start: int, size: int) -> Tensor:
-        x = x.tokens[self.sequences, self.heads, start : self._stop(start, size)]
-        return self._without_one(x.unfold(2, size, self.step).mT)
+        tokens = x.tokens[self.sequences, self.heads, start : self._stop(start, size)]
+        return self._without_one(tokens.unfold(2, size, self.step).mT)
 
     def _stop(self, start: int, size: int) -> int:
         return start + (self.count - 1) * self.step + size
@@ -218,27 +243,28 @@ def _parts(query: Tensor, layout: Tensor, block: int, way: str) -> Iterator[_Win
                     step,
                     min(step_count, count - i),
                 )
-    for rows, columns in _groups(np.broadcast_to(kept, (heads, n, n)), block):
-        entry_bytes = batch * columns.shape[1] * block * (2 * head_dim + rows.shape[1] * block) * 4
+    for of_rows, of_columns in _groups(np.broadcast_to(kept, (heads, n, n)), block):
+        entry_bytes = batch * of_columns.shape[1] * block * (2 * head_dim + of_rows.shape[1] * block) * 4
         at_once = max(1, most // entry_bytes)
-        for i in range(0, len(rows), at_once):
-            piece = (torch.from_numpy(x[i : i + at_once]).to(query.device) for x in (rows, columns))
-            yield _Gather(*piece, n, block)
+        for i in range(0, len(of_rows), at_once):
+            piece = [torch.from_numpy(x[i : i + at_once]).to(query.device) for x in (of_rows, of_columns)]
+            yield _Gather(piece[0], piece[1], n, block)
 
 
 def _runs(kept: np.ndarray, seq: int, block: int) -> list[tuple[int, int, int, int]]:
     """The tokens `[first, last)`, whole block rows of `kept [n, n]`, that attend to just the tokens `[start, stop)`."""
     n = len(kept)
     start, stop = kept.argmax(1), n - kept[:, ::-1].argmax(1)
-    beside = kept.any(1) & (kept.sum(1) == stop - start)
+    is_run = kept.any(1) & (kept.sum(1) == stop - start)
     runs: list[list[int]] = []
-    for row in np.flatnonzero(beside).tolist():
+    for row in np.flatnonzero(is_run).tolist():
         columns = [int(start[row]), int(stop[row])]
         if runs and runs[-1][1:] == [row, *columns] and (row + 1 - runs[-1][0]) * block <= MAX_ROW_TOKENS:
             runs[-1][1] += 1
         else:
             runs.append([row, row + 1, *columns])
-    return [tuple(min(edge * block, seq) for edge in run) for run in runs]
+    limits = [[min(edge * block, seq) for edge in run] for run in runs]
+    return [(first, last, start, stop) for first, last, start, stop in limits]
 
 
 def _progressions(runs: list[tuple[int, int, int, int]]) -> Iterator[tuple[int, int, int, int, int, int]]:
@@ -325,7 +351,7 @@ def torch_attention(
 
 
 @torch_attention.register_fake
-def _(query, *_):
+def _(query: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape)
 
 
@@ -364,20 +390,21 @@ def torch_attention_backward(
             part.put_rows(dq, b_ds @ b_k)
             part.add_columns(dk, b_ds.mT @ b_q)
             part.add_columns(dv, b_p.mT @ b_do)
-    return tuple(x.tokens[:, :, :seq].to(query.dtype).contiguous() for x in (dq, dk, dv))
+    d_query, d_key, d_value = (x.tokens[:, :, :seq].to(query.dtype).contiguous() for x in (dq, dk, dv))
+    return d_query, d_key, d_value
 
 
 @torch_attention_backward.register_fake
-def _(grad_output, query, *_):
+def _(grad_output: Tensor, query: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(query.new_empty(query.shape) for _ in range(3))
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     query, key, value, layout, ctx.block, *masks, ctx.scale = inputs
     ctx.save_for_backward(query, key, value, layout, *masks)
 
 
-def _backward(ctx, grad_output):
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, layout, *masks = ctx.saved_tensors
     gradients = torch_attention_backward(grad_output, query, key, value, layout, ctx.block, *masks, ctx.scale)
     return *gradients, *[None] * 6

@@ -1,29 +1,32 @@
-"""Backend `triton`: fused block-sparse attention, forward and backward, as an operator that torch.compile and CUDA graphs know."""
+"""Backend `triton`: fused block-sparse attention, forward and backward, as an operator that torch.compile and CUDA
+graphs know."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, wraps
 from itertools import count
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
-from bsa_export.ops.launch import start, warmup
-from bsa_export.ops.once import second_derivative
+from bsa_export.ops.contract import second_derivative
+from bsa_export.ops.launch import clear_compiled, one_kind, start, warmup
 from bsa_export.ops.schedule import ScheduleCache, Tile
+from bsa_export.ops.triton_version import interpreting, unusable
 
-try:
-    import triton
+_NO_TRITON = unusable(descriptors=True)
+if _NO_TRITON is None or TYPE_CHECKING:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from bsa_export.ops import triton_kernels as kernels
     from bsa_export.ops.triton_masks import key_mask_kernel
-except ImportError as error:
-    triton = None
-    _NO_TRITON = f"triton is not installed ({error})"
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BLOCKS = (16, 32, 64, 128)
@@ -34,15 +37,17 @@ LOG2_E = math.log2(math.e)
 # Tokens whose zeros one program writes.
 ROWS = 64
 
-# Elements of the keys that one program sums, with so many warps; with a mask, as keys and weights need twice the registers.
+# Elements of the keys that one program sums, with so many warps; with a mask, as keys and weights need twice the
+# registers.
 ELEMENTS, WARPS = 32768, 2
 MASKED_ELEMENTS, MASKED_WARPS = 16384, 4
 # Values of a key mask that a program reads at once.
 MASK_VALUES = 4096
-# A row of what is added to scores has a multiple of these: any tile of keys lies within it, and Triton knows its alignment.
+# A row of what is added to scores has a multiple of these: any tile of keys lies within it, and Triton knows its
+# alignment.
 BIAS_ROW = 128
 
-# Texts share the memory for partial results in groups that fit into this.
+# Packed sequences share the memory for partial results in groups that fit into this.
 PARTIAL_BYTES = 256 << 20
 
 _schedules = ScheduleCache()
@@ -52,9 +57,10 @@ _sites = count(1)
 _warm: set[tuple] = set()
 
 
-def _constant(function):
-    """Has torch.compile call `function` while it traces, as `torch.compiler.assume_constant_result`, which takes a second to import."""
-    function._dynamo_marked_constant = True
+def _constant(function: Callable[P, R]) -> Callable[P, R]:
+    """Has torch.compile call `function` while it traces, as `torch.compiler.assume_constant_result`, which takes a
+    second to import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
@@ -73,9 +79,10 @@ class Launch:
 
 
 # (kernel, padded head_dim), or (kernel, padded head_dim, block) -> launch, measured on an H100 with
-# tests/benchmarks/tune_attention.py: small tiles win, because more of them run on a multiprocessor at once, and each waits for its
-# keys while others compute. Where head_dim leaves room for few of them, a block of 128 is a tile: its keys are read half as often.
-_HALF = {
+# tests/benchmarks/tune_attention.py: small tiles win, because more of them run on a multiprocessor at once, and each
+# waits for its keys while others compute. Where head_dim leaves room for few of them, a block of 128 is a tile: its
+# keys are read half as often.
+_HALF: dict[tuple[str, int] | tuple[str, int, int], Launch] = {
     ("forward", 64): Launch(64, 4, 2, 96),
     ("forward", 64, 16): Launch(64, 4, 2, 128),
     ("forward", 64, 32): Launch(64, 4, 2, 128),
@@ -86,8 +93,9 @@ _HALF = {
     ("key", 64): Launch(64, 4, 3, 168),
     ("key", 128): Launch(64, 4, 2),
 }
-# float32. 255 is what a thread may have: where that does not suffice, ptxas falls back to 32 or 64 registers unless it is told.
-_FULL = {
+# float32. 255 is what a thread may have: where that does not suffice, ptxas falls back to 32 or 64 registers unless it
+# is told.
+_FULL: dict[tuple[str, int] | tuple[str, int, int], Launch] = {
     ("forward", 64): Launch(32, 4, 2),
     ("forward", 128): Launch(16, 4, 2, 255),
     ("query", 64): Launch(32, 4, 2),
@@ -95,7 +103,7 @@ _FULL = {
     ("key", 64): Launch(32, 4, 2, 255),
     ("key", 128): Launch(32, 8, 2, 255),
 }
-# Not measured: chosen so that few registers are spilled, which tests/ops/compile_kernels.py tells of any GPU.
+# Not measured: chosen so that few registers are spilled, which tests/ops/compile_kernels.py shows for any GPU.
 _HALF_FROM_REGISTERS = {64: Launch(32, 4, 2), 128: Launch(32, 8, 2)}
 _FULL_FROM_REGISTERS = Launch(16, 8, 2)
 
@@ -115,17 +123,18 @@ def _padded(head_dim: int) -> int:
 
 
 def _multiplies_from_shared(device: torch.device) -> bool:
-    """Whether matrices are multiplied from shared memory (compute capability 9 and 10); elsewhere they pass through registers."""
+    """Whether matrices are multiplied from shared memory (compute capability 9 and 10); elsewhere they pass through
+    registers."""
     return device.type != "cuda" or _capability(device.index)[0] in (9, 10)
 
 
 def unavailable() -> str | None:
     """Why this backend cannot run on this machine, or None."""
-    if triton is None:
+    if _NO_TRITON is not None:
         return _NO_TRITON
     if torch.cuda.is_available():
         return _too_old(torch.cuda.current_device())
-    return None if _interpreted() else "no CUDA GPU (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
+    return None if interpreting() else "no CUDA GPU (TRITON_INTERPRET=1 runs it on a CPU, slowly)"
 
 
 @_constant
@@ -142,13 +151,27 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def clear_cache() -> None:
+    """Forgets the work lists of layouts (up to 512 MiB), and the compiled kernels of this process."""
+    _schedules.clear()
+    _warm.clear()
+    clear_compiled()
 
 
-def refuses(query, key, value, layout, block, *, key_padding_mask=None, attn_mask=None, rpe=None, scale=None):
+def refuses(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    block: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    rpe: Tensor | None = None,
+    scale: float,
+) -> str | None:
     """Why this backend cannot compute the call, or None."""
-    if triton is None:
+    if _NO_TRITON is not None:
         return _NO_TRITON
     if attn_mask is not None or rpe is not None:
         return "the fused kernel takes neither attn_mask nor rpe"
@@ -158,27 +181,47 @@ def refuses(query, key, value, layout, block, *, key_padding_mask=None, attn_mas
         return f"the fused kernel computes float16, bfloat16 and float32, not {query.dtype}"
     if not 16 <= query.shape[-1] <= MAX_HEAD_DIM:
         return f"the fused kernel has head_dim 16 to {MAX_HEAD_DIM}, not {query.shape[-1]}"
-    if query.device.type != "cuda" and not _interpreted():
+    if query.device.type != "cuda" and not interpreting():
         return f"the fused kernel runs on CUDA GPUs, not on {query.device.type}"
     if query.device.type != "cuda" and query.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly"
     return _too_old(query.device.index) if query.device.type == "cuda" else None
 
 
-def attend(query, key, value, layout, block, *, key_padding_mask=None, attn_mask=None, rpe=None, scale=None):
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    block: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    rpe: Tensor | None = None,
+    scale: float,
+) -> Tensor:
     """`[batch, heads, seq, head_dim]`, in the strides of the query."""
     mask = None if key_padding_mask is None else key_padding_mask.detach().contiguous()
     return _attend(query, key, value, layout, mask, None, query.shape[2], block, scale)
 
 
-def attend_texts(query, key, value, layout, block, offsets, longest, scale):
-    """Attention of texts one after another, without padding: `[1, heads, tokens, head_dim]`.
+def attend_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    block: int,
+    cu_seqlens: Tensor,
+    longest: int,
+    scale: float,
+) -> Tensor:
+    """Attention of packed sequences, without padding between them: `[1, heads, tokens, head_dim]`.
 
     Args:
-        offsets: int32 `[texts + 1]`, where each text begins, and the end of the last.
-        longest: tokens of the longest text.
+        cu_seqlens: int32 `[sequences + 1]`, where each sequence begins, and the end of the last.
+        longest: tokens of the longest sequence.
     """
-    return _attend(query, key, value, layout, None, offsets, longest, block, scale)
+    return _attend(query, key, value, layout, None, cu_seqlens, longest, block, scale)
 
 
 @_constant
@@ -187,10 +230,20 @@ def _site() -> str:
     return str(next(_sites))
 
 
-def _attend(query, key, value, layout, mask, offsets, longest, block, scale):
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    longest: int,
+    block: int,
+    scale: float,
+) -> Tensor:
     if scale <= 0:  # the kernels scale a row's largest score after they found it, and what is masked, which is -inf
         query, scale = (-query, -scale) if scale else (query * 0, 1.0)
-    inputs = (query, key, value, layout, mask, offsets, longest, block, scale)
+    inputs = (query, key, value, layout, mask, cu_seqlens, longest, block, scale)
     # The operator is for torch.compile: calling it costs more time on the CPU than a short input on the GPU.
     if torch.compiler.is_compiling():
         return _operator(*inputs, _site())[0]
@@ -199,30 +252,39 @@ def _attend(query, key, value, layout, mask, offsets, longest, block, scale):
     return _forward(*inputs)[0]
 
 
-def _warm_up(query, key, value, layout, mask, offsets, longest, block, scale) -> None:
+def _warm_up(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    longest: int,
+    block: int,
+    scale: float,
+) -> None:
     """Compiles the kernels of a forward and backward pass, all at once, where a call is the first of its kind."""
-    kind = (query.dtype, query.shape[-1], block, mask is None, offsets is None, query.device)
+    kind = (query.dtype, query.shape[-1], block, mask is None, cu_seqlens is None, query.device)
     if kind in _warm or query.device.type != "cuda":
         return
     _warm.add(kind)
-    inputs, options = (query, key, value, layout, mask, offsets), (longest, block, scale)
     with warmup(query.device):
-        out, lse = _forward(*inputs, *options)
-        _backward(out, *inputs, out, lse, *options)
+        out, lse = _forward(query, key, value, layout, mask, cu_seqlens, longest, block, scale)
+        _backward(out, query, key, value, layout, mask, cu_seqlens, out, lse, longest, block, scale)
 
 
 class _Attention(torch.autograd.Function):
     """The operator without the dispatcher between Python and the kernels."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
         _warm_up(*inputs)
         output = _forward(*inputs)
         _setup_context(ctx, (*inputs, ""), output)
         return output[0]
 
     @staticmethod
-    def backward(ctx, d_out):
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         # With gradients enabled, whoever asked for these wants to differentiate them.
         backward = _Gradients.apply if torch.is_grad_enabled() else _backward
         return _gradients(ctx, d_out, backward)[:-1]
@@ -232,308 +294,533 @@ class _Gradients(torch.autograd.Function):
     """The gradients, which know their inputs."""
 
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _backward(*inputs)
 
     backward = staticmethod(second_derivative)
 
 
-def _is_aligned(tensor: torch.Tensor) -> bool:
+def _is_aligned(tensor: Tensor) -> bool:
     """Whether a tensor descriptor can address the strides: contiguous rows at multiples of 16 bytes."""
     units = 16 // tensor.element_size()
     batch, heads, rows, one = tensor.stride()
-    return one == 1 and batch % units == heads % units == rows % units == 0 and min(batch, heads, rows) > 0
+    return one == 1 and (batch | heads | rows) % units == 0 and batch > 0 and heads > 0 and rows > 0
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+def _aligned(tensor: Tensor) -> Tensor:
     """`tensor`, or a copy that a tensor descriptor can address."""
     if _is_aligned(tensor) and tensor.data_ptr() % 16 == 0:
         return tensor
     return _empty_rows(tensor).copy_(tensor)
 
 
-def _empty_like(tensor: torch.Tensor) -> torch.Tensor:
+def _empty_like(tensor: Tensor) -> Tensor:
     """An empty tensor in the order of the strides of `tensor`, which a tensor descriptor can address."""
     empty = torch.empty_like(tensor)
     return empty if _is_aligned(empty) else _empty_rows(tensor)
 
 
-def _empty_rows(tensor: torch.Tensor) -> torch.Tensor:
+def _empty_rows(tensor: Tensor) -> Tensor:
     """An empty tensor of that shape whose rows begin at multiples of 16 bytes."""
     batch, heads, rows, head_dim = tensor.shape
     units = 16 // tensor.element_size()
     return tensor.new_empty(batch, heads, rows, -(-head_dim // units) * units)[..., :head_dim]
 
 
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+# What the kernels call the strides of a tensor: `stride_qb`, `stride_qh`, `stride_qn` of `q`.
+_STRIDES = {
+    name: (f"stride_{name}b", f"stride_{name}h", f"stride_{name}n")
+    for name in ("q", "k", "v", "o", "g", "d", "dk", "dv")
+} | {"target": ("stride_b", "stride_h", "stride_n")}
 
 
-class _Tiles(TensorDescriptor if triton else object):
-    """A tensor as the hardware copies it, a tile of one head at a time. `_aligned` has checked what a TensorDescriptor would check
-    again at each call, which takes as long as a launch."""
+def _strides(**tensors: Tensor) -> dict[str, int]:
+    """The strides of batch, heads and rows, by the names that the kernels have for them."""
+    named = {}
+    for name, tensor in tensors.items():
+        batch, heads, rows = _STRIDES[name]
+        named[batch], named[heads], named[rows], _ = tensor.stride()
+    return named
 
-    def __init__(self, tensor: torch.Tensor, size: int, padded: int):
+
+@one_kind
+class _Tiles(TensorDescriptor if _NO_TRITON is None else object):  # type: ignore[misc]
+    """A tensor as the hardware copies it, a tile of one head at a time. `_aligned` has checked what a TensorDescriptor
+    would check again at each call, which takes as long as a launch."""
+
+    def __init__(self, tensor: Tensor, size: int, padded: int):
         self.base, self.shape, self.strides = tensor, tensor.shape, tensor.stride()
         self.block_shape, self.padding = [1, 1, size, padded], "zero"
 
 
 @cache
-def _constants(shape: Launch, dtype, head_dim, block, biased, varlen) -> tuple[Tile, dict, dict]:
-    """How the scores are cut, the constants of all kernels of a call, and those of its main one."""
+def _constants(
+    shape: Launch, dtype: torch.dtype, head_dim: int, block: int, biased: bool, varlen: bool
+) -> tuple[Tile, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """How the scores are cut, the constants of all kernels of a call, those that its main one has besides, and how that
+    one is compiled."""
     tile = shape.tile(block)
     common = {"SIZE": tile.size, "UNIT": tile.unit, "DIM": head_dim, "PADDED": _padded(head_dim), "VARLEN": varlen}
-    constants = common | {
-        "BIASED": biased,
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    main = {"BIASED": biased, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+    options: dict[str, Any] = {
         "num_warps": shape.warps,
         "num_stages": shape.stages,
         "enable_fp_fusion": True,  # the default, up to triton 3.9
     }
     if shape.max_registers:
-        constants["maxnreg"] = shape.max_registers
-    return tile, common, constants
+        options["maxnreg"] = shape.max_registers
+    return tile, common, common | main, options
 
 
 class _Call:
     """What the launches of one call have in common."""
 
-    def __init__(self, kernel, query, layout, mask, offsets, longest, block, site):
+    def __init__(
+        self,
+        kernel: str,
+        query: Tensor,
+        layout: Tensor,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        longest: int,
+        block: int,
+        site: str,
+    ):
         if layout.shape[0] != query.shape[1]:
             layout = layout.expand(query.shape[1], -1, -1)
         self.batch, self.heads, self.seq, self.head_dim = query.shape
+        self.biased = mask is not None
         shape = launch(kernel, query.dtype, self.head_dim, block, query.device)
-        tile, self.common, self.constants = _constants(
-            shape, query.dtype, self.head_dim, block, mask is not None, offsets is not None
+        tile, self.common, self.constants, self.options = _constants(
+            shape, query.dtype, self.head_dim, block, self.biased, cu_seqlens is not None
         )
         self.size, self.unit, self.padded = tile.size, tile.unit, self.common["PADDED"]
-        sequences = self.batch * self.seq // longest
-        self.schedule = _schedules.get(layout, block, longest, tile, query.device, kernel == "key", sequences, site)
-        self.longest, self.offsets = longest, offsets
+        side_by_side = self.batch * self.seq // longest
+        self.schedule = _schedules.get(layout, block, longest, tile, query.device, kernel == "key", side_by_side, site)
+        self.longest, self.cu_seqlens = longest, cu_seqlens
 
-    def tiles(self, *tensors: torch.Tensor) -> list[_Tiles]:
+    def tiles(self, **tensors: Tensor) -> dict[str, _Tiles]:
         """The tensors as the hardware copies them."""
-        return [_Tiles(tensor, self.size, self.padded) for tensor in tensors]
+        size, padded = self.size, self.padded
+        return {name: _Tiles(tensor, size, padded) for name, tensor in tensors.items()}
 
-    def groups(self) -> Iterator[tuple[torch.Tensor, int]]:
-        """The sequences that run together, (offsets, how many): all of a batch, or as many texts as may have partial results."""
-        if self.offsets is None:
+    def groups(self) -> Iterator[tuple[Tensor, int]]:
+        """The sequences that run together, (cu_seqlens, how many): all of a batch, or as many packed ones as may have
+        partial results."""
+        if self.cu_seqlens is None:
             yield self.schedule.items, self.batch
             return
-        texts = len(self.offsets) - 1
+        sequences = len(self.cu_seqlens) - 1
         bytes_each = max(1, self.schedule.slots * self.size * self.padded * 8)
         at_once = max(1, PARTIAL_BYTES // bytes_each)
-        for first in range(0, texts, at_once):
-            n = min(at_once, texts - first)
-            yield self.offsets[first : first + n + 1], n
+        for first in range(0, sequences, at_once):
+            n = min(at_once, sequences - first)
+            yield self.cu_seqlens[first : first + n + 1], n
 
-    def units(self, texts: int) -> int:
+    def units(self, sequences: int) -> int:
         """How many units all sequences have room for, see `first_unit`."""
-        if self.offsets is None:
-            return texts * -(-self.seq // self.unit)
-        return self.seq // self.unit + texts + 1
+        if self.cu_seqlens is None:
+            return sequences * -(-self.seq // self.unit)
+        return self.seq // self.unit + sequences + 1
 
-    def partial(self, like: torch.Tensor, texts: int, *shape: int) -> torch.Tensor:
-        """Room for the partial results of shared rows, float32 `[texts, slots, *shape]`; `like` where there are none."""
+    def partial(self, like: Tensor, sequences: int, *shape: int) -> Tensor:
+        """Room for the partial results of shared rows, float32 `[sequences, slots, *shape]`; `like` where there are
+        none."""
         slots = self.schedule.slots
-        return like.new_empty((texts, slots, *shape), dtype=torch.float32) if slots else like
+        return like.new_empty((sequences, slots, *shape), dtype=torch.float32) if slots else like
 
-    def sum(self, target: torch.Tensor, partial: torch.Tensor, offsets: torch.Tensor, texts: int, factor: float, *rest):
-        """Adds the partial results of shared rows into `target`, and takes out the rest where they have one."""
+    def sum(
+        self,
+        target: Tensor,
+        partial: Tensor,
+        cu_seqlens: Tensor,
+        sequences: int,
+        factor: float,
+        residual: Tensor | None = None,
+        visible: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Adds the partial results of shared rows into `target`, without their residuals where they have any."""
         schedule = self.schedule
         if schedule.slots:
+            keys, weights = visible or (partial, partial)
             start(
-                kernels.sum_kernel, len(schedule.splits) * texts,
-                target, partial, *(rest or [partial] * 3), schedule.splits, schedule.rows, offsets,
-                *target.stride()[:3], self.heads, self.seq, texts, schedule.slots, factor, CENTERED=bool(rest), **self.common,
-            )  # fmt: skip
+                kernels.sum_kernel,
+                len(schedule.splits) * sequences,
+                target=target,
+                partial=partial,
+                partial_residual=partial if residual is None else residual,
+                partial_visible=keys,
+                partial_weights=weights,
+                splits=schedule.splits,
+                row_indices=schedule.row_indices,
+                cu_seqlens=cu_seqlens,
+                **_strides(target=target),
+                heads=self.heads,
+                seq=self.seq,
+                sequences=sequences,
+                slots=schedule.slots,
+                factor=factor,
+                CENTERED=residual is not None,
+                **self.common,
+            )
 
 
-def _read_mask(mask: torch.Tensor | None, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(bias, spans, values in a row of the bias) of a key mask, see `key_mask_kernel`; `like` stands for both where there is none."""
+def _read_mask(mask: Tensor | None, like: Tensor) -> dict[str, Any]:
+    """A key mask as the kernels read it, by their names, see `key_mask_kernel`; `like` stands for both tensors where
+    there is no mask."""
     if mask is None:
-        return like, like, BIAS_ROW
+        return {"bias": like, "spans": like, "stride_bias": BIAS_ROW}
     batch, seq = mask.shape
     row = -(-seq // BIAS_ROW) * BIAS_ROW
     bias, spans = mask.new_empty(batch, row), mask.new_empty(batch, 4, dtype=torch.int32)
-    start(key_mask_kernel, batch, mask, bias, spans, seq, row, KEYS=MASK_VALUES, num_warps=8)
-    return bias, spans, row
+    start(
+        key_mask_kernel,
+        batch,
+        {"num_warps": 8},
+        mask=mask,
+        bias=bias,
+        spans=spans,
+        seq=seq,
+        stride_bias=row,
+        KEYS=MASK_VALUES,
+    )
+    return {"bias": bias, "spans": spans, "stride_bias": row}
 
 
-def _on_its_device(function):
+def _on_its_device(function: Callable[P, R]) -> Callable[P, R]:
     """Calls `function` with the device of its first argument as the current one, on which Triton launches."""
 
     @wraps(function)
-    def guarded(tensor, *inputs):
-        with torch.cuda.device_of(tensor):
-            return function(tensor, *inputs)
+    def guarded(*inputs: P.args, **options: P.kwargs) -> R:
+        with torch.cuda.device_of(inputs[0]):
+            return function(*inputs, **options)
 
     return guarded
 
 
 @_on_its_device
-def _forward(query, key, value, layout, mask, offsets, longest, block, scale, site=""):
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    longest: int,
+    block: int,
+    scale: float,
+    site: str = "",
+) -> tuple[Tensor, Tensor]:
     """(out, statistics); see the operator."""
     out, lse = _empty_outputs(query, mask)
     if query.numel() == 0:
         return out, lse
-    if offsets is not None:
-        _zero_outside(offsets, out)
+    if cu_seqlens is not None:
+        _zero_outside(cu_seqlens, out)
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    call = _Call("forward", query, layout, mask, offsets, longest, block, site)
+    call = _Call("forward", query, layout, mask, cu_seqlens, longest, block, site)
     schedule = call.schedule
-    bias, spans, row = _read_mask(mask, lse)
-    for offsets, texts in call.groups():
-        partial = call.partial(lse, texts, call.size, call.padded)
-        partial_lse = lse.new_empty(2, texts, schedule.slots, call.size) if schedule.slots else lse
+    read_mask = _read_mask(mask, lse)
+    for bounds, sequences in call.groups():
+        partial = call.partial(lse, sequences, call.size, call.padded)
+        partial_lse = lse.new_empty(2, sequences, schedule.slots, call.size) if schedule.slots else lse
         start(
-            kernels.forward_kernel, len(schedule.items) * texts,
-            query, key, value, *call.tiles(query, key, value, out), bias, spans, out, lse, partial, partial_lse,
-            schedule.items, schedule.rows, schedule.columns, schedule.words, offsets, *_strides(query, key, value, out), row,
-            call.batch, call.heads, call.seq, texts, schedule.slots, scale * LOG2_E, **call.constants,
-        )  # fmt: skip
+            kernels.forward_kernel,
+            len(schedule.items) * sequences,
+            call.options,
+            q=query,
+            k=key,
+            v=value,
+            **call.tiles(q_tiles=query, k_tiles=key, v_tiles=value, out_tiles=out),
+            out=out,
+            lse=lse,
+            partial=partial,
+            partial_lse=partial_lse,
+            **schedule.steps,
+            cu_seqlens=bounds,
+            **_strides(q=query, k=key, v=value, o=out),
+            **read_mask,
+            batch=call.batch,
+            heads=call.heads,
+            seq=call.seq,
+            sequences=sequences,
+            slots=schedule.slots,
+            scale=scale * LOG2_E,
+            **call.constants,
+        )
         if schedule.slots:
             start(
-                kernels.combine_kernel, len(schedule.splits) * texts,
-                out, lse, partial, partial_lse, schedule.splits, schedule.rows, offsets, *out.stride()[:3],
-                call.batch, call.heads, call.seq, texts, schedule.slots, BIASED=mask is not None, **call.common,
-            )  # fmt: skip
+                kernels.combine_kernel,
+                len(schedule.splits) * sequences,
+                out=out,
+                lse=lse,
+                partial=partial,
+                partial_lse=partial_lse,
+                splits=schedule.splits,
+                row_indices=schedule.row_indices,
+                cu_seqlens=bounds,
+                **_strides(o=out),
+                batch=call.batch,
+                heads=call.heads,
+                seq=call.seq,
+                sequences=sequences,
+                slots=schedule.slots,
+                BIASED=call.biased,
+                **call.common,
+            )
     return out, lse
 
 
-def _zero_outside(offsets, *targets) -> None:
-    """Zeros for the tokens of no text."""
+def _zero_outside(cu_seqlens: Tensor, *targets: Tensor) -> None:
+    """Writes zeros for the tokens that belong to no packed sequence."""
     for target in targets:
         _, heads, seq, head_dim = target.shape
         start(
-            kernels.outside_kernel, -(-seq // ROWS) * heads,
-            target, offsets, *target.stride()[:3], heads, seq, len(offsets) - 1,
-            SIZE=ROWS, DIM=head_dim, PADDED=_padded(head_dim),
-        )  # fmt: skip
+            kernels.outside_kernel,
+            -(-seq // ROWS) * heads,
+            target=target,
+            cu_seqlens=cu_seqlens,
+            **_strides(target=target),
+            heads=heads,
+            seq=seq,
+            sequences=len(cu_seqlens) - 1,
+            SIZE=ROWS,
+            DIM=head_dim,
+            PADDED=_padded(head_dim),
+        )
 
 
-def _empty_outputs(query, mask):
+def _empty_outputs(query: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, heads, seq, _ = query.shape
-    lse = torch.empty((1 if mask is None else 3, batch, heads, seq), dtype=torch.float32, device=query.device)
+    lse = query.new_empty((1 if mask is None else 3, batch, heads, seq), dtype=torch.float32)
     return _empty_like(query), lse
 
 
 @_on_its_device
-def _backward(d_out, query, key, value, layout, mask, offsets, out, lse, longest, block, scale, site=""):
+def _backward(
+    d_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    longest: int,
+    block: int,
+    scale: float,
+    site: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
-    gradients = _empty_like(query), _empty_like(key), _empty_like(value)
+    d_query, d_key, d_value = _empty_like(query), _empty_like(key), _empty_like(value)
     if query.numel() == 0:
-        return gradients
-    if offsets is not None:
-        _zero_outside(offsets, *gradients)
+        return d_query, d_key, d_value
+    if cu_seqlens is not None:
+        _zero_outside(cu_seqlens, d_query, d_key, d_value)
     query, key, value, d_out = _aligned(query), _aligned(key), _aligned(value), _aligned(d_out)
     delta = torch.empty_like(lse[0])
-    read = _read_mask(mask, lse)
-    inputs = (query, key, value, layout, mask, read, offsets, longest, block, scale, site, d_out, lse, delta)
-    _query_gradient(*inputs, out, gradients[0])
-    _key_gradient(*inputs, *gradients[1:])
-    return gradients
+    read_mask = _read_mask(mask, lse)
+    call = _Call("query", query, layout, mask, cu_seqlens, longest, block, site)
+    _query_gradient(call, query, key, value, out, d_out, read_mask, lse, delta, scale, d_query)
+    call = _Call("key", query, layout, mask, cu_seqlens, longest, block, site)
+    _key_gradient(call, query, key, value, d_out, read_mask, lse, delta, scale, d_key, d_value)
+    return d_query, d_key, d_value
 
 
 def _query_gradient(
-    query, key, value, layout, mask, read, offsets, longest, block, scale, site, d_out, lse, delta, out, d_query
+    call: _Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    d_out: Tensor,
+    read_mask: dict[str, Any],
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+    d_query: Tensor,
 ) -> None:
     """Writes `d_query`, and `delta` for `_key_gradient`."""
-    call = _Call("query", query, layout, mask, offsets, longest, block, site)
-    bias, spans, row = read
     schedule = call.schedule
-    for offsets, texts in call.groups():
-        met, partial_met = _keys_met(call, key, lse, bias, row, offsets, texts)
-        partial, rest = call.partial(lse, texts, call.size, call.padded), call.partial(lse, texts, call.size)
+    for bounds, sequences in call.groups():
+        (visible, weights), partial_visible = _visible_keys(call, key, lse, read_mask, bounds, sequences)
+        partial = call.partial(lse, sequences, call.size, call.padded)
+        residual = call.partial(lse, sequences, call.size)
         start(
-            kernels.query_gradient_kernel, len(schedule.items) * texts,
-            query, key, value, out, d_out, *call.tiles(key, value, d_query), bias, spans, *met,
-            lse, delta, d_query, partial, rest, schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
-            *_strides(query, key, value, out, d_out, d_query), row, call.batch, call.heads, call.seq, texts, call.units(texts), schedule.slots,
-            scale * LOG2_E, scale, **call.constants,
-        )  # fmt: skip
-        call.sum(d_query, partial, offsets, texts, scale, rest, *partial_met)
+            kernels.query_gradient_kernel,
+            len(schedule.items) * sequences,
+            call.options,
+            q=query,
+            k=key,
+            v=value,
+            out=out,
+            d_out=d_out,
+            **call.tiles(k_tiles=key, v_tiles=value, d_q_tiles=d_query),
+            visible=visible,
+            visible_weights=weights,
+            lse=lse,
+            delta=delta,
+            d_q=d_query,
+            partial=partial,
+            partial_residual=residual,
+            **schedule.steps,
+            cu_seqlens=bounds,
+            **_strides(q=query, k=key, v=value, o=out, g=d_out, d=d_query),
+            **read_mask,
+            batch=call.batch,
+            heads=call.heads,
+            seq=call.seq,
+            sequences=sequences,
+            units=call.units(sequences),
+            slots=schedule.slots,
+            scale=scale * LOG2_E,
+            grad_scale=scale,
+            **call.constants,
+        )
+        call.sum(d_query, partial, bounds, sequences, scale, residual, partial_visible)
 
 
-def _keys_met(call, key, lse, bias, row, offsets, texts):
-    """What the rows of the queries meet of the keys, as `keys_met_kernel` tells: (sums, weights), and the same of shared rows."""
-    schedule, units = call.schedule, call.units(texts)
-    sums, met = (lse.new_empty(call.heads, units, call.padded) for _ in range(2))
-    weights, met_weights = (lse.new_empty(call.heads, units) for _ in range(2))
+def _visible_keys(
+    call: _Call, key: Tensor, lse: Tensor, read_mask: dict[str, Any], cu_seqlens: Tensor, sequences: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The sums of the keys that each row of queries attends to, and of their weights, as `visible_keys_kernel` computes
+    them; and the same for the parts of shared rows."""
+    schedule, units = call.schedule, call.units(sequences)
+    sums, visible = (lse.new_empty(call.heads, units, call.padded) for _ in range(2))
+    weights, visible_weights = (lse.new_empty(call.heads, units) for _ in range(2))
     across = call.size // call.unit
-    partial = call.partial(lse, texts, across, call.padded), call.partial(lse, texts, across)
-    biased = call.constants["BIASED"]
-    elements, warps = (MASKED_ELEMENTS, MASKED_WARPS) if biased else (ELEMENTS, WARPS)
+    partial = call.partial(lse, sequences, across, call.padded), call.partial(lse, sequences, across)
+    elements, warps = (MASKED_ELEMENTS, MASKED_WARPS) if call.biased else (ELEMENTS, WARPS)
     keys = max(call.unit, elements // call.padded)
     constants = {name: call.common[name] for name in ("UNIT", "PADDED", "VARLEN")}
     start(
-        kernels.key_sums_kernel, -(-call.longest // keys) * call.heads * texts,
-        key, bias, sums, weights, offsets, *key.stride()[:3], row, call.heads, call.seq, texts, units,
-        KEYS=keys, DIM=call.head_dim, BIASED=biased, num_warps=warps, **constants,
-    )  # fmt: skip
+        kernels.key_sums_kernel,
+        -(-call.longest // keys) * call.heads * sequences,
+        {"num_warps": warps},
+        k=key,
+        bias=read_mask["bias"],
+        sums=sums,
+        weights=weights,
+        cu_seqlens=cu_seqlens,
+        **_strides(k=key),
+        stride_bias=read_mask["stride_bias"],
+        heads=call.heads,
+        seq=call.seq,
+        sequences=sequences,
+        units=units,
+        KEYS=keys,
+        DIM=call.head_dim,
+        BIASED=call.biased,
+        **constants,
+    )
     start(
-        kernels.keys_met_kernel, len(schedule.items) * texts,
-        sums, weights, met, met_weights, *partial, schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
-        call.heads, call.seq, texts, units, schedule.slots, SIZE=call.size, num_warps=1, **constants,
-    )  # fmt: skip
-    return (met, met_weights), partial
+        kernels.visible_keys_kernel,
+        len(schedule.items) * sequences,
+        {"num_warps": 1},
+        sums=sums,
+        weights=weights,
+        visible=visible,
+        visible_weights=visible_weights,
+        partial_visible=partial[0],
+        partial_weights=partial[1],
+        **schedule.steps,
+        cu_seqlens=cu_seqlens,
+        heads=call.heads,
+        seq=call.seq,
+        sequences=sequences,
+        units=units,
+        slots=schedule.slots,
+        SIZE=call.size,
+        **constants,
+    )
+    return (visible, visible_weights), partial
 
 
 def _key_gradient(
-    query, key, value, layout, mask, read, offsets, longest, block, scale, site, d_out, lse, delta, d_key, d_value
+    call: _Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    d_out: Tensor,
+    read_mask: dict[str, Any],
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+    d_key: Tensor,
+    d_value: Tensor,
 ) -> None:
     """Writes `d_key` and `d_value`."""
-    call = _Call("key", query, layout, mask, offsets, longest, block, site)
-    bias, spans, row = read
     schedule = call.schedule
-    for offsets, texts in call.groups():
-        partial_key, partial_value = (call.partial(lse, texts, call.size, call.padded) for _ in range(2))
+    for bounds, sequences in call.groups():
+        partial_key, partial_value = (call.partial(lse, sequences, call.size, call.padded) for _ in range(2))
         start(
-            kernels.key_gradient_kernel, len(schedule.items) * texts,
-            query, key, value, d_out, *call.tiles(query, d_out, d_key, d_value), bias, spans, lse, delta,
-            d_key, d_value, partial_key, partial_value,
-            schedule.items, schedule.rows, schedule.columns, schedule.words, offsets,
-            *_strides(query, key, value, d_out, d_key, d_value), row, call.batch, call.heads, call.seq, texts, schedule.slots,
-            scale * LOG2_E, scale, **call.constants,
-        )  # fmt: skip
-        call.sum(d_key, partial_key, offsets, texts, scale)
-        call.sum(d_value, partial_value, offsets, texts, 1.0)
+            kernels.key_gradient_kernel,
+            len(schedule.items) * sequences,
+            call.options,
+            q=query,
+            k=key,
+            v=value,
+            d_out=d_out,
+            **call.tiles(q_tiles=query, d_out_tiles=d_out, d_k_tiles=d_key, d_v_tiles=d_value),
+            lse=lse,
+            delta=delta,
+            d_k=d_key,
+            d_v=d_value,
+            partial_k=partial_key,
+            partial_v=partial_value,
+            **schedule.steps,
+            cu_seqlens=bounds,
+            **_strides(q=query, k=key, v=value, g=d_out, dk=d_key, dv=d_value),
+            **read_mask,
+            batch=call.batch,
+            heads=call.heads,
+            seq=call.seq,
+            sequences=sequences,
+            slots=schedule.slots,
+            scale=scale * LOG2_E,
+            grad_scale=scale,
+            **call.constants,
+        )
+        call.sum(d_key, partial_key, bounds, sequences, scale)
+        call.sum(d_value, partial_value, bounds, sequences, 1.0)
 
 
 @torch.library.custom_op("bsa_export::block_sparse_attention", mutates_args=())
 def _operator(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor, mask: torch.Tensor | None,
-    offsets: torch.Tensor | None, longest: int, block: int, scale: float, site: str,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(out, statistics of the rows, float32 `[1, batch, heads, seq]`, or `[3, ...]` with a mask; triton_kernels.py tells them)."""
-    return _forward(query, key, value, layout, mask, offsets, longest, block, scale, site)
+    query: Tensor, key: Tensor, value: Tensor, layout: Tensor, mask: Tensor | None,
+    cu_seqlens: Tensor | None, longest: int, block: int, scale: float, site: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, statistics of the rows, float32 `[1, batch, heads, seq]`, or `[3, ...]` with a mask; triton_kernels.py
+    tells them)."""
+    return _forward(query, key, value, layout, mask, cu_seqlens, longest, block, scale, site)
 
 
 @_operator.register_fake
-def _(query, key, value, layout, mask, offsets, longest, block, scale, site):
+def _(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, mask: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     return _empty_outputs(query, mask)
 
 
 @torch.library.custom_op("bsa_export::block_sparse_attention_backward", mutates_args=())
 def _backward_operator(
-    d_out: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: torch.Tensor,
-    mask: torch.Tensor | None, offsets: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor, longest: int, block: int,
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Tensor,
+    mask: Tensor | None, cu_seqlens: Tensor | None, out: Tensor, lse: Tensor, longest: int, block: int,
     scale: float, site: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _backward(d_out, query, key, value, layout, mask, offsets, out, lse, longest, block, scale, site)
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _backward(d_out, query, key, value, layout, mask, cu_seqlens, out, lse, longest, block, scale, site)
 
 
 @_backward_operator.register_fake
-def _(d_out, query, key, value, layout, mask, offsets, out, lse, longest, block, scale, site):
+def _(d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty_like(query), _empty_like(key), _empty_like(value)
 
 
-def _setup_context(ctx, inputs, output):
-    query, key, value, layout, mask, offsets, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, layout, mask, offsets, *output)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, layout, mask, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, layout, mask, cu_seqlens, *output)
 
 
-def _gradients(ctx, d_out, backward):
+def _gradients(ctx: Any, d_out: Tensor, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
     gradients = backward(d_out, *ctx.saved_tensors, *ctx.options)
     return *gradients, *[None] * 7
 

@@ -1,8 +1,9 @@
 """Key masks: what they leave of a sequence as it is, and what that makes of the steps of the fused kernels.
 
-A mask costs time where it changes something only: steps whose keys all take part unchanged, the *plain* ones, are computed as
-without it, those of keys that all are removed are left out. `key_mask_kernel` finds where they are, if these are the keys at the
-beginning or the end of a sequence; where there are others, their steps pass through the loops of those that need a mask.
+A mask costs time where it changes something only: steps whose keys all take part unchanged, the *plain* ones, are
+computed as without it, those of keys that all are removed are left out. `key_mask_kernel` finds where they are, if
+these are the keys at the beginning or the end of a sequence; where there are others, their steps pass through the loops
+of those that need a mask.
 """
 
 import math
@@ -17,9 +18,9 @@ LOG2_E: tl.constexpr = tl.constexpr(math.log2(math.e))
 
 @triton.jit(do_not_specialize=["seq"])
 def key_mask_kernel(mask, bias, spans, seq, stride_bias, KEYS: tl.constexpr):
-    """A key mask, float32 `[batch, seq]`, in units of log2, -inf behind `seq` (bias `[batch, stride_bias]`); and int32 `[batch, 4]`, where
-    the longer of the spans begins and ends that are at the beginning or the end of a sequence and whose keys all are plain (0), and
-    where those that are not removed (-inf)."""
+    """A key mask, float32 `[batch, seq]`, in units of log2, -inf behind `seq` (bias `[batch, stride_bias]`); and int32
+    `[batch, 4]`, where the longer of the spans begins and ends that are at the beginning or the end of a sequence and
+    whose keys all are plain (0), and where those that are not removed (-inf)."""
     i_b = tl.program_id(0)
     b_first = tl.full([KEYS], 0, tl.int32) + seq
     b_last = tl.full([KEYS], -1, tl.int32)
@@ -45,11 +46,21 @@ def key_mask_kernel(mask, bias, spans, seq, stride_bias, KEYS: tl.constexpr):
 
 @triton.jit
 def split_steps(
-    columns, spans, i_b, begin, end, masked, seq, SIZE: tl.constexpr, UNIT: tl.constexpr, BIASED: tl.constexpr
+    column_indices,
+    spans,
+    i_b,
+    begin,
+    end,
+    masked,
+    seq,
+    SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    BIASED: tl.constexpr,
 ):
-    """What a key mask makes of the steps `[begin, end)`, whose columns ascend: `[first, last)` are plain. Those before and behind them,
-    up to `live`, pass through the loop of masked steps, which has its own from `masked` on: with them it begins at `start`, see
-    `masked_step`. Those of keys that all are removed are left out. Without a mask, not BIASED, all are plain."""
+    """What a key mask makes of the steps `[begin, end)`, whose columns ascend: `[first, last)` are plain. Those before
+    and behind them, up to `live`, pass through the loop of masked steps, which has its own from `masked` on: with them
+    it begins at `start`, see `masked_step`. Those of keys that all are removed are left out. Without a mask, not
+    BIASED, all are plain."""
     first, last, live, start = begin, end, end, masked
     if not BIASED:
         return first, last, live, start
@@ -58,11 +69,11 @@ def split_steps(
     o_live, o_live_end = tl.load(p_span + 2), tl.load(p_span + 3)
     if (plain > 0) | (plain_end < seq):
         LAST: tl.constexpr = SIZE // UNIT - 1
-        first_live = begin + steps_below(columns, begin, end, o_live - UNIT + 1, SIZE, UNIT, LAST)
-        live = tl.maximum(begin + steps_below(columns, begin, end, o_live_end, SIZE, UNIT), first_live)
-        first = begin + steps_below(columns, begin, end, plain, SIZE, UNIT)
+        first_live = begin + steps_below(column_indices, begin, end, o_live - UNIT + 1, SIZE, UNIT, LAST)
+        live = tl.maximum(begin + steps_below(column_indices, begin, end, o_live_end, SIZE, UNIT), first_live)
+        first = begin + steps_below(column_indices, begin, end, plain, SIZE, UNIT)
         first = tl.minimum(tl.maximum(first, first_live), live)
-        last = begin + steps_below(columns, begin, end, plain_end - UNIT + 1, SIZE, UNIT, LAST)
+        last = begin + steps_below(column_indices, begin, end, plain_end - UNIT + 1, SIZE, UNIT, LAST)
         last = tl.minimum(tl.maximum(last, first), live)
         start = masked - (first - first_live) - (live - last)
     return first, last, live, start
@@ -79,8 +90,8 @@ def span_of_rows(spans, i_b, o_m, length):
 
 @triton.jit
 def masked_step(i_step, first, last, live, masked, BIASED: tl.constexpr):
-    """The step that comes at `i_step` of the loop of masked ones: before its own what `split_steps` left to it, `[last, live)` and, at
-    the beginning, what lies before `first`."""
+    """The step that comes at `i_step` of the loop of masked ones: before its own what `split_steps` left to it, `[last,
+    live)` and, at the beginning, the steps before `first`."""
     if not BIASED:
         return i_step
     i_early = i_step - (masked - (live - last))

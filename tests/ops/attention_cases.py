@@ -14,8 +14,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """A call of attention. `blocks` is the number of blocks in a row, of which the last lacks `short` tokens; `apart` is how large
-    the keys of the masked tokens are, or, where none are masked, those of the second half."""
+    """A call of attention. `blocks` is the number of blocks in a row, of which the last lacks `short` tokens; `apart`
+    is how large the keys of the masked tokens are, or, where none are masked, those of the second half."""
 
     pattern: str = "bigbird"
     block: int = 16
@@ -91,8 +91,8 @@ PATTERNS = (*MODE_PATTERNS, "random", "one", "all", "halves", "shared")
 
 
 def make_layout(case: Case, rng: random.Random) -> torch.Tensor:
-    """uint8 `[heads or 1, blocks, blocks]`: a mode of sparsity.py, `random` (a third, and one a row at least), `one` random block a
-    row, `all`, `halves` that do not see each other, or `shared` (random, one layout for all heads)."""
+    """uint8 `[heads or 1, blocks, blocks]`: a mode of sparsity.py, `random` (a third, and one a row at least), `one`
+    random block a row, `all`, `halves` that do not see each other, or `shared` (random, one layout for all heads)."""
     if case.pattern in MODE_PATTERNS:
         options = MODE_OPTIONS.get(case.pattern, {})
         config = MODES[case.pattern](num_heads=case.heads, block=case.block, **options)
@@ -196,8 +196,9 @@ def _added(kept: torch.Tensor, removed: float = float("-inf")) -> torch.Tensor:
 
 
 def _padding(case: Case, rng: random.Random) -> torch.Tensor:
-    """Every second sequence is padded by whole blocks and more: at its end, with `left` at its beginning, with `both` at both, with
-    `whole` from its first token to its last. One hole is in the others, and in additive masks random numbers are elsewhere."""
+    """Every second sequence is padded by whole blocks and more: at its end, with `left` at its beginning, with `both`
+    at both, with `whole` from its first token to its last. One hole is in the others, and in additive masks random
+    numbers are elsewhere."""
     kept = torch.ones(case.batch, case.seq, dtype=torch.bool)
     kept[0::2, rng.randrange(case.seq)] = False
     padded = kept[1::2]

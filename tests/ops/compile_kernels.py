@@ -1,8 +1,9 @@
-"""Compiles the fused kernels for a GPU that is not here: `python compile_kernels.py 90` (its compute capability, without the dot).
+"""Compiles the fused kernels for a GPU that is not here: `python compile_kernels.py 90` (its compute capability,
+without the dot).
 
-Prints a JSON object a kernel: what was compiled, its registers a thread, its bytes of spilled registers a thread, its shared
-memory, and how many registers its threads exchange, and how many of these are products, which `_rounded` has to round. Nothing
-is launched: the backend's own functions run on CPU tensors, and each launch becomes a compilation.
+Prints a JSON object a kernel: what was compiled, its registers a thread, its bytes of spilled registers a thread, its
+shared memory, and how many registers its threads exchange, and how many of these are products, which `_rounded` has to
+round. Nothing is launched: the backend's own functions run on CPU tensors, and each launch becomes a compilation.
 """
 
 import contextlib
@@ -22,10 +23,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from bsa_export.ops import triton_backend
+from bsa_export.ops.launch import NO_OPTIONS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TELLING = ("SIZE", "KEYS", "UNIT", "DIM", "BIASED", "VARLEN", "CENTERED", "PRECISION", "maxnreg")
-# dtype, block, head_dim, whether keys are masked, whether texts lie one after another; every launch of the table.
+SHOWN = ("SIZE", "KEYS", "UNIT", "DIM", "BIASED", "VARLEN", "CENTERED", "PRECISION", "maxnreg")
+# dtype, block, head_dim, whether keys are masked, whether sequences are packed; every launch of the table.
 CALLS = [
     (torch.float16, 64, 64, False, False),
     (torch.float16, 128, 128, False, False),
@@ -53,11 +55,11 @@ class Compiler:
         return 0
 
 
-def compile_it(kernel, programs: int, *arguments, **constants) -> None:
-    """Stands for `warmup.start`: what is launched is compiled and told."""
-    compiled = kernel.warmup(*arguments, grid=(programs,), **constants)
-    told = {name: constants[name] for name in TELLING if name in constants}
-    print(json.dumps({"kernel": kernel.fn.__name__} | told | usage(compiled)), flush=True)
+def compile_it(kernel, programs: int, options=NO_OPTIONS, /, **arguments) -> None:
+    """Stands for `launch.start`: what is launched is compiled and reported."""
+    compiled = kernel.warmup(**arguments, grid=(programs,), **options)
+    shown = {name: value for name, value in (arguments | dict(options)).items() if name in SHOWN}
+    print(json.dumps({"kernel": kernel.fn.__name__} | shown | usage(compiled)), flush=True)
 
 
 def usage(compiled) -> dict[str, int]:
@@ -72,7 +74,8 @@ def usage(compiled) -> dict[str, int]:
 
 
 def exchanges(ptx: str) -> tuple[int, int]:
-    """The registers that shuffles send to other threads, and how many of these hold a product that may still be fused."""
+    """The registers that shuffles send to other threads, and how many of these hold a product that may still be
+    fused."""
     made_by, sources = {}, []
     for line in ptx.splitlines():
         if found := re.match(r"\s*([\w.]+)\s+(%\w+)(?:\|%\w+)?,\s*(%\w+)?", line):
@@ -88,13 +91,13 @@ def main(capability: int) -> None:
     torch.cuda.device_of = lambda _: contextlib.nullcontext()
     triton_backend._multiplies_from_shared = lambda _: capability // 10 in (9, 10)
     triton_backend.start = compile_it
-    for dtype, block, head_dim, masked, texts in CALLS:
+    for dtype, block, head_dim, masked, packed in CALLS:
         n = SEQ // block
         layout = torch.eye(n, dtype=torch.uint8)[None].repeat(2, 1, 1)
         layout[:, 0], layout[:, :, 0] = 1, 1  # a global block, whose row is shared out
         query, key, value, d_out = torch.zeros(4, 1, 2, SEQ, head_dim, dtype=dtype)
         bias = torch.zeros(1, SEQ) if masked else None
-        offsets = torch.tensor([0, 100, SEQ], dtype=torch.int32) if texts else None
+        offsets = torch.tensor([0, 100, SEQ], dtype=torch.int32) if packed else None
         inputs = (query, key, value, layout, bias, offsets)
         out, lse = triton_backend._forward(*inputs, SEQ, block, 0.125)
         triton_backend._backward(d_out, *inputs, out, lse, SEQ, block, 0.125)

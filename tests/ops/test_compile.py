@@ -1,4 +1,5 @@
-"""The fused kernels compile for GPUs that are not here, their registers hold what they compute, and threads agree on sums."""
+"""The fused kernels compile for GPUs that are not here, their registers hold what they compute, and threads agree on
+sums."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""The backend `deepspeed`: where its kernels come from, what it keeps between calls, and what it refuses beyond the sweep."""
+"""The backend `deepspeed`: where its kernels come from, what it keeps between calls, and what it refuses beyond the
+sweep."""
 
 import re
 import shutil

@@ -1,4 +1,5 @@
-"""Where DeepSpeed's sources are found: installed, in a folder, in a packed release; and archives that are not what they say."""
+"""Where DeepSpeed's sources are found: installed, in a folder, in a packed release; and archives that are not what they
+say."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ MASKS = ["..........", ".......---", "........ff", "--........", "-.......--", "
 
 def read(mask: torch.Tensor) -> torch.Tensor:
     """The spans of a mask, whose bias is looked at."""
-    bias, spans, row = triton_backend._read_mask(mask, mask)
+    bias, spans, row = (triton_backend._read_mask(mask, mask)[name] for name in ("bias", "spans", "stride_bias"))
     assert torch.equal(bias[:, : mask.shape[1]], mask * triton_backend.LOG2_E)
     assert bias.shape == (len(mask), row)
     assert (bias[:, mask.shape[1] :] == -INF).all()
@@ -56,8 +56,8 @@ def visit_kernel(columns, spans, visits, begin, end, masked, behind, seq, SIZE: 
 @pytest.mark.parametrize("unit", [16, 64])
 @pytest.mark.parametrize("seed", range(12))
 def test_every_step_with_a_live_key_is_computed_once(device, unit, seed):
-    """Steps `[2, 2 + n)` ascend, of which some are plain, some need the mask, some are all removed; five further ones need it anyway,
-    beside two that are none of this program's."""
+    """Steps `[2, 2 + n)` ascend, of which some are plain, some need the mask, some are all removed; five further ones
+    need it anyway, beside two that are none of this program's."""
     size, seq = 64, 64 * 40 - 7
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(1, seq)

@@ -1,4 +1,5 @@
-"""compute-sanitizer finds nothing in the fused kernels: no access out of bounds, no race in shared memory, no barrier missed."""
+"""compute-sanitizer finds nothing in the fused kernels: no access out of bounds, no race in shared memory, no barrier
+missed."""
 
 import os
 import re

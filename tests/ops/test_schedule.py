@@ -23,29 +23,30 @@ BEGIN, END, SLOT = map(ITEM_FIELDS.index, ("begin", "end", "slot"))
 
 
 def visited(made, heads: int, units: int, tile: Tile, seq: int) -> np.ndarray:
-    """How often each (head, unit row, unit column) is computed, int `[heads, units, units]`, as the kernels read a made."""
+    """How often each (head, unit row, unit column) is computed, int `[heads, units, units]`, as the kernels read a
+    made."""
     counts = np.zeros((heads, units + tile.units, units + tile.units), int)
     across = tile.units
     for item in made.items.tolist():
         fields = dict(zip(ITEM_FIELDS, item, strict=True))
-        rows = made.rows[fields["tile"]].tolist() if across > 1 else [fields["tile"]]
-        columns = made.columns[fields["begin"] : fields["end"]]
-        assert fields["least"] == (columns.min().item() if columns.numel() else 0)
-        ascending = made.columns[fields["begin"] : fields["end" if across == 1 else "solid"], 0]
+        rows = made.row_indices[fields["tile"]].tolist() if across > 1 else [fields["tile"]]
+        columns = made.column_indices[fields["begin"] : fields["end"]]
+        assert fields["lowest_unit"] == (columns.min().item() if columns.numel() else 0)
+        ascending = made.column_indices[fields["begin"] : fields["end" if across == 1 else "end_full_run"], 0]
         assert torch.equal(ascending, ascending.sort().values)
-        apart = made.columns[fields["solid"] : fields["whole"]].reshape(-1)
+        apart = made.column_indices[fields["end_full_run"] : fields["end_full"]].reshape(-1)
         assert torch.equal(apart, apart.sort().values)
         if across == 1:
-            assert (fields["whole"], fields["run"]) == (fields["solid"], fields["end"]), "a unit is a run"
+            assert (fields["end_full"], fields["end_run"]) == (fields["end_full_run"], fields["end"]), "a unit is a run"
         for step in range(fields["begin"], fields["end"]):
-            columns = made.columns[step].tolist()
-            if step < fields["solid"] or fields["whole"] <= step < fields["run"]:
+            columns = made.column_indices[step].tolist()
+            if step < fields["end_full_run"] or fields["end_full"] <= step < fields["end_run"]:
                 assert columns == list(range(columns[0], columns[0] + across)), "these steps read consecutive columns"
-            word = made.words[step].item()
+            word = made.bit_masks[step].item()
             for i, row in enumerate(rows):
                 for j, column in enumerate(columns):
                     kept = word >> (i * across + j) & 1
-                    if step < fields["whole"]:
+                    if step < fields["end_full"]:
                         assert kept or row >= units, "steps without a mask keep all that they read"
                         assert (column + 1) * tile.unit <= seq
                     if kept:
@@ -106,7 +107,8 @@ def test_a_global_row_is_not_shared_out_where_the_others_take_as_long():
 
 
 def test_global_rows_in_small_blocks_do_not_drag_their_neighbours_along():
-    """The gradient of keys under `fixed` at block 16: every fourth key block is seen by all, the others by their window."""
+    """The gradient of keys under `fixed` at block 16: every fourth key block is seen by all, the others by their
+    window."""
     layout = MODES["fixed"](1, block=16).make_layout(4096).astype(bool)
     made = build_schedule(layout, 16, 4096, Tile(64, 16), CPU, transposed=True)
     steps = int((made.items[:, END] - made.items[:, BEGIN]).sum())
@@ -118,10 +120,12 @@ def test_the_ends_of_windows_are_read_as_tiles(block):
     """A run is read by one copy; what is gathered waits for its addresses."""
     layout = MODES["local"](1, block=block, num_sliding_window_blocks=512 // block + 1).make_layout(4096).astype(bool)
     items = build_schedule(layout, block, 4096, Tile(64, block), CPU).items.numpy()
-    solid, whole, run, end = (items[:, ITEM_FIELDS.index(name)] for name in ("solid", "whole", "run", "end"))
-    assert (whole == solid).all()
-    assert (run == end).all()
-    assert (run > whole).all()
+    end_full_run, end_full, end_run, end = (
+        items[:, ITEM_FIELDS.index(name)] for name in ("end_full_run", "end_full", "end_run", "end")
+    )
+    assert (end_full == end_full_run).all()
+    assert (end_run == end).all()
+    assert (end_run > end_full).all()
 
 
 def test_a_long_layout_is_scheduled_in_no_time():
@@ -148,7 +152,7 @@ class TestCache:
         cache, layout = ScheduleCache(), torch.ones(1, 2, 2, dtype=torch.uint8)
         before = self.get(cache, layout)
         layout[0, 0, 1] = 0
-        assert len(self.get(cache, layout).columns) == len(before.columns) - 1
+        assert len(self.get(cache, layout).column_indices) == len(before.column_indices) - 1
 
     @pytest.mark.parametrize(
         "other", [torch.eye(2, dtype=torch.uint8)[None], torch.ones(1, 2, 2, dtype=torch.int64)[:, :, [0, 0]]]
@@ -205,7 +209,7 @@ class TestCache:
         cache = ScheduleCache()
         for i in range(50):
             layout = torch.full((1, 2, 2), i % 2, dtype=torch.uint8)
-            assert len(self.get(cache, layout).words) == 4 * (i % 2)
+            assert len(self.get(cache, layout).bit_masks) == 4 * (i % 2)
             del layout
 
     def test_a_layout_without_a_version_is_read_again(self):
@@ -214,7 +218,7 @@ class TestCache:
             layout = torch.ones(1, 2, 2, dtype=torch.uint8)
             before = self.get(cache, layout)
             layout[0, 0, 1] = 0
-            assert len(self.get(cache, layout).columns) == len(before.columns) - 1
+            assert len(self.get(cache, layout).column_indices) == len(before.column_indices) - 1
 
     def test_memory_that_a_compiled_graph_uses_again_is_read_again(self):
         """It writes without a new version: by numpy here."""
@@ -223,7 +227,7 @@ class TestCache:
         before = cache.get(layout, *options, "first place")
         layout.numpy()[0, 0, 1] = 0
         assert cache.get(layout, *options, "first place") is before
-        assert len(cache.get(layout, *options, "second place").columns) == len(before.columns) - 1
+        assert len(cache.get(layout, *options, "second place").column_indices) == len(before.column_indices) - 1
 
     def test_what_a_cuda_graph_reads_stays(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -242,7 +246,7 @@ class TestCache:
         def work(first):
             for i in range(300):
                 layout = layouts[(first + i) % 4]
-                found = self.get(cache, layout, 256).columns[:-1, 0].tolist()
+                found = self.get(cache, layout, 256).column_indices[:-1, 0].tolist()
                 assert found == layout[0].argmax(1).tolist()
 
         with ThreadPoolExecutor(8) as threads:
