@@ -419,8 +419,9 @@ _PUSH_CONSTANT: dict[str, Callable[[], object]] = {
 
 def _key(key: object) -> object:
     """`key` where it is plain; otherwise something that hashes without recursion and collision, and equals nothing."""
-    if isinstance(key, (list, dict)):
-        raise _Malformed(f"a {type(key).__name__} is a key")
+    inside = key[:10] if isinstance(key, tuple) else (key,)
+    if any(isinstance(part, (list, dict)) for part in inside):
+        raise _Malformed("a key of a dict is a list or a dict")
     plain = key is None or isinstance(key, (str, bytes, bool)) or (isinstance(key, int) and abs(key) < MAX_KEY)
     return key if plain else Unbuilt(type(key).__name__)
 

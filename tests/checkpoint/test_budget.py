@@ -43,6 +43,7 @@ PICKLES = {
     + b"".join(b"\x8c\x06%06d}\x8c\x01xh\x00s" % n for n in range(30_000))
     + b"u.",
     "a name of nearly 1 MB": b"}X" + struct.pack("<I", 900_000) + b"\x1b" * 900_000 + b"K\x01s.",
+    "one tuple as thousands of keys": b"(" + b"K\x01" * 200_000 + b"t\x94}(" + b"h\x00N" * 190_000 + b"u.",
     "marks": b"(" * 1_000_000 + b".",
 }
 HEADERS: dict[str, object] = {
