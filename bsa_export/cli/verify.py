@@ -20,8 +20,8 @@ BACKENDS = click.Choice(["torch", "triton", "deepspeed"])
 
 @command(
     "bsa-verify",
-    epilog="Exit code: 0 outputs were compared and nothing failed, 1 something failed, 2 wrong usage, 3 no outputs could be"
-    " compared.",
+    epilog="Exit code: 0 outputs were compared and nothing failed, 1 something failed, 2 wrong usage, 3 no outputs"
+    " could be compared.",
 )
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--source", metavar="SOURCE", help="What it was converted from: a path, or org/name of the Hub.")
@@ -74,9 +74,9 @@ def main(
 ) -> None:
     """Check that a converted model is right.
 
-    FOLDER is what bsa-convert wrote or bsa-pull fetched. Its files, layouts and weights are checked. Then every backend that can
-    run here computes its attention, each in a process of its own, and the results are compared with plain PyTorch in
-    float64. The result is recorded in FOLDER's verification.json, which bsa-push reads.
+    FOLDER is what bsa-convert wrote or bsa-pull fetched. Its files, layouts and weights are checked. Then every
+    backend that can run here computes its attention, each in a process of its own, and the results are compared with
+    plain PyTorch in float64. The result is recorded in FOLDER's verification.json, which bsa-push reads.
     """
     if report is not None:
         from bsa_export.verify.run import check_report
@@ -85,7 +85,8 @@ def main(
     from bsa_export.converted.check_lines import line
     from bsa_export.converted.names import VERIFICATION_RECORD
     from bsa_export.verify.documents import documents
-    from bsa_export.verify.run import Wanted, find_device, run_checks
+    from bsa_export.verify.run import find_device, run_checks
+    from bsa_export.verify.verification import Wanted
 
     if text is not None:
         _usage("--text", lambda: documents(text))
@@ -114,7 +115,8 @@ def main(
         click.echo(f"Warning: {record}: it cannot be written ({run.unrecorded}); bsa-push {then}", err=True)
     elif run.kept is not None:
         click.echo(
-            f"{record} keeps the result of {run.kept.finished}, which compared more of the same files ({run.kept.sentence})",
+            f"{record} keeps the result of {run.kept.finished}, which compared more of the same files"
+            f" ({run.kept.sentence})",
             err=True,
         )
     if report is not None:
@@ -133,7 +135,8 @@ def _usage(option: str, get: Callable[[], Result]) -> Result:
 
 
 def _found_source(source: str, config: Path | None) -> Path:
-    """The local path of the source. If it is not a checkpoint, that says nothing about the folder: it is wrong usage."""
+    """The local path of the source. If it is not a checkpoint, that says nothing about the folder: it is wrong
+    usage."""
     from bsa_export.hub.source import find_source
     from bsa_export.verify.run import open_source
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from bsa_export.converted.checks import Check, Kind, Status
 from bsa_export.converted.integrity import check_file, check_layout
-from bsa_export.verify.run import Verification, verify
+from bsa_export.verify.run import verify
+from bsa_export.verify.verification import Verification
 
 __all__ = ["Check", "Kind", "Status", "Verification", "check_file", "check_layout", "verify"]
 

@@ -22,8 +22,8 @@ def tensor(row: table.Tensor) -> Tensor:
 class Projections:
     """Computes what reaches the attention of each layer.
 
-    The first layer gets the model's embeddings of seeded tokens. The others get seeded normal noise through the weight and bias of the
-    LayerNorm before them, whose scale is that of the hidden states there.
+    The first layer gets the model's embeddings of seeded tokens. The others get seeded normal noise through the weight
+    and bias of the LayerNorm before them, whose scale is that of the hidden states there.
 
     Args:
         folder: whose weights count.
@@ -33,7 +33,8 @@ class Projections:
 
     def __init__(self, folder: ConvertedFolder, device: torch.device, seed: int = 0):
         self.folder, self.device, self.seed = folder, device, seed
-        self._layer, self._weights = None, {}
+        self._layer: int | None = None
+        self._weights: dict[str, Tensor] = {}
 
     def __call__(self, layer: int, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of a layer, float32 `[batch, heads, length, head_dim]`."""
@@ -42,11 +43,13 @@ class Projections:
             names = [f"{part}.{kind}" for part in ("query", "key", "value") for kind in ("weight", "bias")]
             self._weights = {name: self._take(f"encoder.layer.{layer}.attention.self.{name}") for name in names}
             self._layer = layer
-        projected = (
-            linear(hidden, self._weights[f"{x}.weight"], self._weights[f"{x}.bias"]) for x in ("query", "key", "value")
+        query, key, value = (
+            linear(hidden, self._weights[f"{x}.weight"], self._weights[f"{x}.bias"])
+            .view(batch, length, self.folder.heads, -1)
+            .transpose(1, 2)
+            for x in ("query", "key", "value")
         )
-        heads = self.folder.heads
-        return tuple(x.view(batch, length, heads, -1).transpose(1, 2) for x in projected)
+        return query, key, value
 
     def _take(self, name: str) -> Tensor:
         return tensor(self.folder.tensors[self.folder.prefix + name]).to(self.device, torch.float32)
@@ -66,10 +69,11 @@ class Projections:
 
     def _rows(self, name: str, rows: np.ndarray) -> Tensor:
         row = self.folder.tensors[self.folder.prefix + name]
+        assert isinstance(row.data, table.FileRange)
         width = row.nbytes // row.shape[0]
         table_ = np.memmap(row.data.path, np.uint8, "r", row.data.offset, (row.shape[0], width))
         distinct, place = np.unique(rows, return_inverse=True)
-        data = table.Computed(lambda: iter([np.ascontiguousarray(table_[distinct]).reshape(-1)]))
+        data = table.Computed(lambda: iter([np.ascontiguousarray(table_[distinct]).reshape(-1).data]))
         picked = tensor(table.Tensor(row.dtype, (len(distinct), *row.shape[1:]), data))
         return picked[torch.from_numpy(place)].to(self.device, torch.float32)
 

@@ -24,11 +24,11 @@ def first_difference(expected: Tensor, found: Tensor, advance: Callable[[int], N
     position = 0
     with open(found.data.path, "rb", buffering=0) as file:
         buffer = np.empty(0, np.uint8)
-        for piece in pieces(expected):
-            piece = np.frombuffer(piece, np.uint8)
+        for data in pieces(expected):
+            piece = np.frombuffer(data, np.uint8)
             if len(buffer) < len(piece):
                 buffer = np.empty(len(piece), np.uint8)
-            count = os.preadv(file.fileno(), [memoryview(buffer[: len(piece)])], found.data.offset + position)
+            count = os.preadv(file.fileno(), [buffer[: len(piece)].data], found.data.offset + position)
             if count != len(piece) or not _equal(piece, buffer[:count]):
                 count = min(count, len(piece))
                 wrong = np.flatnonzero(piece[:count] != buffer[:count])

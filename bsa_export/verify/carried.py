@@ -3,9 +3,11 @@
 A judge of the conversion: the rules are stated here again, and nothing is imported from `conversion`.
 
 1. Tokenizer and sentence-transformers files of the source are in the folder under the same names.
-2. So is every file of the folders that modules.json names, at any depth. Hidden files, code, state of training and other
+2. So is every file of the folders that modules.json names, at any depth. Hidden files, code, state of training and
+other
    formats of weights are not expected.
-3. A file has the source's bytes. Weights have the source's tensors; pickled ones are stored as safetensors. JSON has the
+3. A file has the source's bytes. Weights have the source's tensors; pickled ones are stored as safetensors. JSON has
+the
    source's values; where the model reads more tokens than the source, the lengths in it are the new length. An
    encoder that has a folder of its own moves to the top: modules.json has that path, and a class that exists today.
 4. No other tokenizer, module, weights or code is in the folder.
@@ -31,9 +33,9 @@ from bsa_export.verify.bits import first_difference
 MODULES = "modules.json"
 # Names that transformers' tokenizers of the BERT families read (`vocab_files_names` of their classes).
 TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
-    "merges.txt", "bpe.codes", "dict.txt", "sentencepiece.bpe.model", "sentencepiece.model", "spiece.model", "spm.model",
-    "tokenizer.model", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "bpe.codes", "dict.txt", "sentencepiece.bpe.model", "sentencepiece.model",
+    "spiece.model", "spm.model", "tokenizer.model", "chat_template.jinja",
 )  # fmt: skip
 SENTENCE = (MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -178,7 +180,7 @@ def _difference(name: str, source: Path, found: Path, length: int | None, encode
             theirs, mine = read_json(source, MAX_JSON_BYTES), read_json(found, MAX_JSON_BYTES)
         except BsaError as error:
             return str(error)
-        if name == MODULES and encoder.parts:
+        if name == MODULES and encoder.parts and isinstance(theirs, list):
             theirs = [_at_the_top(entry) if PurePosixPath(entry["path"]) == encoder else entry for entry in theirs]
         return _json_difference(name, theirs, mine, length)
     return None if _same_bytes(source, found) else "it is not the source's"

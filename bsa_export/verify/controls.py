@@ -38,7 +38,7 @@ def file_controls(folder: ConvertedFolder) -> Check:
     damaged = data.copy()
     at = min(len(data), PIECE_BYTES) // 3
     damaged[at] ^= 1 << 4
-    copy = Row(weight.dtype, weight.shape, Computed(lambda: iter([damaged])))
+    copy = Row(weight.dtype, weight.shape, Computed(lambda: iter([damaged.data])))
     found = {
         "a changed bit of a layout": any(differences(0, flipped, [layout])),
         "an empty row of a layout": _refuses(emptied),
@@ -47,7 +47,7 @@ def file_controls(folder: ConvertedFolder) -> Check:
     }
     clean = (
         not any(differences(0, layout, [layout]))
-        and first_difference(Row(weight.dtype, weight.shape, Computed(lambda: iter([data]))), weight) is None
+        and first_difference(Row(weight.dtype, weight.shape, Computed(lambda: iter([data.data]))), weight) is None
     )
     return _judged("file", found, clean)
 
@@ -80,11 +80,11 @@ def _judged(part: str, found: dict[str, bool], clean: bool) -> Check:
 
 
 def backend_control(folder: ConvertedFolder, device: str, backend: str, dtype: str) -> Check:
-    """Compares what a backend computes with `reference` given a fault: a kept block dropped in one head, two heads swapped, a scale
-    off by 1 %. The comparison is that of the outputs check, in both of its forms.
+    """Compares what a backend computes with `reference` given a fault: a kept block dropped in one head, two heads
+    swapped, a scale off by 1 %. The comparison is that of the outputs check, in both of its forms.
 
-    The inputs are those of a layer's own weights on a few blocks of its layout, brought to scores of size 1 and values around 0, so
-    that attention depends on what is damaged.
+    The inputs are those of a layer's own weights on a few blocks of its layout, brought to scores of size 1 and values
+    around 0, so that attention depends on what is damaged.
     """
     call = _control_call(folder, device, dtype)
     if what := call.not_finite():

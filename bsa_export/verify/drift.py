@@ -1,12 +1,14 @@
-"""The drift: how far the sparse model is from the dense one. Information, not pass or fail: no rule says how far it may be."""
+"""The drift: how far the sparse model is from the dense one. Information, not pass or fail: no rule says how far it
+may be."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from bsa_export.converted.checks import Check, Kind, Status
@@ -22,14 +24,16 @@ Progress = Callable[[int, int], None]
 
 
 def measure_drift(runs: EndToEnd, text: Path | None = None, progress: Progress | None = None) -> Check:
-    """Compares hidden states layer by layer on an input that the dense model can read, and losses where there is a text.
+    """Compares hidden states layer by layer on an input that the dense model can read, and losses where there is a
+    text.
 
     Args:
         runs: the model.
         text: plain text, or JSON lines with a `text` each: the documents whose masked tokens are predicted.
         progress: called with (windows done, windows in all).
 
-    Where the text is of no use to this model, which has no masked-LM head or no tokenizer, a figure tells why there is no loss.
+    Where the text is of no use to this model, which has no masked-LM head or no tokenizer, a figure tells why there is
+    no loss.
     """
     folder = runs.folder
     inputs = make_inputs(folder, 1, folder.source_length, runs.device, seed=2)
@@ -56,15 +60,15 @@ def measure_drift(runs: EndToEnd, text: Path | None = None, progress: Progress |
 
 
 @torch.no_grad()
-def _hidden_states(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+def _hidden_states(model: Any, inputs: Inputs) -> list[Tensor]:
     """The output of each layer, float32 `[tokens, hidden]`."""
     states = model.base_model(**inputs.arguments, output_hidden_states=True).hidden_states[1:]
     return [state[inputs.attention_mask.bool()].float() for state in states]
 
 
 def _losses(runs: EndToEnd, text: Path, progress: Progress | None) -> tuple[list[dict], str]:
-    """The masked-LM loss of dense attention at the source's length and of sparse attention at that length and longer ones; and how much
-    of the text was read.
+    """The masked-LM loss of dense attention at the source's length and of sparse attention at that length and longer
+    ones; and how much of the text was read.
 
     Raises:
         BsaError: the text cannot be read, or the model has no tokenizer or no masked-LM head for it.
@@ -105,8 +109,9 @@ def _losses(runs: EndToEnd, text: Path, progress: Progress | None) -> tuple[list
 
 
 @torch.no_grad()
-def _nats(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
-    """The sum of cross entropies over the masked tokens of a window. The head runs on these alone where that is possible."""
+def _nats(model: Any, inputs: Tensor, targets: Tensor) -> float:
+    """The sum of cross entropies over the masked tokens of a window. The head runs on these alone where that is
+    possible."""
     picked = targets != NO_TARGET
     if not picked.any():
         return 0.0
@@ -116,7 +121,7 @@ def _nats(model: nn.Module, inputs: Tensor, targets: Tensor) -> float:
     return float(cross_entropy(logits.double(), targets[picked], reduction="sum"))
 
 
-def _tokenizer(folder: Path):
+def _tokenizer(folder: Path) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -129,15 +134,16 @@ def _tokenizer(folder: Path):
     return tokenizer
 
 
-def _special(tokenizer, names: tuple[str, ...]) -> int:
+def _special(tokenizer: Any, names: tuple[str, ...]) -> int:
     for name in names:
         if (token := tokenizer.token_to_id(name)) is not None:
             return token
     raise BsaError(f"expected a tokenizer with one of {', '.join(names)}", found="none of them", where="tokenizer.json")
 
 
-def _masked(tokenizer, texts: list[str], most: int | None) -> list[tuple[Tensor, Tensor]]:
-    """For each document its tokens with some masked, and the targets, NO_TARGET where there is none; int64 `[tokens]`."""
+def _masked(tokenizer: Any, texts: list[str], most: int | None) -> list[tuple[Tensor, Tensor]]:
+    """For each document its tokens with some masked, and the targets, NO_TARGET where there is none; int64
+    `[tokens]`."""
     generator = torch.Generator().manual_seed(0)
     mask = _special(tokenizer, ("[MASK]", "<mask>"))
     documents, tokens = [], 0
@@ -153,7 +159,9 @@ def _masked(tokenizer, texts: list[str], most: int | None) -> list[tuple[Tensor,
     return documents
 
 
-def _windows(documents, length: int, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _windows(
+    documents: list[tuple[Tensor, Tensor]], length: int, first: int, last: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Windows of up to `length` tokens between the special ones at both ends: (inputs, targets), each `[tokens]`."""
     for inputs, targets in documents:
         for window, target in zip(inputs.split(length - 2), targets.split(length - 2), strict=True):

@@ -1,4 +1,5 @@
-"""The pictures of the report: layouts, errors by layer, drift. matplotlib, the extra `[plot]`, is imported where it is used."""
+"""The pictures of the report: layouts, errors by layer, drift. matplotlib, the extra `[plot]`, is imported where it is
+used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What becomes of an exception inside a check: a skipped check with its reason, never a verdict about the model. No torch."""
+"""What becomes of an exception inside a check: a skipped check with its reason, never a verdict about the model. No
+torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The interchange check: each layer's state dict loads, strict, into this package's module and into the installed DeepSpeed's."""
+"""The interchange check: each layer's state dict loads, strict, into this package's module and into the installed
+DeepSpeed's."""
 
 from __future__ import annotations
 
@@ -19,10 +20,12 @@ from bsa_export.verify.attention_inputs import tensor
 
 
 def check_interchange(folder: ConvertedFolder) -> list[Check]:
-    """Loads each layer's query, key, value and layout with `strict=True` into both modules, and compares what they then hold.
+    """Loads each layer's query, key, value and layout with `strict=True` into both modules, and compares what they
+    then hold.
 
-    DeepSpeed's classes are read from the installed package's files: the package itself, which takes seconds, is not imported. Where
-    DeepSpeed has a class for the sparsity config, the layout that it makes is compared with the stored one too.
+    DeepSpeed's classes are read from the installed package's files: the package itself, which takes seconds, is not
+    imported. Where DeepSpeed has a class for the sparsity config, the layout that it makes is compared with the stored
+    one too.
     """
     sizes = SimpleNamespace(hidden_size=folder.encoder.sizes.hidden_size, num_attention_heads=folder.heads)
     ours = BertSparseSelfAttention(sizes, _EveryBlock(folder), max_seq_length=folder.longest)
@@ -33,7 +36,8 @@ def check_interchange(folder: ConvertedFolder) -> list[Check]:
     module = theirs.BertSparseSelfAttention(sizes)
     # Its Bert class has 2048 tokens; longer ones are made by exchanging the attention inside.
     module.sparse_self_attention = theirs.SparseSelfAttention(_EveryBlock(folder), max_seq_length=folder.longest)
-    faults, figures = list(_load_faults(folder, module)), {"layers": folder.layers}
+    faults = list(_load_faults(folder, module))
+    figures: dict[str, int | str] = {"layers": folder.layers}
     made = _deepspeed_layouts(folder, theirs)
     if made is not None:
         figures["layouts made by it"] = "equal"
@@ -74,7 +78,8 @@ def _load_faults(folder: ConvertedFolder, module: nn.Module) -> Iterator[str]:
 
 
 def _deepspeed_layouts(folder: ConvertedFolder, theirs: SimpleNamespace) -> Iterator[torch.Tensor] | None:
-    """The layouts that DeepSpeed's own class makes for each layer, one after the other; None where a rule of its own made none."""
+    """The layouts that DeepSpeed's own class makes for each layer, one after the other; None where a rule of its own
+    made none."""
     made = getattr(theirs.configs, type(folder.sparsity).__name__, None)
     expected, _ = expected_layouts(folder)
     if made is None or expected is None or folder.record is None:
@@ -82,7 +87,7 @@ def _deepspeed_layouts(folder: ConvertedFolder, theirs: SimpleNamespace) -> Iter
     config, record = made(**folder.sparsity.to_parameters()), folder.record
     differ = record.options.different_layout_per_layer
 
-    def layouts():
+    def layouts() -> Iterator[torch.Tensor]:
         state = random.getstate()
         random.seed(record.seed)
         try:
@@ -96,8 +101,8 @@ def _deepspeed_layouts(folder: ConvertedFolder, theirs: SimpleNamespace) -> Iter
 
 
 def deepspeed_classes() -> SimpleNamespace | str:
-    """The installed deepspeed's `BertSparseSelfAttention`, `SparseSelfAttention` and, as `configs`, its module of sparsity configs; or
-    why there are none."""
+    """The installed deepspeed's `BertSparseSelfAttention`, `SparseSelfAttention` and, as `configs`, its module of
+    sparsity configs; or why there are none."""
     try:
         from bsa_export.ops.deepspeed_source import find
     except ImportError as error:
@@ -125,7 +130,7 @@ def _read(path: Path, **names: object) -> ModuleType:
     tree.body = [
         statement
         for statement in tree.body
-        if not (isinstance(statement, ast.ImportFrom) and statement.module.partition(".")[0] == "deepspeed")
+        if not (isinstance(statement, ast.ImportFrom) and (statement.module or "").partition(".")[0] == "deepspeed")
     ]
     module = ModuleType(f"bsa_export.verify.deepspeed_{path.stem}")
     vars(module).update({name: value for name, value in names.items() if not name.startswith("__")})

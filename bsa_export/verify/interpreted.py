@@ -29,8 +29,8 @@ MOST_QUERIES = 1152
 class Interpreted:
     """The comparison of one backend in this process, where TRITON_INTERPRET=1 was set before triton was imported.
 
-    The heads of several layers are computed as the heads of one call, each with its own weights and its own excerpt of its
-    layout.
+    The heads of several layers are computed as the heads of one call, each with its own weights and its own excerpt of
+    its layout.
 
     Args:
         folder: the converted folder.

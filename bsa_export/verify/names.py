@@ -1,4 +1,5 @@
-"""The names that a conversion gives to tensors, stated once more for the judge. Nothing is imported from `bert.families`.
+"""The names that a conversion gives to tensors, stated once more for the judge. Nothing is imported from
+`bert.families`.
 
 Every family keeps its own names (those of transformers' classes), with the encoder under the family's own attribute.
 DistilBERT becomes BERT. `gamma` and `beta` of a LayerNorm, TensorFlow's names, become `weight` and `bias`.
@@ -56,9 +57,9 @@ def expected_name(family: str, prefix: str, name: str) -> str:
         if family != "distilbert":
             return f"{written}.{inner}" if prefix else inner
         start = f"{written}." if prefix else ""
-        if match := re.fullmatch(r"transformer\.layer\.(\d+)\.(.+)\.(weight|bias)", inner):
-            if module := DISTILBERT_LAYER.get(match[2]):
-                return f"{start}encoder.layer.{match[1]}.{module}.{match[3]}"
+        match = re.fullmatch(r"transformer\.layer\.(\d+)\.(.+)\.(weight|bias)", inner)
+        if match and (module := DISTILBERT_LAYER.get(match[2])):
+            return f"{start}encoder.layer.{match[1]}.{module}.{match[3]}"
         if inner.startswith("embeddings.") or (prefix and inner not in DISTILBERT_HEAD):
             return start + inner
         return DISTILBERT_HEAD.get(inner, inner)

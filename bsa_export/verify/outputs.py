@@ -1,7 +1,9 @@
-"""The outputs check: attention of each layer, with its own weights and layout, by every backend, against `reference` in float64.
+"""The outputs check: attention of each layer, with its own weights and layout, by every backend, against `reference`
+in float64.
 
-The bound is that of `ops.tolerance`: at most twice the error of plain PyTorch in the same dtype. Where the score matrix would be too
-large, plain PyTorch computes some of its rows: a query of each block row, or of as many as the budget allows.
+The bound is that of `ops.tolerance`: at most twice the error of plain PyTorch in the same dtype. Where the score
+matrix would be too large, plain PyTorch computes some of its rows: a query of each block row, or of as many as the
+budget allows.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +65,8 @@ class Situation:
 
 
 def situations(folder: ConvertedFolder, device: str) -> list[Situation]:
-    """One shorter than a block, padded (with gradients, on blocks picked so that the layout drops some), odd, and the longest."""
+    """One shorter than a block, padded (with gradients, on blocks picked so that the layout drops some), odd, and the
+    longest."""
     block, longest = folder.block, folder.longest
     layers = tuple(range(folder.layers))
     found = []
@@ -112,7 +116,8 @@ def _affordable(folder: ConvertedFolder, length: int, device: str) -> tuple[int,
 
 
 def _rows_for(folder: ConvertedFolder, length: int, layers: int, device: str) -> int | None:
-    """How many queries plain PyTorch computes: all, or one of each block row and 64 at least, or what the budget allows."""
+    """How many queries plain PyTorch computes: all, or one of each block row and 64 at least, or what the budget
+    allows."""
     if length <= WHOLE:
         return None
     each = 16.0 * length * folder.encoder.sizes.hidden_size * layers  # float64, at a quarter of the speed of float32
@@ -124,13 +129,13 @@ class Call:
     """A call of attention, and what plain PyTorch makes of it, which all backends share.
 
     Attributes:
-        inputs: the arguments of `block_sparse_attention`; query, key and value in float32. With `grad_output` the gradients are
-            compared too.
+        inputs: the arguments of `block_sparse_attention`; query, key and value in float32. With `grad_output` the
+            gradients are compared too.
         dtype: in which it is computed.
         rows: int64, the queries to compare, None for all.
     """
 
-    inputs: dict
+    inputs: dict[str, Any]
     dtype: torch.dtype
     rows: Tensor | None = None
 
@@ -151,7 +156,8 @@ class Call:
         return found if self.rows is None else {name: x[:, :, self.rows] for name, x in found.items()}
 
     def not_finite(self, heads: slice = slice(None)) -> str | None:
-        """What query, key or value of some heads hold that is no number, `NaN` or `infinite values`: float64 could do no more with it."""
+        """What query, key or value of some heads hold that is no number, `NaN` or `infinite values`: float64 could do
+        no more with it."""
         taken = [self.inputs[name][:, heads] for name in ("query", "key", "value")]
         if any(x.isnan().any() for x in taken):
             return "NaN"
@@ -167,8 +173,8 @@ class Call:
     ) -> dict[str, Errors]:
         """How far results of a backend are off in some heads, by name, beside plain PyTorch.
 
-        The error of plain PyTorch depends on the order in which it sums, and may be small by luck. Where the bound is exceeded, it is
-        therefore taken as the largest of a few orders of head_dim.
+        The error of plain PyTorch depends on the order in which it sums, and may be small by luck. Where the bound is
+        exceeded, it is therefore taken as the largest of a few orders of head_dim.
         """
 
         def beside(plain: Mapping[str, Tensor]) -> dict[str, Errors]:
@@ -190,7 +196,7 @@ class Call:
         far = (actual["output"].double() - self.exact["output"]).abs().nan_to_num(float("inf"))
         return heads.start + int(far[:, heads].amax(dim=(0, 2, 3)).argmax())
 
-    def _cast(self) -> dict:
+    def _cast(self) -> dict[str, Any]:
         names = ("query", "key", "value", "grad_output")
         return {name: x.to(self.dtype) if name in names else x for name, x in self.inputs.items()}
 
@@ -199,14 +205,14 @@ class Call:
     ) -> dict[str, Tensor]:
         inputs = self._cast()
         size = inputs["query"].shape[-1]
-        order = torch.arange(size) if order is None else torch.randperm(size, generator=order)
+        places = torch.arange(size) if order is None else torch.randperm(size, generator=order)
         for name in ("query", "key", "value", "grad_output"):
             if name in inputs:
-                inputs[name] = inputs[name].to(dtype)[..., order.to(inputs[name].device)]
+                inputs[name] = inputs[name].to(dtype)[..., places.to(inputs[name].device)]
         inputs["scale"] = inputs.get("scale") or size**-0.5
         if self.rows is not None:
             attention = partial(attend_rows, self.rows)
-        return {name: x[..., order.argsort().to(x.device)] for name, x in results(attention, inputs).items()}
+        return {name: x[..., places.argsort().to(x.device)] for name, x in results(attention, inputs).items()}
 
 
 def larger(one: Errors, other: Errors) -> Errors:
@@ -284,6 +290,7 @@ def padding(length: int, device: torch.device) -> Tensor:
 
 def _picked_rows(situation: Situation, block: int, generator: torch.Generator) -> Tensor:
     """Random queries, equally many of each block row as far as that goes, and the last one."""
+    assert situation.rows is not None
     count = -(-situation.length // block)
     order = torch.randperm(count, generator=generator)
     chosen = order.repeat(-(-situation.rows // count))[: situation.rows]
@@ -335,7 +342,8 @@ def compare(
     ledger: Mapping[str, Ledger],
     dtypes: Mapping[str, list[str]],
 ) -> None:
-    """Compares backends in one situation of one layer and enters what was found; what plain PyTorch computes is shared."""
+    """Compares backends in one situation of one layer and enters what was found; what plain PyTorch computes is
+    shared."""
     calls = {}
     for name, of_backend in dtypes.items():
         for number, dtype in enumerate(of_backend if situation.every_dtype else of_backend[:1]):
@@ -366,7 +374,8 @@ class Ledger:
         self.stopped: Check | None = None  # why nothing more can be computed here
 
     def enter(self, call: Call, heads: list[tuple[int, int]], situation: Situation, dtype: str) -> None:
-        """Compares one call layer by layer; its heads are these (layer, head) of the model, a layer's one after the other."""
+        """Compares one call layer by layer; its heads are these (layer, head) of the model, a layer's one after the
+        other."""
         parts, start = {}, 0
         for layer, members in groupby(heads, key=lambda pair: pair[0]):
             part = slice(start, start := start + len(list(members)))
@@ -387,18 +396,18 @@ class Ledger:
             self.stopped = stopped(Kind.OUTPUTS, self.backend, error, done)
             return
         for layer, part in parts.items():
-            for what, error in call.errors_of(actual, part, self.backend).items():
+            for what, measured in call.errors_of(actual, part, self.backend).items():
                 if not call.plain[what][:, part].isfinite().all():
                     self._refuse(layer, situation, f"plain PyTorch overflows in {dtype}")
                     continue
-                self._note(layer, situation, dtype, what, error)
-                if not error.passed:
+                self._note(layer, situation, dtype, what, measured)
+                if not measured.passed:
                     head = f", head {heads[call.worst_head(actual, part)][1]}" if what == "output" else ""
                     what = "output" if what == "output" else f"gradient of {what}"
                     self.faults.append(
                         f"layer {layer}{head}, {situation.length:,} tokens ({situation.name}), {dtype}, {what}: error"
-                        f" {error.largest:.3g} (rms {error.rms:.3g}), the bound is {FACTOR * error.plain_largest:.3g}"
-                        f" (rms {FACTOR * error.plain_rms:.3g})"
+                        f" {measured.largest:.3g} (rms {measured.rms:.3g}), the bound is"
+                        f" {FACTOR * measured.plain_largest:.3g} (rms {FACTOR * measured.plain_rms:.3g})"
                     )
 
     def _blame(self, layer: int, what: str) -> None:
@@ -421,7 +430,8 @@ class Ledger:
             {
                 "backend": self.backend, "layer": layer, "situation": situation.name, "length": situation.length,
                 "dtype": dtype, "of": what, "largest": error.largest, "rms": error.rms,
-                "plain_largest": error.plain_largest, "plain_rms": error.plain_rms, "ratio": error.ratio, "bound": FACTOR,
+                "plain_largest": error.plain_largest, "plain_rms": error.plain_rms,
+                "ratio": error.ratio, "bound": FACTOR,
             }
         )  # fmt: skip
 
@@ -433,7 +443,7 @@ class Ledger:
             reason = next((reason for _, reason in self.refused), "nothing was compared")
             return skipped(Kind.OUTPUTS, reason, self.backend)
         ran = {row["situation"] for row in self.rows}
-        figures = {"device": how or self.device}
+        figures: dict[str, Any] = {"device": how or self.device}
         if self.rows:
             figures |= {
                 "error": worst(row["ratio"] for row in self.rows),

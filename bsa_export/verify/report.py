@@ -21,7 +21,7 @@ from bsa_export.errors import BsaError
 from bsa_export.sparsity.pictures import MAX_HEADS
 from bsa_export.text import printable
 from bsa_export.verify.figures import drift_figure, error_figure, folder_layout_figure
-from bsa_export.verify.run import Verification, Wanted, versions
+from bsa_export.verify.verification import Verification, Wanted, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,12 +36,13 @@ CAPTIONS = {
     ),
     "errors.png": (
         "Errors against the bound",
-        "How far each backend is from float64, in units of plain PyTorch's error in the same dtype; the larger of the largest"
-        " element and the root mean square.",
+        "How far each backend is from float64, in units of plain PyTorch's error in the same dtype; the larger of the"
+        " largest element and the root mean square.",
     ),
     "drift.png": (
         "Drift",
-        "How far the sparse model is from the dense one on an input that both can read. This is information: no rule limits it.",
+        "How far the sparse model is from the dense one on an input that both can read. This is information: no rule"
+        " limits it.",
     ),
 }
 

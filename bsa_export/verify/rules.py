@@ -1,4 +1,5 @@
-"""What a conversion changes, judged by plain formulas that share nothing with the code that computed it. numpy alone."""
+"""What a conversion changes, judged by plain formulas that share nothing with the code that computed it. numpy
+alone."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def bits_of(data: bytes | memoryview | np.ndarray, dtype: str) -> np.ndarray:
 def is_rounded(source: np.ndarray, found: np.ndarray, source_dtype: str, dtype: str) -> np.ndarray:
     """Where `found` holds the value of its dtype that is nearest to `source`, the even one of two; both are bits, flat.
 
-    Nearest means: neither neighbour, one bit up or down, is nearer. A NaN stays a NaN, an infinity and a sign what they are.
+    Nearest means: neither neighbour, one bit up or down, is nearer. A NaN stays a NaN, an infinity and a sign what
+    they are.
     """
     exact, mine = values(source, source_dtype), values(found, dtype)
     if exact.dtype != mine.dtype:
@@ -59,9 +61,8 @@ def is_tiled(
     rows = start + np.arange(len(found))
     own = len(source) - reserved
     expected = source[np.where(rows < reserved, rows, reserved + (rows - reserved) % own)]
-    return (expected == found if source_dtype == dtype else is_rounded(expected, found, source_dtype, dtype)).all(
-        axis=1
-    )
+    same = expected == found if source_dtype == dtype else is_rounded(expected, found, source_dtype, dtype)
+    return np.asarray(same.all(axis=1))
 
 
 def is_interpolated(
@@ -84,4 +85,4 @@ def is_interpolated(
     step = max(_EPSILON[dtype], _EPSILON[source_dtype], 4 * _EPSILON["F64" if source_dtype == "F64" else "F32"])
     with np.errstate(invalid="ignore"):
         near = np.abs(mine - expected) <= step * np.maximum(np.abs(below), np.abs(above)) + _TINY[dtype]
-    return (near | (mine == expected) | (np.isnan(mine) & np.isnan(expected))).all(axis=1)
+    return np.asarray((near | (mine == expected) | (np.isnan(mine) & np.isnan(expected))).all(axis=1))

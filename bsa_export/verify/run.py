@@ -1,16 +1,14 @@
-"""All checks in order, the verdict, and verification.json. Imports no torch: what computes runs in processes of its own."""
+"""All checks in order, the verdict, and verification.json. Imports no torch: what computes runs in processes of its
+own."""
 
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from importlib import metadata
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from bsa_export.bert.expected_tensors import compare
 from bsa_export.bert.families import read_config
@@ -25,7 +23,6 @@ from bsa_export.converted.records import (
     Verdict,
     VerificationRecord,
     read_verification,
-    to_json,
     write_verification,
 )
 from bsa_export.errors import BsaError
@@ -33,140 +30,12 @@ from bsa_export.hub.source import find_source
 from bsa_export.text import some
 from bsa_export.verify.carried import unexpected_files
 from bsa_export.verify.documents import documents
+from bsa_export.verify.verification import BACKENDS, Verification, Wanted
 from bsa_export.verify.weights import check_weights, tiled_rows_fault
 from bsa_export.verify.worker import MODEL, Job, Worker
-from bsa_export.version import __version__, install_hint
-
-BACKENDS = ("torch", "triton", "deepspeed")
-PACKAGES = ("torch", "triton", "deepspeed", "transformers", "sentence-transformers", "numpy", "safetensors")
-EXIT_CODES = {Verdict.PASSED: 0, Verdict.FAILED: 1, Verdict.INCOMPLETE: 3}
+from bsa_export.version import install_hint
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a user wants verified.
-
-    Attributes:
-        folder: the converted folder.
-        source: what it was converted from, a path; None compares with recorded digests alone.
-        source_name: what a person calls it, such as `org/name`; the path's last part by default.
-        config: the source's config.json, if it is not stored next to the weights.
-        device: `cpu` or `cuda`.
-        backends: those that are compared, of BACKENDS.
-        require: those that must not be skipped.
-        text: a file whose masked tokens are predicted.
-        deepspeed: a release of DeepSpeed, as a file or a folder; None uses $BSA_DEEPSPEED or the installed one.
-    """
-
-    folder: Path
-    source: Path | None = None
-    config: Path | None = None
-    device: str = "cpu"
-    backends: Sequence[str] = BACKENDS
-    require: Sequence[str] = ()
-    text: Path | None = None
-    source_name: str | None = None
-    deepspeed: Path | None = None
-
-
-@dataclass
-class Verification:
-    """What a run found.
-
-    Attributes:
-        checks: those that have ended.
-        files: name -> sha256 of the files that were verified.
-        device: what computed, in words.
-        seconds: how long it took.
-        finished: whether all checks have ended.
-        required: the backends that failed because they are required and were skipped.
-        kept: the earlier record that verification.json keeps, because this run compared less of the same files.
-        unrecorded: why verification.json could not be written.
-    """
-
-    checks: list[Check] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
-    device: str = ""
-    seconds: float = 0.0
-    finished: bool = False
-    required: set[str] = field(default_factory=set)
-    kept: VerificationRecord | None = None
-    unrecorded: str | None = None
-
-    @property
-    def verdict(self) -> Verdict:
-        """`failed` if anything failed, `passed` if outputs were compared and nothing failed, else `incomplete`."""
-        if any(check.failed for check in self.checks):
-            return Verdict.FAILED
-        compared = any(check.passed and check.numerical for check in self.checks)
-        return Verdict.PASSED if self.finished and compared else Verdict.INCOMPLETE
-
-    @property
-    def exit_code(self) -> int:
-        return EXIT_CODES[self.verdict]
-
-    @property
-    def sentence(self) -> str:
-        """The verdict in one line."""
-        counts = [
-            f"{sum(check.status is status for check in self.checks)} {status}"
-            for status in (Status.PASSED, Status.FAILED, Status.SKIPPED)
-        ]
-        words = ", ".join(count for count in counts if not count.startswith("0 ")) or "nothing was checked"
-        if any(check.failed and check.kind is Kind.CONTROLS for check in self.checks):
-            words += "; the verifier is broken: do not trust what passed"
-        if self.verdict is Verdict.INCOMPLETE:
-            words += "; " + ("no outputs could be compared" if self.finished else "it was interrupted")
-        return f"{self.verdict}: {words}"
-
-    def raise_if_failed(self) -> None:
-        """Raises BsaError unless the verdict is `passed`, with what failed or why nothing could be compared."""
-        if self.verdict is not Verdict.PASSED:
-            failed = [f"{check.name}: {check.reason}" for check in self.checks if check.failed]
-            raise BsaError(failed[0] if failed else self.sentence, where="bsa-verify")
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON holds it."""
-        content = to_json(self.record())
-        for check, shown in zip(self.checks, content["checks"], strict=True):
-            shown["name"] = check.name
-        return content
-
-    def replaces(self, earlier: VerificationRecord) -> bool:
-        """Whether this run says more about the same files than an earlier one that passed: it found a fault, or every check
-        that passed then has passed again, with at least as many comparisons."""
-        wrong = [check for check in self.checks if check.failed]
-        if any(check.kind is not Kind.OUTPUTS or check.part not in self.required for check in wrong):
-            return True
-        compared = {(check.kind, check.part): _comparisons(check) for check in self.checks if check.passed}
-        return self.verdict is Verdict.PASSED and all(
-            compared.get((check.kind, check.part), 0) >= _comparisons(check) for check in earlier.checks if check.passed
-        )
-
-    def record(self) -> VerificationRecord:
-        """What verification.json holds about this run."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        return VerificationRecord(
-            self.verdict, self.checks, self.files, self.sentence, self.device, self.seconds, versions(), now
-        )
-
-
-def _comparisons(check: Check) -> int:
-    count = check.figures.get("comparisons")
-    return count if isinstance(count, int) else 1
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python, this package and those that compute, where they are installed."""
-    found = {"python": platform.python_version(), "bsa_export": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def verify(
@@ -193,8 +62,8 @@ def verify(
         backend: compares these backends only, of BACKENDS; all unless given.
         require: backends whose check fails where they cannot run here.
         text: a file whose masked tokens are predicted: plain text, or `.jsonl` with a `text` in each line.
-        deepspeed: a release of DeepSpeed, as a file (.tar.gz, .whl) or a folder; $BSA_DEEPSPEED or the installed one unless
-            given.
+        deepspeed: a release of DeepSpeed, as a file (.tar.gz, .whl) or a folder; $BSA_DEEPSPEED or the installed one
+            unless given.
         report: a folder that report.html and its pictures are written into.
         on_check: called with each check when it has ended.
         progress: called with the name of what begins; returns what is called with (done, in all), or None.
@@ -203,8 +72,8 @@ def verify(
         What was found; `verdict` sums it up, `raise_if_failed()` raises.
 
     Raises:
-        BsaError: an option is wrong, or the source or the text cannot be read; nothing is recorded then. The report cannot
-            be written; verification.json is written then.
+        BsaError: an option is wrong, or the source or the text cannot be read; nothing is recorded then. The report
+            cannot be written; verification.json is written then.
     """
     for names in (backend, require):
         if unknown := [name for name in names if name not in BACKENDS]:
@@ -236,8 +105,8 @@ def verify(
 
 
 def check_report(report: Path, folder: Path) -> None:
-    """Raises BsaError where a report cannot be written: without matplotlib, or into the folder that is verified, whose card's
-    picture it would replace."""
+    """Raises BsaError where a report cannot be written: without matplotlib, or into the folder that is verified, whose
+    card's picture it would replace."""
     if find_spec("matplotlib") is None:
         raise BsaError("a report needs matplotlib", where="report", hint=install_hint("plot"))
     if folder.resolve() in (report.resolve(), *report.resolve().parents):
@@ -268,9 +137,9 @@ def run_checks(
 ) -> Verification:
     """Runs all checks on a folder and writes verification.json into it, also when it is interrupted.
 
-    Until the end the record says `incomplete`, so that a run that is killed leaves no verdict about other files. A passed
-    verdict about the same files stays where this run compares less; the record then lists this run as `later`. Where the
-    record cannot be written, the result says so in `unrecorded`.
+    Until the end the record says `incomplete`, so that a run that is killed leaves no verdict about other files. A
+    passed verdict about the same files stays where this run compares less; the record then lists this run as `later`.
+    Where the record cannot be written, the result says so in `unrecorded`.
 
     Args:
         wanted: what to verify, and how.
@@ -396,7 +265,8 @@ def _later(wanted: Wanted) -> list[tuple[Kind, str]]:
 
 
 def _without_source(folder: ConvertedFolder) -> Check:
-    """The weights check where there is no source: tiled position rows repeat, and files that are not recorded are named."""
+    """The weights check where there is no source: tiled position rows repeat, and files that are not recorded are
+    named."""
     if fault := tiled_rows_fault(folder):
         return result(Kind.WEIGHTS, [fault])
     recorded = set(folder.record.files) if folder.record else set()

@@ -1,6 +1,8 @@
-"""The sentence embeddings check: sentence-transformers embeds short texts with the source and with the converted folder.
+"""The sentence embeddings check: sentence-transformers embeds short texts with the source and with the converted
+folder.
 
-It runs on the CPU, with every block kept, so both models compute the same. What modules.json names is judged as a whole.
+It runs on the CPU, with every block kept, so both models compute the same. What modules.json names is judged as a
+whole.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from bsa_export.version import install_hint
 PART = "sentence embeddings"
 MODULES = "modules.json"
 TEXTS = ("a", "A short text.", "Block-sparse attention reads long documents.", "Zwei kurze Sätze. Hier ist der zweite.")
-# Largest difference of two embeddings, in units of their largest element: float32, or weights rounded to a smaller dtype.
+# Largest difference of two embeddings, in units of their largest element: float32, or weights rounded to a smaller
+# dtype.
 TOLERANCE = {"keep": 1e-3, "fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
 
 

@@ -1,8 +1,9 @@
 """When a result of attention counts as right: one rule, for the tests and for `bsa-verify`.
 
-A tolerance that is derived, not chosen: plain PyTorch (`reference`) computes the same attention in the same dtype, and both are
-compared with float64. The result may be off by at most twice as much, in the largest element, and in the root mean square, which
-finds what is small but everywhere. After the tests of flash-attention (Dao-AILab/flash-attention 2, `tests/test_flash_attn.py`).
+A tolerance that is derived, not chosen: plain PyTorch (`reference`) computes the same attention in the same dtype, and
+both are compared with float64. The result may be off by at most twice as much, in the largest element, and in the root
+mean square, which finds what is small but everywhere. After the tests of flash-attention (Dao-AILab/flash-attention 2,
+`tests/test_flash_attn.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Errors:
-    """How far a result and plain PyTorch in the same dtype are from the exact one: largest element and root mean square."""
+    """How far a result and plain PyTorch in the same dtype are from the exact one: largest element and root mean
+    square."""
 
     largest: float
     rms: float
@@ -70,8 +72,8 @@ def results(attention: Callable[..., Tensor], inputs: dict, dtype: torch.dtype |
 
     Args:
         attention: such as `block_sparse_attention`, or that with its backend filled in.
-        inputs: the arguments of `block_sparse_attention` by name; with `grad_output`, the gradient of the result, the gradients
-            are taken too.
+        inputs: the arguments of `block_sparse_attention` by name; with `grad_output`, the gradient of the result, the
+            gradients are taken too.
         dtype: what query, key, value and `grad_output` are cast to; None leaves them.
 
     Returns:
@@ -89,9 +91,21 @@ def results(attention: Callable[..., Tensor], inputs: dict, dtype: torch.dtype |
     return {"output": output.detach(), **dict(zip(leaves, gradients, strict=True))}
 
 
-def in_half(query, key, value, layout, block, *, key_padding_mask=None, attn_mask=None, rpe=None, scale=None) -> Tensor:
-    """Masked dense attention in plain PyTorch, its probabilities in the inputs' dtype for the backward pass too, as DeepSpeed's
-    kernels keep them; `reference` keeps them in float32 for that. Arguments as in `block_sparse_attention`."""
+def in_half(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    block: int,
+    *,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    rpe: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Masked dense attention in plain PyTorch, its probabilities in the inputs' dtype for the backward pass too, as
+    DeepSpeed's kernels keep them; `reference` keeps them in float32 for that. Arguments as in
+    `block_sparse_attention`."""
     seq, head_dim = query.shape[2:]
     kept = layout.ne(0).repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :seq, :seq]
     scores = (query @ key.mT) * (head_dim**-0.5 if scale is None else scale)
@@ -110,7 +124,8 @@ reference = partial(block_sparse_attention, backend="reference")
 
 
 def plain_beside(backend: str | None) -> Callable[..., Tensor]:
-    """The plain PyTorch that a backend is judged beside: the one that keeps probabilities in the dtype that the backend does."""
+    """The plain PyTorch that a backend is judged beside: the one that keeps probabilities in the dtype that the
+    backend does."""
     return in_half if backend == "deepspeed" else reference
 
 

@@ -1,7 +1,7 @@
 """The weights check: every tensor of the source is in the folder, bit for bit, or is what a rule makes of it. No torch.
 
-The rules are those of `rules`, `names` and `carried`, which share nothing with the conversion. Interpolated rows, whose last
-bits depend on the order of operations, are then also compared with `bert.positions.extend`.
+The rules are those of `rules`, `names` and `carried`, which share nothing with the conversion. Interpolated rows,
+whose last bits depend on the order of operations, are then also compared with `bert.positions.extend`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from bsa_export.checkpoint.table import ITEM_SIZE, Checkpoint, Tensor
 from bsa_export.conversion.source_folder import encoder_folder
 from bsa_export.converted.checks import Check, Kind, result
 from bsa_export.converted.folder import ConvertedFolder
+from bsa_export.converted.records import ConversionRecord
 from bsa_export.errors import BsaError
 from bsa_export.verify.bits import both, first_difference, rows_of
 from bsa_export.verify.carried import carried_faults
@@ -41,8 +42,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 ROWS = 1024  # position rows judged at once
 # What of a config.json makes another model, by the names of BERT and DistilBERT.
 SIZES = (
-    "model_type", "hidden_size", "dim", "num_hidden_layers", "n_layers", "num_attention_heads", "n_heads", "intermediate_size",
-    "hidden_dim", "vocab_size",
+    "model_type", "hidden_size", "dim", "num_hidden_layers", "n_layers", "num_attention_heads", "n_heads",
+    "intermediate_size", "hidden_dim", "vocab_size",
 )  # fmt: skip
 
 Progress = Callable[[int, int], None]
@@ -94,7 +95,7 @@ def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path:
     path = config_path or checkpoint.folder / "config.json"
     if not path.is_file():
         return
-    config, recorded = read_config(path), folder.record.source.config
+    config, recorded = read_config(path), _record(folder).source.config
     for name in [*recorded, *(name for name in config if name not in recorded)]:
         if recorded.get(name) != config.get(name):
             yield (
@@ -104,8 +105,9 @@ def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path:
 
 
 def _other_model(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: Path | None) -> str | None:
-    """Why the source is another model than the one that was converted, of which no tensor need be compared; None if it is not."""
-    path, recorded = config_path or checkpoint.folder / "config.json", folder.record.source.config
+    """Why the source is another model than the one that was converted, of which no tensor need be compared; None if it
+    is not."""
+    path, recorded = config_path or checkpoint.folder / "config.json", _record(folder).source.config
     config = read_config(path) if path.is_file() else recorded
     for name in SIZES:
         if recorded.get(name) != config.get(name):
@@ -119,7 +121,7 @@ def _other_model(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: P
 
 def _revision_hint(folder: ConvertedFolder, source_name: str | None) -> str:
     """The recorded revision, for who names a repository without one."""
-    origin = folder.record.source
+    origin = _record(folder).source
     if source_name is None or source_name != origin.repo or not origin.revision:
         return ""
     return f"; the conversion was made of --source {source_name}@{origin.revision}"
@@ -135,8 +137,8 @@ class _Comparison:
     done: int = 0
     counts: dict[str, int] = field(default_factory=dict)
 
-    def __post_init__(self):
-        record = self.folder.record
+    def __post_init__(self) -> None:
+        self.record = record = _record(self.folder)
         self.family = FAMILIES[record.family]
         self.prefix = encoder_prefix(self.checkpoint.tensors, record.options.prefix)
         self.reserved = reserved_rows(self.family, record.source.config)
@@ -146,7 +148,7 @@ class _Comparison:
 
     def faults(self) -> Iterator[str]:
         """What is not as it should be, a sentence each."""
-        record, written = self.folder.record, self.folder.tensors
+        record, written = self.record, self.folder.tensors
         accounted = set()
         for old, row in self.checkpoint.tensors.items():
             if old in record.dropped:
@@ -176,7 +178,7 @@ class _Comparison:
 
     def may_be_dropped(self, old: str) -> bool:
         """Whether a source's tensor may be absent: a buffer, one that the user ignores, or one of another encoder."""
-        options = self.folder.record.options
+        options = self.record.options
         others = (prefix for prefix in encoder_prefixes(self.checkpoint.tensors) if prefix != self.prefix)
         return (
             old.removeprefix(self.prefix) in BUFFERS
@@ -188,20 +190,21 @@ class _Comparison:
         """Whether the folder has room for a source's tensor: its name, and its shape but for the length."""
         new, kind = self.destination(old)
         found = self.folder.tensors.get(new)
-        if old in self.folder.record.dropped or kind == "layout":
+        if old in self.record.dropped or kind == "layout":
             return True
         return found is not None and found.shape[new == self.positions :] == row.shape[new == self.positions :]
 
     def destination(self, old: str) -> tuple[str, str]:
-        """Where a source's tensor is to be found, and how it comes there: `own` name, `tied` to another, a stored `layout`."""
+        """Where a source's tensor is to be found, and how it comes there: `own` name, `tied` to another, a stored
+        `layout`."""
         if match := STORED_LAYOUT.fullmatch(old):
             return self.folder.layout_name(int(match[2])), "layout"
-        if holder := self.folder.record.tied.get(old):
+        if holder := self.record.tied.get(old):
             return holder, "tied"
         return expected_name(self.family.name, self.prefix, old), "own"
 
     def compare(self, old: str, row: Tensor, new: str, kind: str) -> str | None:
-        found, record = self.folder.tensors[new], self.folder.record
+        found, record = self.folder.tensors[new], self.record
         positions = new == self.positions and record.positions is not None
         casts = kind != "layout" and self.dtype is not None and row.dtype in FLOATS and row.dtype != self.dtype
         changed = positions or casts or kind == "layout"
@@ -215,7 +218,7 @@ class _Comparison:
             return self.extended(row, new, found)
         if not casts:
             return self.differs(new, row, found, again=kind == "tied")
-        if fault := _misshapen(new, (self.dtype, row.shape), found):
+        if fault := _misshapen(new, (self.dtype or row.dtype, row.shape), found):
             return fault
         for mine, other in both(row, found):
             self.advance(other.nbytes)
@@ -224,7 +227,8 @@ class _Comparison:
         return None
 
     def differs(self, name: str, expected: Tensor, found: Tensor, again: bool = False) -> str | None:
-        """How a tensor is not what is expected, bit for bit. One that is compared `again`, with another that it holds, is counted once."""
+        """How a tensor is not what is expected, bit for bit. One that is compared `again`, with another that it holds,
+        is counted once."""
         if fault := _misshapen(name, (expected.dtype, expected.shape), found):
             return fault
         at = first_difference(expected, found, None if again else self.advance)
@@ -235,13 +239,14 @@ class _Comparison:
         return f"{name}: it differs from the source's, from element {where} on"
 
     def extended(self, row: Tensor, name: str, found: Tensor) -> str | None:
-        stated = self.folder.record.positions
+        stated = self.record.positions
+        assert stated is not None
         length = self.folder.longest
         expected = {"reserved": self.reserved, "source_rows": row.shape[0], "rows": self.reserved + length}
         for key, value in expected.items():
             if getattr(stated, key) != value:
                 return f"{name}: expected {key} {value}, and conversion.json says {getattr(stated, key)}"
-        method = self.folder.record.options.positions
+        method = self.record.options.positions
         shrinks = length < row.shape[0] - self.reserved
         if stated.method != ("tile" if shrinks else method):
             return f"{name}: conversion.json states two ways to extend it, {method} and {stated.method}"
@@ -278,11 +283,12 @@ class _Comparison:
         return None
 
     def added(self, name: str, row: Tensor) -> str | None:
-        """A tensor that no source's tensor stands behind: a layout, which the layout check judges, or token types of zeros."""
+        """A tensor that no source's tensor stands behind: a layout, which the layout check judges, or token types of
+        zeros."""
         self.advance(row.nbytes)
-        if STORED_LAYOUT.fullmatch(name) and name in self.folder.record.added:
+        if STORED_LAYOUT.fullmatch(name) and name in self.record.added:
             return None
-        if name in self.folder.record.added and self.family.lacks_token_types and name.endswith(TOKEN_TYPES):
+        if name in self.record.added and self.family.lacks_token_types and name.endswith(TOKEN_TYPES):
             return (
                 f"{name}: expected zeros"
                 if any(np.any(np.frombuffer(piece, np.uint8)) for piece in pieces(row))
@@ -307,8 +313,8 @@ def _misshapen(name: str, expected: tuple[str, tuple[int, ...]], found: Tensor) 
 
 
 def tiled_rows_fault(folder: ConvertedFolder) -> str | None:
-    """Without the source: the first position row that is not a repetition of the row one period before it, None if there is
-    none, or if the rows were not tiled."""
+    """Without the source: the first position row that is not a repetition of the row one period before it, None if
+    there is none, or if the rows were not tiled."""
     positions = folder.record.positions if folder.record else None
     name = folder.prefix + POSITIONS
     row = folder.tensors.get(name)
@@ -324,3 +330,9 @@ def tiled_rows_fault(folder: ConvertedFolder) -> str | None:
             return f"{name}: row {start + wrong} is not a repetition of row {first + wrong}"
         first = start
     return None
+
+
+def _record(folder: ConvertedFolder) -> ConversionRecord:
+    """The conversion.json of a folder that has one."""
+    assert folder.record is not None
+    return folder.record

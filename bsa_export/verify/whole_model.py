@@ -1,7 +1,8 @@
-"""The whole-model check: a converted folder in its stock transformers class, against its source and against `reference`, end to end.
+"""The whole-model check: a converted folder in its stock transformers class, against its source and against
+`reference`, end to end.
 
-The bound is that of `ops.tolerance`: at most twice the error of the same model on plain attention in the same dtype, both against
-float64.
+The bound is that of `ops.tolerance`: at most twice the error of the same model on plain attention in the same dtype,
+both against float64.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bsa_export.bert.families import BUFFERS, POSITIONS, STORED_LAYOUT, encoder_prefix
 from bsa_export.checkpoint.dtypes import TORCH_NAMES
 from bsa_export.checkpoint.table import Checkpoint
 from bsa_export.converted.checks import Check, Kind, result, skipped, worst
 from bsa_export.converted.folder import ConvertedFolder
+from bsa_export.converted.records import ConversionRecord
 from bsa_export.errors import BsaError, MissingLibraryError
 from bsa_export.ops.dispatch import AUTO, MODULES, backends, block_sparse_attention
 from bsa_export.verify.attention_inputs import tensor
@@ -68,8 +70,9 @@ def make_inputs(folder: ConvertedFolder, batch: int, length: int, device: str, s
     return Inputs(ids.to(device), kept.to(device))
 
 
-def load_model(folder: ConvertedFolder, device: str) -> nn.Module | str:
-    """The folder in the class that its config.json names, or its encoder alone where transformers has no such class; or why not.
+def load_model(folder: ConvertedFolder, device: str) -> Any:
+    """The folder in the class that its config.json names, or its encoder alone where transformers has no such class;
+    or why not.
 
     On a GPU in half precision (bfloat16 if it is stored so), on a CPU in float32.
     """
@@ -109,10 +112,18 @@ def _register_reference() -> None:
 
     from bsa_export.hf.attention import key_padding_mask
 
-    def attention(module, query, key, value, attention_mask, scaling=None, **_):
+    def attention(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
         stored, order = module.sparse_self_attention, torch.arange(query.shape[-1])
-        if _order.get() is not None:
-            order = torch.randperm(query.shape[-1], generator=torch.Generator().manual_seed(_order.get()))
+        if (seed := _order.get()) is not None:
+            order = torch.randperm(query.shape[-1], generator=torch.Generator().manual_seed(seed))
         query, key, value = (x[..., order.to(x.device)] for x in (query, key, value))
         context = block_sparse_attention(
             query, key, value, stored.master_layout, stored.block,
@@ -125,7 +136,7 @@ def _register_reference() -> None:
 
 
 @contextmanager
-def attending(model: nn.Module, implementation: str) -> Iterator[nn.Module]:
+def attending(model: Any, implementation: str) -> Iterator[Any]:
     """The model with another attention function: `block_sparse`, REFERENCE, or a dense one of transformers."""
     before = model.config._attn_implementation
     model.set_attn_implementation(implementation)
@@ -136,7 +147,7 @@ def attending(model: nn.Module, implementation: str) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def every_block_kept(model: nn.Module) -> Iterator[nn.Module]:
+def every_block_kept(model: Any) -> Iterator[Any]:
     """The model with layouts that drop nothing."""
     stored = [module for module in model.modules() if hasattr(module, "master_layout")]
     before = [module.master_layout for module in stored]
@@ -150,8 +161,9 @@ def every_block_kept(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
-    """Last hidden states and, with a head that gives some for each token, logits: of the real tokens, `[tokens, size]`."""
+def outputs(model: Any, inputs: Inputs) -> dict[str, Tensor]:
+    """Last hidden states and, with a head that gives some for each token, logits: of the real tokens, `[tokens,
+    size]`."""
     kept: dict[str, Tensor] = {}
     handle = model.base_model.register_forward_hook(lambda *call: kept.update(hidden=call[-1][0]))
     try:
@@ -173,7 +185,7 @@ class EndToEnd:
         device: `cpu` or `cuda`.
     """
 
-    def __init__(self, folder: ConvertedFolder, model: nn.Module, device: str):
+    def __init__(self, folder: ConvertedFolder, model: Any, device: str):
         self.folder, self.model, self.device = folder, model, device
         self.exact = copy.deepcopy(model).double()
         parameters = sum(p.numel() for name, p in model.base_model.named_parameters() if "embeddings" not in name)
@@ -190,12 +202,14 @@ class EndToEnd:
         """With every block kept, the sparse model's outputs are those of the dense one.
 
         Args:
-            checkpoint: the source's weights, which then run in the source's own class; else the folder's run in its dense class.
+            checkpoint: the source's weights, which then run in the source's own class; else the folder's run in its
+                dense class.
         """
         inputs = make_inputs(self.folder, 2, self.short, self.device)
         with every_block_kept(self.model):
             actual = outputs(self.model, inputs)
-        dense, what, unused = None, "the dense class with the same weights", []
+        unused: list[str] = []
+        dense, what = None, "the dense class with the same weights"
         if checkpoint is not None:
             dense = self._source_model(checkpoint)
             if isinstance(dense, str):
@@ -249,8 +263,10 @@ class EndToEnd:
         figures: dict[str, Any],
         faults: Sequence[str] = (),
     ) -> Check:
-        """The check of results. `again` returns those of plain PyTorch in another order: see `outputs.Call.errors_of`."""
-        faults, details = list(faults), []
+        """The check of results. `again` returns those of plain PyTorch in another order: see
+        `outputs.Call.errors_of`."""
+        faults = list(faults)
+        details: list[dict[str, Any]] = []
         for what in actual:
             if what not in exact or actual[what].shape != exact[what].shape:
                 continue
@@ -272,8 +288,8 @@ class EndToEnd:
             )
             if not found.passed:
                 faults.append(
-                    f"{what}: error {found.largest:.3g} (rms {found.rms:.3g}), the bound is {FACTOR * found.plain_largest:.3g}"
-                    f" (rms {FACTOR * found.plain_rms:.3g})"
+                    f"{what}: error {found.largest:.3g} (rms {found.rms:.3g}), the bound is"
+                    f" {FACTOR * found.plain_largest:.3g} (rms {FACTOR * found.plain_rms:.3g})"
                 )
         dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
         error = {"error": worst(row["ratio"] for row in details), "bound": FACTOR} if details else {}
@@ -305,24 +321,30 @@ class EndToEnd:
         record = self.folder.record
         return record is not None and record.positions is not None and record.positions.interpolated
 
+    @property
+    def _record(self) -> ConversionRecord:
+        """conversion.json, which is there wherever a source is compared."""
+        assert self.folder.record is not None
+        return self.folder.record
+
     def _rules(self) -> str:
         """What the conversion changed of the source, and the source's model therefore gets too."""
-        dtype = self.folder.record.options.dtype
+        dtype = self._record.options.dtype
         rules = [f"rounded to {dtype}"] if dtype in TORCH_NAMES else []
         rules += ["with the interpolated positions"] if self._interpolated() else []
         return "".join(f", {rule}" for rule in rules)
 
-    def _source_model(self, checkpoint: Checkpoint) -> tuple[nn.Module, list[str]] | str:
-        """The source's weights in the source's own class and the encoder's tensors that it has no place for; or why there
-        is no such model. What conversion.json lists as left out is not among these tensors."""
+    def _source_model(self, checkpoint: Checkpoint) -> tuple[Any, list[str]] | str:
+        """The source's weights in the source's own class and the encoder's tensors that it has no place for; or why
+        there is no such model. What conversion.json lists as left out is not among these tensors."""
         import transformers
         from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-        record = self.folder.record
+        record = self._record
         config = {"model_type": record.family} | record.source.config
         kind = transformers.CONFIG_MAPPING[config["model_type"]]
         names = config.get("architectures") or [None]
-        model_class = getattr(transformers, str(names[0]), None) or MODEL_MAPPING[kind]
+        model_class: Any = getattr(transformers, str(names[0]), None) or MODEL_MAPPING[kind]
         state = {name: tensor(row) for name, row in checkpoint.tensors.items() if not STORED_LAYOUT.fullmatch(name)}
         if record.options.dtype in TORCH_NAMES:
             rounded = getattr(torch, TORCH_NAMES[record.options.dtype])
@@ -335,8 +357,8 @@ class EndToEnd:
         transformers.logging.set_verbosity_error()
         try:
             model, loaded = model_class.from_pretrained(
-                None, config=kind.from_dict(config), state_dict=state, attn_implementation="sdpa", output_loading_info=True,
-                dtype=next(self.model.parameters()).dtype,
+                None, config=kind.from_dict(config), state_dict=state, attn_implementation="sdpa",
+                output_loading_info=True, dtype=next(self.model.parameters()).dtype,
             )  # fmt: skip
         finally:
             transformers.logging.set_verbosity(verbosity)

@@ -1,7 +1,9 @@
-"""Processes that compute: one for each backend, and one that runs the whole model. One that dies takes no other with it.
+"""Processes that compute: one for each backend, and one that runs the whole model. One that dies takes no other with
+it.
 
-The parent imports no torch here: it starts a process with a `Job` and reads what the process reports, a JSON object a line.
-A tool that cannot run (an interpreter, a compiler, a version, a crash) is skipped with its reason. Only compared numbers fail.
+The parent imports no torch here: it starts a process with a `Job` and reads what the process reports, a JSON object a
+line. A tool that cannot run (an interpreter, a compiler, a version, a crash) is skipped with its reason. Only compared
+numbers fail.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import msgspec
 
@@ -79,9 +81,10 @@ class Job:
     @staticmethod
     def from_json(text: str) -> Job:
         """The job that `to_json` wrote."""
-        fields = json.loads(text)
+        fields: dict[str, Any] = json.loads(text)
         paths = ("folder", "source", "text", "deepspeed")
-        return Job(**{name: Path(x) if name in paths and x is not None else x for name, x in fields.items()})
+        fields |= {name: Path(fields[name]) for name in paths if fields[name] is not None}
+        return Job(**fields)
 
     def environment(self) -> dict[str, str]:
         """The environment of its process."""
@@ -115,7 +118,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         program = PROGRAM.format(path=[entry or os.getcwd() for entry in sys.path])
-        self._errors: IO[bytes] = tempfile.TemporaryFile()
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - `stop` closes it
         self._process = subprocess.Popen(
             [sys.executable, "-c", program, self.job.to_json()],
             env=self.job.environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
@@ -194,8 +197,9 @@ def _end_with_parent() -> None:
 def run(job: Job, send: Callable[[dict[str, object]], None]) -> None:
     """Computes a job in this process and sends the checks of each stage, progress and the device.
 
-    An exception ends its stage: what it shows is a tool that cannot run, or a fault of this package, and not a wrong model.
-    The check is skipped, and its details hold the traceback. A BsaError from loading the model is a failed check.
+    An exception ends its stage: what it shows is a tool that cannot run, or a fault of this package, and not a wrong
+    model. The check is skipped, and its details hold the traceback. A BsaError from loading the model is a failed
+    check.
     """
     stages: dict[Kind, Callable[[], Iterable[Check]]] = {}
     last = [time.monotonic()]

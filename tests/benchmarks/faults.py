@@ -1,15 +1,17 @@
-"""Faults that bsa-verify must find: seeded ones planted into real converted checkpoints, and clean conversions that it must pass.
+"""Faults that bsa-verify must find: seeded ones planted into real converted checkpoints, and clean conversions that it
+must pass.
 
-Not a test: `python tests/benchmarks/faults.py MODEL ...`, where each MODEL is a folder with a BERT checkpoint, such as those that
-tests/material.sh fetches. Each model is converted in several ways; the faults are shared out evenly over conversions and kinds. Each is
-planted into the files themselves, judged three times, and undone:
+Not a test: `python tests/benchmarks/faults.py MODEL ...`, where each MODEL is a folder with a BERT checkpoint, such as
+those that tests/material.sh fetches. Each model is converted in several ways; the faults are shared out evenly over
+conversions and kinds. Each is planted into the files themselves, judged three times, and undone:
 
 - with the source, and without any recorded digest: the file, layout and weights checks;
 - without the source: the file and layout checks, which compare the digests that conversion.json records;
 - without either: the file and layout checks alone. What they cannot see is bits of weights that are valid as they are.
 
-The same checks must pass before the first fault and after the last. `--clean N` instead verifies N clean conversions of small random
-models, over families, modes, lengths, dtypes and formats, by everything that runs on this machine in this process.
+The same checks must pass before the first fault and after the last. `--clean N` instead verifies N clean conversions
+of small random models, over families, modes, lengths, dtypes and formats, by everything that runs on this machine in
+this process.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""What bsa-verify takes: the command as a whole process on a BERT-base at 4,096 tokens, and its reading beside plain reading.
+"""What bsa-verify takes: the command as a whole process on a BERT-base at 4,096 tokens, and its reading beside plain
+reading.
 
-Not a test: `python tests/benchmarks/verify.py` on an idle machine. The model has random weights. Each round is a process of its own,
-with everything that the command does: `--source`, `--report`, every backend that runs on the machine. On a GPU the first run, for which
-Triton compiles its kernels into an empty cache, is told apart. The figures are medians with their range; CPU seconds include those of
-Triton's interpreter, which runs beside the command where there is no GPU. The file and weights checks read the folder twice and the
-source once; their rate is told as a ratio to reading the same bytes with plain reads, from a warm page cache. If a run does not pass,
-nothing is reported.
+Not a test: `python tests/benchmarks/verify.py` on an idle machine. The model has random weights. Each round is a
+process of its own, with everything that the command does: `--source`, `--report`, every backend that runs on the
+machine. On a GPU the first run, for which Triton compiles its kernels into an empty cache, is told apart. The figures
+are medians with their range; CPU seconds include those of Triton's interpreter, which runs beside the command where
+there is no GPU. The file and weights checks read the folder twice and the source once; their rate is told as a ratio
+to reading the same bytes with plain reads, from a warm page cache. If a run does not pass, nothing is reported.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def timed(command: list) -> tuple[float, float, str]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, ran.stdout
 
 
-def told(values: list[float]) -> str:
+def summed(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
 
 
@@ -111,7 +112,7 @@ def main(argv=None) -> None:
             checks.append(timed([sys.executable, "-c", CHECKS, out, source])[0])
         reads, checks = reads[1:], checks[1:]  # the first fills the page cache
         ratio = statistics.median(check / read for check, read in zip(checks, reads, strict=True))
-        print(f"reading {nbytes / 1e9:.2f} GB: {told(reads)}; file and weights checks: {told(checks)}, {ratio:.1f} x")
+        print(f"reading {nbytes / 1e9:.2f} GB: {summed(reads)}; file and weights checks: {summed(checks)}, {ratio:.1f} x")
         walls, processor = [], []
         verify = [*command("verify"), out, "--source", source, "--device", options.device]
         verify += ["--report", work / "report", "--json"]
@@ -130,7 +131,8 @@ def main(argv=None) -> None:
         goal = GOALS[options.device]
         verdict = "met" if statistics.median(walls) < goal else "missed"
         print(
-            f"BERT-{options.size} at {options.max_length:,} tokens: {told(walls)}, {told(processor)} of CPU; goal under {goal} s: {verdict}"
+            f"BERT-{options.size} at {options.max_length:,} tokens: "
+            f"{summed(walls)}, {summed(processor)} of CPU; goal under {goal} s: {verdict}"
         )
 
 

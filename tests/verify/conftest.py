@@ -5,7 +5,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
-    """`converted(family, **options)` gives (source folder, converted folder); each is made once and must not be written to."""
+    """`converted(family, **options)` gives (source folder, converted folder); each is made once and must not be
+    written to."""
     from converted_models import Case, make
 
     made = {}
@@ -21,8 +22,8 @@ def converted(tmp_path_factory):
 
 @pytest.fixture
 def damaged(converted, tmp_path):
-    """`damaged(family, **options)` gives (source folder, a copy of the converted folder that a test may damage or verify,
-    which writes to it)."""
+    """`damaged(family, **options)` gives (source folder, a copy of the converted folder that a test may damage or
+    verify, which writes to it)."""
     import shutil
 
     def copy(family="bert", **options):

@@ -18,7 +18,8 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its conversion. `positions_of` tokens are read by the source; `parameters` are those of the mode, as items."""
+    """A model and its conversion. `positions_of` tokens are read by the source; `parameters` are those of the mode, as
+    items."""
 
     family: str = "bert"
     source_length: int = 64
@@ -57,7 +58,8 @@ def make_source(case: Case, path: Path) -> Path:
 
 
 def _make_sparse(path: Path, config) -> None:
-    """Turns a saved model into one that was trained sparse with DeepSpeed: its class' layout for 2048 tokens, int64, in each layer."""
+    """Turns a saved model into one that was trained sparse with DeepSpeed: its class' layout for 2048 tokens, int64,
+    in each layer."""
     import json
 
     import torch
@@ -80,8 +82,8 @@ def _make_sparse(path: Path, config) -> None:
 
 
 def clean_cases(count: int, seed: int = 0) -> list[Case]:
-    """Conversions drawn with a seed over families, modes, blocks, lengths, positions, dtypes, formats and shards; the first are one of
-    each family and a source that is sparse already."""
+    """Conversions drawn with a seed over families, modes, blocks, lengths, positions, dtypes, formats and shards; the
+    first are one of each family and a source that is sparse already."""
     import random
 
     rng = random.Random(seed)

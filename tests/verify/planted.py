@@ -1,4 +1,5 @@
-"""Faults planted into a converted folder, each undone at the end of its `with`: for the tests and for tests/benchmarks/faults.py."""
+"""Faults planted into a converted folder, each undone at the end of its `with`: for the tests and for
+tests/benchmarks/faults.py."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ MODULES = [{"idx": 0, "path": ""}, {"idx": 1, "path": "1_Router"}, {"idx": 2, "p
 
 @pytest.fixture(scope="module")
 def made(converted, tmp_path_factory):
-    """(source, converted folder): a sentence-transformers folder whose modules have folders and weights of their own."""
+    """(source, converted folder): a sentence-transformers folder whose modules have folders and weights of their
+    own."""
     from bsa_export.conversion.convert import convert_source
     from bsa_export.conversion.options import Options
     from bsa_export.hub.source import Source

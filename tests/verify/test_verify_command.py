@@ -220,7 +220,7 @@ def test_a_better_verdict_of_the_same_files_is_kept_until_a_file_changes(damaged
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ("/nowhere/model.bin", "/nowhere/model.bin: expected a file, a folder, or a repository"),
+        ("/nowhere/model.bin", "/nowhere/model.bin: no such file or folder"),
         ("text.txt", "expected"),
         ("empty", "expected a folder with weights"),
     ],
