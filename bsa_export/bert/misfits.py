@@ -54,13 +54,16 @@ def refuse_misfits(
     fits = not (misfits.missing or misfits.mismatched)
     if known and not more_layers:
         _refuse_unused(encoder, others, known, where, _what_to_do(encoder, known) if fits else None)
-    misfits.raise_if_any(where, _likely_cause(written, encoder, misfits))
+    cause = _likely_cause(written, encoder, misfits)
+    if cause is None and misfits.missing and others:
+        cause = f"it holds {some(others, 2)} instead, which {encoder.family.encoder_class} lacks"
+    misfits.raise_if_any(where, cause)
     if more_layers:
         raise FamilyError(
             f"expected tensors of {encoder.layers} layers, which is num_hidden_layers of config.json",
             found=some(more_layers, 1),
             where=where,
-            hint=_likely_cause(written, encoder, misfits),
+            hint=cause,
         )
     _refuse_unused(encoder, others, others[0], where, _what_to_do(encoder, others[0]))
 
@@ -116,7 +119,7 @@ def _likely_cause(written: Mapping[str, Tensor], encoder: Encoder, misfits: Misf
         len(shape) == 1 and math.prod(expected[name].shape) == shape[0] for name, shape in shapes.items()
     ):
         return "the weights are flattened, as FSDP stores them"
-    if misfits.missing and not shapes:
+    if misfits.missing and not shapes and not encoder.unused_names(written):
         return "the file holds only a part of the model"
     return None
 

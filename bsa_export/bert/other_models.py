@@ -81,6 +81,7 @@ _COMPUTE_OTHERWISE = {
     "last_layer_norm": "a layer norm after the last layer (pre-layer-norm)",
     "rescale_embeddings": "rescaled embeddings, as BigBird's",
     "relative_attention": "relative positions, as DeBERTa's",
+    "alibi_starting_size": "ALiBi instead of position embeddings, as MosaicBERT's",
     "rotary_value": "rotary positions, as RoFormer's",
     "use_bottleneck": "bottlenecks, as MobileBERT's",
     "quant_mode": "quantized layers, as I-BERT's",

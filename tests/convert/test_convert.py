@@ -654,7 +654,7 @@ def test_a_mistyped_local_path_is_told_beside_the_hubs_answer(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     told = refused("checkpoints/best", "out")
-    assert told.startswith("nothing of that name is in the folder checkpoints, and as a repository: ")
+    assert told.startswith("no such file or folder, and as a repository: ")
 
 
 @pytest.mark.parametrize("length", [64 * 16385, 10**9])

@@ -154,6 +154,12 @@ def test_config_json_is_not_blamed_for_what_the_tensors_are(kind):
     assert words in text and "is this config.json" not in text
 
 
+def test_layers_of_another_build_are_named():
+    fused = {name.replace("attention.self.query", "attention.self.Wqkv"): row for name, row in encoder().items()}
+    text = refusal(fused)
+    assert "Wqkv" in text and "BertModel lacks" in text and "a part of" not in text
+
+
 @pytest.mark.parametrize(
     "field", ["hidden_size", "vocab_size", "intermediate_size", "num_hidden_layers", "type_vocab_size"]
 )
