@@ -42,7 +42,7 @@ class ConvertedFolder:
 
     @property
     def prefix(self) -> str:
-        """What stands before the encoder's names."""
+        """The prefix of the encoder's names."""
         return self.encoder.prefix
 
     @property

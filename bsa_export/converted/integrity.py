@@ -299,7 +299,7 @@ def expected_layouts(opened: ConvertedFolder) -> tuple[list[np.ndarray] | None, 
         layouts = make_layouts(sparsity, longest, opened.layers, record.seed, differ)
         return layouts, f"yes: {sparsity.mode}" + (f", seed {record.seed}" if random else "")
     if random:
-        return None, "no: random blocks, and no conversion.json tells the seed"
+        return None, "no: random blocks, and no conversion.json has the seed"
     layouts = make_layouts(sparsity, longest, opened.layers)
     if (
         longest < DEEPSPEED_LENGTH

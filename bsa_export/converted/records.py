@@ -176,7 +176,7 @@ class ConversionRecord:
         family: the source's, one of `bert.families.FAMILIES`.
         renamed: source's name -> written name.
         changed: written name -> what is done to its values.
-        added: written names that no tensor of the source stands behind.
+        added: written names of tensors that the source does not have.
         dropped: source's name -> why it is left out.
         tied: source's name that is not written -> written name with the same bytes.
         positions: None where the position embeddings stay.

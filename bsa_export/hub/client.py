@@ -39,7 +39,7 @@ def api(*, writing: bool) -> HfApi:
         raise HubError("nothing can be pushed while HF_HUB_OFFLINE is set", hint="unset it")
     if writing and token is None:
         raise HubError(
-            "pushing needs a token of the Hub, and there is none",
+            "pushing needs a token of the Hub, and none is set",
             hint=f"run hf auth login, or set HF_TOKEN to one with write access from {endpoint()}/settings/tokens",
         )
     # The HTTP client would refuse it too, and show it.

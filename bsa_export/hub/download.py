@@ -50,7 +50,7 @@ class PullResult(NamedTuple):
 
 
 class CachedFile(NamedTuple):
-    """What stands in for the Hub's listing of a file where the Hub cannot be asked."""
+    """A file in the cache, in place of the Hub's listing of it while offline."""
 
     size: int
     blob_id: str | None = None
@@ -274,7 +274,11 @@ def _of_conversion(there: Snapshot, others: Callable[[str], bool]) -> Snapshot:
 
 def _module_paths(there: Snapshot) -> list[str]:
     """The folders of the modules that a sentence-transformers repository lists."""
-    modules = read_json(_small_file(there, MODULES))
+    path = _small_file(there, MODULES)
+    try:
+        modules = read_json(path)
+    except CheckpointError as error:
+        raise HubError(str(error).replace(f"{path.parent}/", ""), where=there.repo_id, hint="tell its owner") from None
     paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
     return [path for path in paths if isinstance(path, str) and SAFE_NAME.fullmatch(path)]
 
@@ -317,7 +321,7 @@ def _cached_listing(repo_id: str, revision: str | None, cache_dir: str | Path | 
 
 
 def _cached(wanted: Snapshot, name: str) -> Path | None:
-    """Where a file lies in the cache, if it does in its whole size."""
+    """The path of a file in the cache, None where it is not there in its whole size."""
     from huggingface_hub import try_to_load_from_cache
 
     path = try_to_load_from_cache(wanted.repo_id, name, revision=wanted.commit, cache_dir=wanted.cache_dir)

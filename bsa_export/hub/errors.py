@@ -11,7 +11,7 @@ from bsa_export.errors import BsaError, HubError
 from bsa_export.files import plain_error
 
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
-# hf_xet tells of an HTTP status only in its text, as "... status client error (403 Forbidden) ...".
+# hf_xet reports an HTTP status only in its text, as "... status client error (403 Forbidden) ...".
 STATUS_IN_TEXT = re.compile(r"\b(?:error|status)\b[^(]{0,40}\((4\d\d|5\d\d)\b")
 ERRNO = re.compile(r"\[Errno -?\d+\] ([\w ]+)")
 FULL = re.compile(r"storage|quota|exceed|payment|upgrade", re.IGNORECASE)
@@ -60,7 +60,7 @@ def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushin
     from huggingface_hub import constants, errors, get_token
 
     url = f"{endpoint()}/{repo_id}"
-    again = "run the same command again, it goes on where it stopped"
+    again = "run the same command again to continue"
     causes = list(_causes(error))
 
     def is_a(*kinds: type) -> bool:
@@ -112,14 +112,14 @@ def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushin
         return HubError(f"this token may not read it{_quoted(said)}", where=repo_id, hint=f"see {url}")
     if status == 412:
         return HubError(
-            f"somebody else committed to {revision} meanwhile",
+            f"somebody else committed to {revision} in the meantime",
             where=repo_id,
             hint=f"look at {url}/commits/{revision}, then push again",
         )
     if status == 429:
         return HubError("the Hub asks for fewer requests", where=repo_id, hint=f"wait some minutes, then {again}")
     if status is not None and status >= 500:
-        return HubError(f"the Hub is in trouble (HTTP {status})", where=repo_id, hint=f"wait, then {again}")
+        return HubError(f"the Hub has a problem (HTTP {status})", where=repo_id, hint=f"wait, then {again}")
     if status is not None:
         return HubError(f"the Hub refuses this (HTTP {status}){_quoted(said)}", where=repo_id, hint=f"see {url}")
     if any(_is_network(cause) for cause in causes):

@@ -41,7 +41,7 @@ class Plan:
         files: all that belongs to the model.
         uploads: names of those that the branch does not hold yet.
         deletes: files of an earlier model in the repository that this model does not have.
-        left_out: what lies in the folder and does not go up.
+        left_out: files of the folder that are not uploaded.
         own_card: whether the card is the user's own text, here or there, which is kept.
         unverified: why the folder does not count as verified; None if it does.
         stamps: the folder's files as they were when they were hashed.
@@ -139,7 +139,7 @@ def plan(
         private: makes a new repository private.
         revision: the branch to commit to, main by default; made from main if it is not there.
         create_pr: opens a pull request against main instead of committing.
-        unverified: takes a folder that bsa-verify did not pass, or that changed since.
+        unverified: accepts a folder that bsa-verify did not pass, or that changed since.
 
     Raises:
         CheckpointError: the folder is no finished conversion, or its card holds metadata that the Hub would refuse.
@@ -266,7 +266,7 @@ def _complete_card(what: Plan) -> str | None:
 
 
 def _checked_user(hub: HfApi, repo_id: str, create_pr: bool) -> str:
-    """The name of the token's user. Raises HubError if it cannot write there, as far as the Hub tells without a try."""
+    """The name of the token's user. Raises HubError if it cannot write there, as far as the Hub says without a try."""
     me = client.patiently(hub.whoami)
     if not isinstance(me, dict) or not isinstance(user := me.get("name"), str):
         raise HubError("expected the name of the token's user from the Hub", hint="look at HF_ENDPOINT")
@@ -319,7 +319,7 @@ def _check_metadata(folder: Path, files: Iterable[PlannedFile]) -> None:
     card = next(file for file in files if file.name == CARD)
     content = (folder / card.name).read_bytes() if card.content is None else card.content
     if refusal := client.patiently(lambda: client.refused_metadata(content.decode("utf-8", "replace"))):
-        hint = "edit what stands between its two --- lines"
+        hint = "edit the lines between its two --- lines"
         raise CheckpointError(f"the Hub refuses its metadata ({refusal})", where=folder / card.name, hint=hint)
 
 
@@ -409,7 +409,7 @@ def _commit(hub: HfApi, what: Plan, base: str, message: str) -> tuple[str, str |
         return client.patiently(attempt, went_through, waits=client.LONG_WAITS)
     except Exception as error:
         if not is_transient(error):  # after which nobody knows whether the commit went through
-            _refuse_changed(what)  # the reason why the Hub finds another hash than it was told
+            _refuse_changed(what)  # the likeliest reason why the Hub finds another hash
         raise
 
 

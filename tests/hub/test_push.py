@@ -235,7 +235,7 @@ def test_a_card_that_only_the_hub_refuses_stops_a_push_before_a_repository_is_ma
     hub.fault("POST /api/validate-yaml", Status(400, '"license" must be one of [...]'))
     ended = push(bsa, model)
     assert ended.code == 1
-    message = 'README.md: the Hub refuses its metadata ("license" must be one of [...]); edit what stands between'
+    message = 'README.md: the Hub refuses its metadata ("license" must be one of [...]); edit the lines between'
     assert message in ended.err
     assert not [request for origin, request, *_ in hub.log if origin == "storage"]
     assert not hub.repos

@@ -41,7 +41,7 @@ def published(bsa, hub, model):
 
 def test_no_token(bsa_lfs, hub, model):
     ended = push(bsa_lfs, model, env={"HF_TOKEN": None})
-    refused(ended, "pushing needs a token of the Hub, and there is none; run hf auth login, or set HF_TOKEN", hub.url)
+    refused(ended, "pushing needs a token of the Hub, and none is set; run hf auth login, or set HF_TOKEN", hub.url)
     assert not hub.log
 
 
@@ -202,7 +202,7 @@ def test_somebody_else_commits_meanwhile(bsa, hub, model):
     before = digests(model)
     refused(
         push(bsa, model),
-        "alice/model: somebody else committed to main meanwhile; look at",
+        "alice/model: somebody else committed to main in the meantime; look at",
         "/commits/main, then push again",
     )
     assert (repo.head.title, digests(model)) == ("theirs", before)
@@ -225,7 +225,7 @@ def test_too_many_requests(bsa, hub, model):
 def test_a_hub_in_trouble(bsa, hub, published, tmp_path, command):
     hub.fault(".", Status(503), times=10**6)
     ended = push(bsa, published) if command == "push" else pull(bsa, tmp_path / "out")
-    refused(ended, "alice/model: the Hub is in trouble (HTTP 503); wait, then run the same command again")
+    refused(ended, "alice/model: the Hub has a problem (HTTP 503); wait, then run the same command again")
     assert not (tmp_path / "out").exists()
 
 
