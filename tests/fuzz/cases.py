@@ -123,18 +123,18 @@ def bert() -> dict[str, torch.Tensor]:
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """A limit of time for a case, as an exception."""
+    """A limit of processor time for a case, as an exception."""
 
     def end(*_: object) -> None:
         raise TimeoutError(f"it took more than {SECONDS} s")
 
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGPROF, end)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def limit_memory() -> None:
