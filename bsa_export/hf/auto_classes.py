@@ -12,15 +12,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-MODEL_TYPE, CONFIG_CLASS = "bsa_bert", "BsaBertConfig"
-# A table of transformers' auto classes -> the class for it.
-CLASSES = {
-    "MODEL_MAPPING": "BsaBertModel",
-    "MODEL_FOR_MASKED_LM_MAPPING": "BsaBertForMaskedLM",
-    "MODEL_FOR_PRETRAINING_MAPPING": "BsaBertForPreTraining",
-    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "BsaBertForSequenceClassification",
-    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "BsaBertForTokenClassification",
-}
+from bsa_export.hf.prenorm_names import CLASSES, CONFIG_CLASS, MODEL_TYPE
+
 _STAND_IN = f"transformers.models.{MODEL_TYPE}"
 _AUTO = "transformers.models.auto"
 

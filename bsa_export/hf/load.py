@@ -15,7 +15,7 @@ from bsa_export.bert.expected_tensors import compare
 from bsa_export.bert.families import FAMILIES, class_names
 from bsa_export.converted.folder import ConvertedFolder, open_folder
 from bsa_export.errors import BsaError, CheckpointError, MissingLibraryError
-from bsa_export.hf.auto_classes import CLASSES, MODEL_TYPE
+from bsa_export.hf.prenorm_names import CLASSES, MODEL_TYPE
 from bsa_export.hf.register import MIN_TRANSFORMERS, register, version_of
 from bsa_export.hf.stored_layout import NAME, StoredLayout
 from bsa_export.hub.source import find_source

@@ -5,7 +5,7 @@ transformers alone does not know its `model_type`: there the model fails to load
 
 from transformers.models.bert.configuration_bert import BertConfig
 
-from bsa_export.hf.auto_classes import MODEL_TYPE
+from bsa_export.hf.prenorm_names import MODEL_TYPE
 
 
 class BsaBertConfig(BertConfig):
