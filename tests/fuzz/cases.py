@@ -167,7 +167,7 @@ class Bench:
         self.source(sidecars=True).rename(folder / "whole")
         result = self.convert(folder / "whole", folder / "converted")
         if result.exit_code:
-            raise RuntimeError(f"the undamaged source is refused: {result.output}")
+            raise RuntimeError(f"the undamaged source is refused: {result.output}") from result.exception
 
     def convert(self, *arguments: object):
         return self.runner.invoke(main, [str(argument) for argument in arguments])
