@@ -219,7 +219,7 @@ def metadata_of(text: str, where: object) -> CardData:
         text: the whole card.
         where: what an error names.
     """
-    from huggingface_hub import CardData, RepoCard
+    from huggingface_hub import CardData
 
     text = text.lstrip("\ufeff")
     block, end, _ = text.partition("\n---") if text.lstrip()[:3] == "---" else ("", "", "")
@@ -235,6 +235,8 @@ def metadata_of(text: str, where: object) -> CardData:
         raise CheckpointError(
             "expected metadata without YAML's merge keys and tags", found=found[0].strip(), where=where
         )
+    from huggingface_hub import RepoCard  # a quarter of a second more
+
     try:
         return RepoCard(f"{block}{end}\n").data
     except Exception as error:  # PyYAML raises ValueError and others for values that it cannot build
