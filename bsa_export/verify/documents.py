@@ -20,7 +20,7 @@ def documents(path: Path) -> list[str]:
         if path.suffix == ".jsonl":
             found = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
         if not all(isinstance(text, str) for text in found):
-            raise TypeError("a text that is none")
+            raise TypeError("a text that is not a string")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise BsaError('expected text, or JSON lines with a "text" each', found=repr(error), where=path) from None
     if not any(text.strip() for text in found):

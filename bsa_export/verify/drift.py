@@ -32,7 +32,7 @@ def measure_drift(runs: EndToEnd, text: Path | None = None, progress: Progress |
         text: plain text, or JSON lines with a `text` each: the documents whose masked tokens are predicted.
         progress: called with (windows done, windows in all).
 
-    Where the text is of no use to this model, which has no masked-LM head or no tokenizer, a figure tells why there is
+    Where the text is of no use to this model, which has no masked-LM head or no tokenizer, a figure says why there is
     no loss.
     """
     folder = runs.folder

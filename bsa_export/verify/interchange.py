@@ -125,7 +125,7 @@ def deepspeed_classes() -> SimpleNamespace | str:
 
 
 def _read(path: Path, **names: object) -> ModuleType:
-    """A module of deepspeed from its file, with `names` in the place of what it imports from deepspeed."""
+    """A module of deepspeed from its file, with `names` instead of what it imports from deepspeed."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     tree.body = [
         statement

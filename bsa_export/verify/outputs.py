@@ -411,7 +411,7 @@ class Ledger:
                     )
 
     def _blame(self, layer: int, what: str) -> None:
-        """A layer whose weights give no numbers: told once, however many inputs show it."""
+        """A layer whose weights lead to NaN or infinite values: reported once, however many inputs show it."""
         places = (f".layer.{layer}.", "embeddings.") if layer == 0 else (f".layer.{layer}.",)
         known = [f"{name} holds {kind}" for name, kind in self.known.items() if any(place in name for place in places)]
         if layer not in self.broken:

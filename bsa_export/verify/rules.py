@@ -68,7 +68,7 @@ def is_tiled(
 def is_interpolated(
     source: np.ndarray, found: np.ndarray, start: int, length: int, reserved: int, source_dtype: str, dtype: str
 ) -> np.ndarray:
-    """Which rows lie on the line between the two rows of `source` around their place, to rounding in both dtypes.
+    """Which rows are on the line between the two rows of `source` around their place, to rounding in both dtypes.
 
     Args:
         source: bits of all rows, `[reserved + positions, size]`.

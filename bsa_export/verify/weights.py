@@ -63,14 +63,12 @@ def check_weights(
     Args:
         folder: what was converted.
         source: the weight file, index or folder that it was converted from.
-        config_path: the source's config.json, if it does not lie beside the weights.
+        config_path: the source's config.json, if it is not stored next to the weights.
         progress: called with (bytes compared, bytes in all).
         source_name: what a person calls the source.
     """
     if folder.record is None:
-        return result(
-            Kind.WEIGHTS, ["there is no conversion.json: nothing tells what was done to the source's tensors"]
-        )
+        return result(Kind.WEIGHTS, ["there is no conversion.json, which says what was done to the source's tensors"])
     try:
         checkpoint = open_checkpoint(encoder_folder(source))
         if other := _other_model(folder, checkpoint, config_path):

@@ -90,7 +90,7 @@ def timed(command: list) -> tuple[float, float, str]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, ran.stdout
 
 
-def summed(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f})"
 
 
@@ -112,7 +112,9 @@ def main(argv=None) -> None:
             checks.append(timed([sys.executable, "-c", CHECKS, out, source])[0])
         reads, checks = reads[1:], checks[1:]  # the first fills the page cache
         ratio = statistics.median(check / read for check, read in zip(checks, reads, strict=True))
-        print(f"reading {nbytes / 1e9:.2f} GB: {summed(reads)}; file and weights checks: {summed(checks)}, {ratio:.1f} x")
+        print(
+            f"reading {nbytes / 1e9:.2f} GB: {spread(reads)}; file and weights checks: {spread(checks)}, {ratio:.1f} x"
+        )
         walls, processor = [], []
         verify = [*command("verify"), out, "--source", source, "--device", options.device]
         verify += ["--report", work / "report", "--json"]
@@ -132,7 +134,7 @@ def main(argv=None) -> None:
         verdict = "met" if statistics.median(walls) < goal else "missed"
         print(
             f"BERT-{options.size} at {options.max_length:,} tokens: "
-            f"{summed(walls)}, {summed(processor)} of CPU; goal under {goal} s: {verdict}"
+            f"{spread(walls)}, {spread(processor)} of CPU; goal under {goal} s: {verdict}"
         )
 
 
