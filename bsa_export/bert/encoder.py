@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from bsa_export.bert.expected_tensors import Sizes, Spec, dense_spec, longest_input, read_sizes, sparse_spec
+from bsa_export.bert.expected_tensors import (
+    Sizes,
+    Spec,
+    dense_spec,
+    has_position_table,
+    longest_input,
+    read_sizes,
+    sparse_spec,
+)
 from bsa_export.bert.families import (
     BUFFERS,
+    FREQUENCIES,
     LAYOUT,
     POSITIONS,
     STORED_LAYOUT,
@@ -19,6 +29,7 @@ from bsa_export.bert.families import (
     reserved_rows,
     written_name,
 )
+from bsa_export.bert.implied import implied_norms_and_positions, implied_vocabulary
 from bsa_export.bert.other_models import in_encoder
 from bsa_export.checkpoint.foreign import recognise
 from bsa_export.checkpoint.table import Tensor
@@ -36,6 +47,7 @@ class Encoder:
         config: content of config.json in the field names that are written.
         sizes: the checked sizes of config.json.
         reserved: position rows in front that are not positions.
+        implied: fields of `config` that the tensors decide: those that config.json leaves out, and a padded vocabulary.
         other_prefixes: those of further encoders in the checkpoint, which are not meant.
     """
 
@@ -44,6 +56,7 @@ class Encoder:
     config: Mapping[str, Any]
     sizes: Sizes
     reserved: int
+    implied: Mapping[str, Any] = field(default_factory=dict)
     other_prefixes: tuple[str, ...] = ()
 
     @classmethod
@@ -54,7 +67,7 @@ class Encoder:
         where: object = "config.json",
         prefix: str | None = None,
     ) -> Encoder:
-        """Finds out what a checkpoint is. No tensor is read.
+        """Finds out what a checkpoint is. Of its tensors, rotary frequencies are read.
 
         Args:
             tensors: the table of the checkpoint.
@@ -73,9 +86,14 @@ class Encoder:
         rows = positions.shape[0] if positions is not None and positions.shape else None
         family = find_family(config, tensors, rows, prefix)
         written = family.config(config)
+        implied = implied_vocabulary(tensors, prefix, written)
+        sizes = read_sizes(family, written | implied, where)
+        if family.chooses_norms:
+            implied |= implied_norms_and_positions(family, tensors, prefix, written, sizes)
+        implied = {name: value for name, value in implied.items() if written.get(name) != value}
+        written |= implied
         others = tuple(other for other in prefixes if other != prefix)
-        sizes = read_sizes(written, where)
-        encoder = cls(family, prefix, written, sizes, reserved_rows(family, written), others)
+        encoder = cls(family, prefix, written, sizes, reserved_rows(family, written), implied, others)
         if encoder.longest < 1:
             rows = encoder.sizes.max_position_embeddings
             raise FamilyError(
@@ -108,9 +126,9 @@ class Encoder:
         return f"{self.family.written_prefix}." if self.prefix else ""
 
     @property
-    def position_name(self) -> str:
-        """The written name of the position embeddings."""
-        return f"{self.written_prefix}{POSITIONS}"
+    def position_name(self) -> str | None:
+        """The written name of the position embeddings; None with rotary positions."""
+        return f"{self.written_prefix}{POSITIONS}" if has_position_table(self.config) else None
 
     def written_name(self, name: str) -> str:
         """The name under which a tensor of the checkpoint is written."""
@@ -122,7 +140,12 @@ class Encoder:
 
     def is_buffer(self, name: str) -> bool:
         """Whether a tensor of the checkpoint is a buffer that the model makes itself."""
-        return name.removeprefix(self.prefix) in BUFFERS
+        return name.removeprefix(self.prefix) in BUFFERS or self.is_frequencies(name)
+
+    def is_frequencies(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint holds the rotary frequencies of a layer."""
+        inner = name.removeprefix(self.prefix)
+        return not has_position_table(self.config) and re.fullmatch(FREQUENCIES, inner) is not None
 
     def is_of_other(self, name: str) -> bool:
         """Whether a tensor of the checkpoint belongs to another encoder than the one that is meant."""

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from bsa_export.bert.families import LAYER, LAYOUT, POSITIONS, TOKEN_TYPES, WORDS, Family, family_list, reserved_rows
+from bsa_export.bert.families import (
+    LAST_NORM,
+    LAYER,
+    LAYOUT,
+    POSITIONS,
+    PRE_NORM_LAYER,
+    TOKEN_TYPES,
+    WORDS,
+    Family,
+    family_list,
+    reserved_rows,
+)
 from bsa_export.bert.other_models import other_computation
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.errors import FamilyError
@@ -74,8 +85,13 @@ class Misfits:
             )
 
 
-def read_sizes(config: Mapping[str, Any], where: object = "config.json") -> Sizes:
+def read_sizes(family: Family, config: Mapping[str, Any], where: object = "config.json") -> Sizes:
     """The sizes in a config.json (of BERT's field names), checked.
+
+    Args:
+        family: decides what else may be computed.
+        config: content of config.json in BERT's field names (`Family.config`).
+        where: that file, for messages.
 
     Raises:
         FamilyError: one is missing or not a positive integer, the heads do not divide the hidden size, or config.json
@@ -107,10 +123,13 @@ def read_sizes(config: Mapping[str, Any], where: object = "config.json") -> Size
         raise FamilyError(
             f"num_hidden_layers: expected at most {MAX_LAYERS:,}", found=f"{sizes.num_hidden_layers:,}", where=where
         )
-    if other := other_computation(config):
+    if other := other_computation(config, family.chooses_norms):
         name, what = other
+        computed = "absolute positions and a layer norm after each sublayer"
+        if family.chooses_norms:
+            computed = "absolute or rotary positions"
         raise FamilyError(
-            "expected the computation of BERT: an encoder with absolute positions and a layer norm after each sublayer",
+            f"expected the computation of BERT: an encoder with {computed}",
             found=f"{name}: {what}",
             where=where,
         )
@@ -132,7 +151,7 @@ def dense_spec(family: Family, config: Mapping, prefix: str, where: object = "co
         config: content of config.json in BERT's field names (`Family.config`).
         prefix: what stands before the encoder's names, such as `bert.`.
     """
-    sizes = read_sizes(config, where)
+    sizes = read_sizes(family, config, where)
 
     def shape(names: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(getattr(sizes, name) for name in names)
@@ -153,8 +172,13 @@ def dense_spec(family: Family, config: Mapping, prefix: str, where: object = "co
     if family.projects_embeddings and sizes.embedding_size != sizes.hidden_size:
         encoder["embeddings_project.weight"] = Entry(shape(hidden + embedding))
         encoder["embeddings_project.bias"] = Entry(shape(hidden))
+    modules = PRE_NORM_LAYER if config.get("pre_layer_norm") else LAYER
     for layer in range(sizes.num_hidden_layers):
-        encoder |= {f"encoder.layer.{layer}.{name}": Entry(shape(fields)) for name, fields in LAYER.items()}
+        encoder |= {f"encoder.layer.{layer}.{name}": Entry(shape(fields)) for name, fields in modules.items()}
+    if config.get("last_layer_norm"):
+        encoder |= {f"{LAST_NORM}.{kind}": Entry(shape(hidden)) for kind in ("weight", "bias")}
+    if not has_position_table(config):
+        del encoder[POSITIONS]
     head = {
         **{name: shape(("vocab_size", *embedding)) for name in family.tied if name.endswith(".weight")},
         **{name: shape(("vocab_size",)) for pair in family.tied.items() for name in pair if name.endswith(".bias")},
@@ -178,8 +202,13 @@ def sparse_spec(family: Family, config: Mapping, prefix: str, where: object = "c
     return spec | {prefix + LAYOUT.format(layer): layout for layer in range(config["num_hidden_layers"])}
 
 
+def has_position_table(config: Mapping[str, Any]) -> bool:
+    """Whether positions are embeddings, and not rotary."""
+    return config.get("position_embedding_type") != "rotary"
+
+
 def longest_input(family: Family, config: Mapping) -> int:
-    """The tokens that a model reads: its position rows without the reserved ones."""
+    """The tokens that a model reads: its position rows without the reserved ones. Rotary positions have no rows."""
     return config["max_position_embeddings"] - reserved_rows(family, config)
 
 

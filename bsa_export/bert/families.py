@@ -20,23 +20,36 @@ from bsa_export.files import read_json
 WORDS = "embeddings.word_embeddings.weight"
 POSITIONS = "embeddings.position_embeddings.weight"
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
-# After `encoder.layer.N.`: what each layer of every family holds, and its shape in fields of config.json.
-LAYER = {
-    f"{part}.{kind}": shape if kind == "weight" else shape[:1]
-    for part, shape in {
-        "attention.self.query": ("hidden_size", "hidden_size"),
-        "attention.self.key": ("hidden_size", "hidden_size"),
-        "attention.self.value": ("hidden_size", "hidden_size"),
-        "attention.output.dense": ("hidden_size", "hidden_size"),
-        "attention.output.LayerNorm": ("hidden_size",),
-        "intermediate.dense": ("intermediate_size", "hidden_size"),
-        "output.dense": ("hidden_size", "intermediate_size"),
-        "output.LayerNorm": ("hidden_size",),
-    }.items()
-    for kind in ("weight", "bias")
+# After `encoder.layer.N.`: the modules of a layer, and the shape of their weights in fields of config.json.
+_LINEARS = {
+    "attention.self.query": ("hidden_size", "hidden_size"),
+    "attention.self.key": ("hidden_size", "hidden_size"),
+    "attention.self.value": ("hidden_size", "hidden_size"),
+    "attention.output.dense": ("hidden_size", "hidden_size"),
+    "intermediate.dense": ("intermediate_size", "hidden_size"),
+    "output.dense": ("hidden_size", "intermediate_size"),
 }
+_POST_NORMS = {"attention.output.LayerNorm": ("hidden_size",), "output.LayerNorm": ("hidden_size",)}
+_PRE_NORMS = {"PreAttentionLayerNorm": ("hidden_size",), "PostAttentionLayerNorm": ("hidden_size",)}
+LAST_NORM = "encoder.FinalLayerNorm"
 LAYOUT = "encoder.layer.{}.attention.self.sparse_self_attention.master_layout"
+FREQUENCIES = r"encoder\.layer\.\d+\.attention\.self\.rotary_emb\.inv_freq"  # of rotary positions, in GENA-LM
+_POST_NORM = r"encoder\.layer\.\d+\.attention\.output\.LayerNorm\..*"
 STORED_LAYOUT = re.compile(r"(.*encoder\.layer\.(\d+)\.attention\.self)\.sparse_self_attention\.master_layout")
+
+
+def _tensors(modules: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """The weight and the bias of each module, and their shapes."""
+    return {
+        f"{name}.{kind}": shape if kind == "weight" else shape[:1]
+        for name, shape in modules.items()
+        for kind in ("weight", "bias")
+    }
+
+
+# What a layer holds with its norms after each sublayer, as in every family, or before it.
+LAYER = _tensors(_LINEARS | _POST_NORMS)
+PRE_NORM_LAYER = _tensors(_LINEARS | _PRE_NORMS)
 
 
 Renames = tuple[tuple[str, str], ...]  # (pattern of the found name, what is written), the first that matches counts
@@ -52,8 +65,11 @@ class Family:
         prefix: the attribute that holds the encoder in a model with a head, `bert` in `bert.embeddings...`.
         reserves: whether position rows up to that of the padding token are not positions (RoBERTa's fairseq heritage).
         tied: names of a head -> the name that they share their bytes with; one that starts with a dot is the encoder's.
-        marks: how a name behind the prefix begins that only this family has; it decides where neither config.json nor
-            the prefix does.
+        marks: patterns of a name behind the prefix that only this family has -> of a name without which the mark does
+            not count, empty for none. They decide where neither config.json nor the prefix does.
+        stated_as: `model_type`s that the config.json of such checkpoints states; `marks` decide then.
+        chooses_norms: whether config.json says where the layer norms are (`pre_layer_norm`, `last_layer_norm`) and
+            whether positions are absolute or rotary (`position_embedding_type`, `rotary_dim`, `rotary_base`).
         written_as: the family whose names, config.json and classes are written; empty for the family itself.
         encoder_names: renames of names behind the encoder's prefix, to those of `written_as`.
         head_names: renames of the other names.
@@ -74,7 +90,9 @@ class Family:
     prefix: str
     reserves: bool
     tied: Mapping[str, str]
-    marks: tuple[str, ...] = ()
+    marks: Mapping[str, str] = field(default_factory=dict)
+    stated_as: tuple[str, ...] = ()
+    chooses_norms: bool = False
     written_as: str = ""
     encoder_names: Renames = ()
     head_names: Renames = ()
@@ -108,6 +126,14 @@ class Family:
         return (
             re.fullmatch(rf"(TF|Flax)?{self.classes}(Model|PreTrainedModel|LMHeadModel|For[A-Z]\w*)", name) is not None
         )
+
+    def is_marked(self, inner: Collection[str]) -> bool:
+        """Whether names behind the prefix are such that only this family has them."""
+
+        def has(pattern: str) -> bool:
+            return any(re.fullmatch(pattern, name) for name in inner)
+
+        return any(has(mark) and not (unless and has(unless)) for mark, unless in self.marks.items())
 
     @property
     def written_prefix(self) -> str:
@@ -143,7 +169,7 @@ FAMILIES = {
             "electra",
             False,
             {"generator_lm_head.weight": f".{WORDS}"},
-            marks=("embeddings_project.",),
+            marks={r"embeddings_project\..*": ""},
             lacks_pooler=True,
             projects_embeddings=True,
         ),
@@ -153,7 +179,7 @@ FAMILIES = {
             "ernie",
             False,
             _BERT_HEAD,
-            marks=("embeddings.task_type_embeddings.",),
+            marks={r"embeddings\.task_type_embeddings\..*": ""},
             own_tensors={"embeddings.task_type_embeddings.weight": ("task_type_vocab_size", "hidden_size")},
             own_tensors_if="use_task_id",
         ),
@@ -164,7 +190,7 @@ FAMILIES = {
             "distilbert",
             False,
             _BERT_HEAD,
-            marks=("transformer.layer.",),
+            marks={r"transformer\.layer\..*": ""},
             written_as="bert",
             encoder_names=(
                 (r"embeddings\..*", r"\g<0>"),
@@ -201,6 +227,37 @@ FAMILIES = {
                 "DistilBertForQuestionAnswering": "BertForQuestionAnswering",
             },
             lacks_token_types=True,
+        ),
+        # DeepSpeed's own recipe (DeepSpeedExamples' bing_bert) and GENA-LM, as the class of `hf.prenorm_bert`.
+        Family(
+            "bsa_bert",
+            "BsaBert",
+            "bert",
+            False,
+            _BERT_HEAD,
+            marks={
+                r"encoder\.layer\.\d+\.(PreAttentionLayerNorm|pre_attention_ln)\..*": _POST_NORM,
+                FREQUENCIES: re.escape(POSITIONS),
+            },
+            stated_as=("bert",),
+            chooses_norms=True,
+            encoder_names=(
+                (r"encoder\.layer\.(\d+)\.pre_attention_ln\.(.*)", r"encoder.layer.\1.PreAttentionLayerNorm.\2"),
+                (r"encoder\.layer\.(\d+)\.post_attention_ln\.(.*)", r"encoder.layer.\1.PostAttentionLayerNorm.\2"),
+                (r"encoder\.last_layer_ln\.(.*)", rf"{LAST_NORM}.\1"),
+            ),
+            constants={"model_type": "bsa_bert"},
+            head_classes={
+                f"{start}{head}": f"BsaBert{head}"
+                for start in ("Bert", "BsaBert")
+                for head in (
+                    "Model",
+                    "ForMaskedLM",
+                    "ForPreTraining",
+                    "ForSequenceClassification",
+                    "ForTokenClassification",
+                )
+            },
         ),
     )
 }
@@ -293,13 +350,19 @@ def find_family(
         FamilyError: it is of none of the families.
     """
     kind = config.get("model_type")
+    families = FAMILIES.values()
+    if others := [family for family in families if kind is None or kind in family.stated_as]:
+        prefix = encoder_prefix(names) if prefix is None else prefix
+        inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    if marked := next((family for family in others if family.stated_as and family.is_marked(inner)), None):
+        return marked
     if kind is not None:
         if isinstance(kind, str) and kind in FAMILIES:
             return FAMILIES[kind]
         raise FamilyError(
             f"expected a model_type of a BERT family ({family_list()})", found=repr(kind), where="config.json"
         )
-    prefix = encoder_prefix(names) if prefix is None else prefix
+    assert prefix is not None
     class_name = next(iter(class_names(config)), "")
     if other := appearance(config, prefix):
         model, sign = other
@@ -308,14 +371,12 @@ def find_family(
             found=f"{model} ({sign})",
             hint="if it is one of them, state its model_type in config.json",
         )
-    inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     last = prefix.rstrip(".").rpartition(".")[2]
     roberta = position_rows is not None and position_rows % 16 == 2 and config.get("pad_token_id") == 1
-    families = FAMILIES.values()
     return (
         next((family for family in families if family.prefix == last), None)
         or next((family for family in families if family.has_class(class_name)), None)
-        or next((family for family in families if any(name.startswith(family.marks) for name in inner)), None)
+        or next((family for family in families if family.is_marked(inner)), None)
         or FAMILIES["roberta" if roberta else "bert"]
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from bsa_export.bert.encoder import Encoder
 from bsa_export.bert.expected_tensors import FLOATS, Misfits, Sizes, compare, dense_spec
-from bsa_export.bert.families import LAYER, POSITIONS, TOKEN_TYPES, WORDS, family_list
+from bsa_export.bert.families import LAYER, POSITIONS, PRE_NORM_LAYER, TOKEN_TYPES, WORDS, family_list
 from bsa_export.bert.other_models import describe_tensor
 from bsa_export.checkpoint.foreign import recognise
 from bsa_export.checkpoint.table import Tensor
@@ -93,7 +93,7 @@ def _what_to_do(encoder: Encoder, name: str) -> str:
 
 def _is_of_more_layers(encoder: Encoder, name: str) -> bool:
     match = re.match(r"encoder\.layer\.(\d+)\.(.*)", name.removeprefix(encoder.written_prefix))
-    return match is not None and int(match[1]) >= encoder.layers and match[2] in LAYER
+    return match is not None and int(match[1]) >= encoder.layers and match[2] in {**LAYER, **PRE_NORM_LAYER}
 
 
 def _likely_cause(written: Mapping[str, Tensor], encoder: Encoder, misfits: Misfits) -> str | None:

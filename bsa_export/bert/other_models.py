@@ -90,6 +90,7 @@ _COMPUTE_OTHERWISE = {
     "is_encoder_decoder": "an encoder and a decoder",
     "pruned_heads": "layers with pruned heads",
 }
+_NORMS = ("pre_layer_norm", "last_layer_norm")
 # A written name behind the encoder's prefix -> what a tensor of that name looks like. The first that matches counts.
 _TENSORS = tuple(
     (re.compile(pattern, re.IGNORECASE), what)
@@ -145,12 +146,20 @@ def appearance(config: Mapping[str, object], prefix: str) -> tuple[str, str] | N
     return None
 
 
-def other_computation(config: Mapping[str, object]) -> tuple[str, str] | None:
-    """A field of config.json that asks for another computation than BERT's, and which; None where there is none."""
+def other_computation(config: Mapping[str, object], chooses_norms: bool = False) -> tuple[str, str] | None:
+    """A field of config.json that asks for another computation than BERT's, and which; None where there is none.
+
+    Args:
+        config: content of config.json.
+        chooses_norms: whether norms before each sublayer and rotary positions are computed too.
+    """
     kind = config.get("position_embedding_type") or "absolute"
-    if kind != "absolute":
+    if kind != "absolute" and not (chooses_norms and kind == "rotary"):
         return f"position_embedding_type {kind!r}", f"{kind} positions instead of absolute ones"
-    return next(((name, what) for name, what in _COMPUTE_OTHERWISE.items() if config.get(name)), None)
+    own = _NORMS if chooses_norms else ()
+    return next(
+        ((name, what) for name, what in _COMPUTE_OTHERWISE.items() if name not in own and config.get(name)), None
+    )
 
 
 def describe_tensor(inner: str) -> str | None:

@@ -297,7 +297,7 @@ def test_a_config_without_optional_fields_is_enough(tmp_path):
 def test_list_families():
     result = convert("--list-families")
     assert result.exit_code == 0
-    assert result.stdout.split() == list(FAMILIES) == list(CLASSES)
+    assert result.stdout.split() == list(FAMILIES) == [*CLASSES, "bsa_bert"]
 
 
 OTHERS = {

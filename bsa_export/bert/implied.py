@@ -1,0 +1,163 @@
+"""What the tensors of a checkpoint say about fields of config.json that it leaves out, or that its recipe did not read.
+
+The tensors decide where config.json is silent. Where both say something else, nothing is converted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from bsa_export.bert.expected_tensors import FLOATS, Sizes
+from bsa_export.bert.families import (
+    FREQUENCIES,
+    LAST_NORM,
+    POSITIONS,
+    PRE_NORM_LAYER,
+    WORDS,
+    Family,
+    class_names,
+    written_name,
+)
+from bsa_export.checkpoint.dtypes import read
+from bsa_export.checkpoint.table import Tensor
+from bsa_export.errors import FamilyError
+
+Fields = dict[str, Any]
+
+PADDED_TO = (8, 16, 32, 64, 128)  # vocabularies, so that matrix products are fast
+ROTARY_BASE = 10_000  # where config.json states none
+# How far stored frequencies may be from the computed ones, relative to them.
+ROUNDING = {"F64": 1e-6, "F32": 1e-5, "F16": 2.0**-10, "BF16": 2.0**-7}
+LEAST_F16 = 2.0**-24  # absolute: smaller ones are stored as a multiple of it
+
+
+def implied_vocabulary(tensors: Mapping[str, Tensor], prefix: str, config: Mapping[str, Any]) -> Fields:
+    """`vocab_size` where config.json has none, or has it without the padding to a round number of rows.
+
+    DeepSpeed's recipe takes the size from its tokenizer, and pads it to a multiple of 8.
+    """
+    words, stated = tensors.get(f"{prefix}{WORDS}"), config.get("vocab_size")
+    if words is None or len(words.shape) != 2:
+        return {}
+    rows = words.shape[0]
+    if stated is None:
+        return {"vocab_size": rows}
+    if not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:
+        return {}
+    padded = [-(-stated // multiple) * multiple for multiple in PADDED_TO]
+    return {"vocab_size": rows} if rows != stated and rows in padded else {}
+
+
+def implied_norms_and_positions(
+    family: Family, tensors: Mapping[str, Tensor], prefix: str, config: Mapping[str, Any], sizes: Sizes
+) -> Fields:
+    """Where the layer norms are, how positions enter, and the class, of a family whose config.json chooses them.
+
+    Args:
+        family: one that `chooses_norms`.
+        tensors: of the checkpoint; rotary frequencies are read.
+        prefix: the encoder's.
+        config: content of config.json in the fields that are written.
+        sizes: those of config.json.
+
+    Raises:
+        FamilyError: config.json says otherwise than the tensors, or the rotary positions cannot be computed.
+    """
+    written = {written_name(family, prefix, name) for name in tensors}
+    start = f"{family.written_prefix}." if prefix else ""
+    inner = {name.removeprefix(start) for name in written if name.startswith(start)}
+    frequencies = {name: row for name, row in tensors.items() if re.fullmatch(re.escape(prefix) + FREQUENCIES, name)}
+    norms = [name for name in PRE_NORM_LAYER if name.startswith(("PreAttention", "PostAttention"))]
+    table, stated = POSITIONS in inner, config.get("position_embedding_type")
+    rotary = bool(frequencies) or (not table and stated == "rotary")
+    found: Fields = {
+        "pre_layer_norm": any(
+            re.fullmatch(r"encoder\.layer\.\d+\.(.*)", name) and name.endswith(tuple(norms)) for name in inner
+        ),
+        "last_layer_norm": f"{LAST_NORM}.weight" in inner or f"{LAST_NORM}.bias" in inner,
+        "position_embedding_type": "rotary" if rotary else "absolute",
+    }
+    if table and rotary:
+        raise FamilyError("expected one kind of positions", found=f"{prefix}{POSITIONS} and {next(iter(frequencies))}")
+    if rotary:
+        found |= _rotary(frequencies, config, sizes)
+    for name, value in found.items():
+        if config.get(name) not in (None, value):
+            raise FamilyError(
+                f"{name}: expected {_json(value)}, which is what the tensors are",
+                found=_json(config[name]),
+                where="config.json",
+                hint="is this config.json from the same model?",
+            )
+    return found | _head(family, tensors, written, config)
+
+
+def computed_frequencies(rotary_dim: int, base: float) -> np.ndarray:
+    """The rotary frequencies, float64 `[rotary_dim / 2]`: pair i turns by `base ** (-2 i / rotary_dim)` a token."""
+    return float(base) ** (-np.arange(0, rotary_dim, 2) / rotary_dim)
+
+
+def _rotary(frequencies: Mapping[str, Tensor], config: Mapping[str, Any], sizes: Sizes) -> Fields:
+    """`rotary_dim` and `rotary_base`, checked against the frequencies that are stored."""
+    head_dim = sizes.hidden_size // sizes.num_attention_heads
+    shapes = {row.shape for row in frequencies.values()}
+    stated, base = config.get("rotary_dim"), config.get("rotary_base")
+    if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+        name, row = next(iter(frequencies.items()))
+        raise FamilyError("expected the same rotary frequencies in each layer", found=list(row.shape), where=name)
+    dim = 2 * next(iter(shapes))[0] if shapes else head_dim if stated is None else stated
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim % 2 or not 0 < dim <= head_dim:
+        raise FamilyError(
+            f"rotary_dim: expected an even number up to the {head_dim} elements of a head",
+            found=dim,
+            where="config.json" if not shapes else next(iter(frequencies)),
+        )
+    base = ROTARY_BASE if base is None else base
+    if not isinstance(base, (int, float)) or isinstance(base, bool) or not 1 < base < 1e12:
+        raise FamilyError("rotary_base: expected a number above 1", found=repr(base), where="config.json")
+    expected = computed_frequencies(dim, base)
+    for name, row in frequencies.items():
+        if row.dtype not in FLOATS:
+            raise FamilyError("expected rotary frequencies of a floating dtype", found=row.dtype, where=name)
+        if not np.allclose(read(row, float32=True), expected, rtol=ROUNDING[row.dtype], atol=LEAST_F16):
+            raise FamilyError(
+                f"expected the frequencies of rotary_base {base} and rotary_dim {dim}",
+                found="others",
+                where=name,
+                hint="state the rotary_base that the model was trained with in config.json",
+            )
+    return {"rotary_dim": dim, "rotary_base": base}
+
+
+def _head(family: Family, tensors: Mapping[str, Tensor], written: Collection[str], config: Mapping[str, Any]) -> Fields:
+    """`architectures`, where config.json names no class, and `num_labels`, where it names no labels."""
+
+    def has(start: str) -> bool:
+        return any(name.startswith(start) for name in written)
+
+    found: Fields = {}
+    if not class_names(config):
+        if has("cls.predictions."):
+            head = "ForPreTraining" if has("cls.seq_relationship.") else "ForMaskedLM"
+        elif has("classifier."):
+            head = (
+                "ForSequenceClassification" if any(".pooler." in name for name in written) else "ForTokenClassification"
+            )
+        else:
+            head = "Model"
+        found["architectures"] = [family.encoder_class.removesuffix("Model") + head]
+    classifier = next(
+        (row for name, row in tensors.items() if name.rpartition("classifier.weight")[1:] == ("classifier.weight", "")),
+        None,
+    )
+    if classifier is not None and len(classifier.shape) == 2 and not {"num_labels", "id2label"} & config.keys():
+        found["num_labels"] = classifier.shape[0]
+    return found
+
+
+def _json(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
