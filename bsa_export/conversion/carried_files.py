@@ -16,6 +16,7 @@ from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
+from bsa_export.bert.families import OLD_CONFIG
 from bsa_export.checkpoint.open import NOT_WEIGHTS, SHARD, WEIGHT_ENDINGS, open_checkpoint, other_file
 from bsa_export.checkpoint.safetensors_file import read_safetensors
 from bsa_export.checkpoint.table import Checkpoint, SkipReason, Tensor, file_stamp
@@ -364,7 +365,7 @@ class _Planner:
         name = path.name
         if name == CARD:
             return LeftBehind.CARD
-        if name == CONFIG:
+        if name in (CONFIG, OLD_CONFIG):
             return LeftBehind.REPLACED
         if name in RECORDS:
             return LeftBehind.RECORD

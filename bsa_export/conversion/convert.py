@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bsa_export.bert.families import read_config
+from bsa_export.bert.families import find_config, read_config
 from bsa_export.checkpoint.atomic_folder import AtomicFolder
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint
@@ -167,7 +167,7 @@ def plan_source(
 
 def _plan_source(source: Source, options: Options, config_path: Path | None) -> tuple[Checkpoint, Plan, CarriedFiles]:
     checkpoint = open_checkpoint(encoder_folder(source.path))
-    config = read_config(config_path or checkpoint.folder / CONFIG)
+    config = read_config(config_path or find_config(checkpoint.folder))
     planned = plan(checkpoint.tensors, config, options, where=source.path)
     carried = carried_files.plan(
         source.path,
@@ -278,6 +278,8 @@ def conversion_record(
         skipped=planned.skipped,
         notes=planned.notes,
         removed_fields=planned.removed_fields,
+        implied_config=planned.implied_config,
+        buffers=planned.buffers,
         attn_implementation=BLOCK_SPARSE,
         not_finite={name: what for file in files.values() for name, what in file.not_finite.items()},
         files={name: FileEntry(file.bytes, file.sha256, file.checksum) for name, file in files.items()},

@@ -21,7 +21,7 @@ from bsa_export.checkpoint.table import Computed, Tensor, tied
 from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE, taken_out
 from bsa_export.conversion.layouts import chosen_layouts, kept_layouts
 from bsa_export.conversion.options import BARE, Options
-from bsa_export.converted.records import Change, DropReason, Note, NoteKind, Positions
+from bsa_export.converted.records import Change, DropReason, Note, NoteKind, Positions, StoredBuffer
 from bsa_export.errors import FamilyError
 from bsa_export.sparsity.configs import SparsityConfig, config_class_path
 from bsa_export.sparsity.facts import LayoutFacts, attention_flops, layout_facts
@@ -49,6 +49,8 @@ class Plan:
         skipped: what is stored next to the source's tensors -> why it is not read.
         notes: what a user should know.
         removed_fields: fields of the source's config.json that are taken out.
+        implied_config: fields of the new config.json that the source's tensors decided.
+        buffers: source's name, one of `dropped` -> its values, which the way back needs.
     """
 
     family: Family
@@ -68,6 +70,8 @@ class Plan:
     sparse_source: bool
     notes: list[Note]
     removed_fields: list[str] = field(default_factory=list)
+    implied_config: dict[str, Any] = field(default_factory=dict)
+    buffers: dict[str, StoredBuffer] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -107,6 +111,7 @@ class _Draft:
     changed: dict[str, Change] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
     dropped: dict[str, DropReason] = field(default_factory=dict)
+    buffers: dict[str, StoredBuffer] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     stored: dict[int, str] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
@@ -132,6 +137,7 @@ def plan(
     encoder = Encoder.find(tensors, config, prefix=options.prefix)
     tensors = _without_other_encoders(draft, encoder, tensors)
     _map_names(draft, encoder, tensors, where)
+    _note_implied_fields(draft, encoder, config)
     _leave_out_tied(draft, encoder)
     _add_token_types(draft, encoder)
     ignored = [name for name, why in draft.dropped.items() if why is DropReason.IGNORED]
@@ -154,7 +160,10 @@ def plan(
     new_config = _sparse_config(encoder, removed, max_length, sparsity, options)
     compare(draft.written, sparse_spec(encoder.family, new_config, encoder.written_prefix)).raise_if_any(where)
     if (head := encoder.family.class_without_equal(config)) is not None:
-        kept = f"BERT has no class like {head}: its head's tensors are kept, but only the encoder runs in transformers"
+        start = encoder.family.encoder_class.removesuffix("Model")
+        kept = (
+            f"{start} has no class like {head}: its head's tensors are kept, but only the encoder runs in transformers"
+        )
         draft.notes.insert(0, Note(NoteKind.HEAD_WITHOUT_CLASS, kept))
     return Plan(
         family=encoder.family,
@@ -174,6 +183,8 @@ def plan(
         sparse_source=sparse_source,
         notes=draft.notes,
         removed_fields=removed,
+        implied_config=dict(encoder.implied),
+        buffers=draft.buffers,
     )
 
 
@@ -218,6 +229,10 @@ def _note_removed_fields(draft: _Draft, config: Mapping[str, Any]) -> list[str]:
 def _map_names(draft: _Draft, encoder: Encoder, tensors: Mapping[str, Tensor], where: object) -> None:
     """Gives every tensor its written name, apart from buffers, which are dropped, and stored layouts."""
     for name, row in tensors.items():
+        if encoder.is_frequencies(name):
+            draft.dropped[name] = DropReason.BUFFER
+            draft.buffers[name] = StoredBuffer(row.dtype, read(row, float32=row.dtype != "F64").tolist())
+            continue
         if encoder.is_buffer(name):
             draft.dropped[name] = DropReason.BUFFER if _is_usual_buffer(name, row) else DropReason.CHANGED_BUFFER
             continue
@@ -230,6 +245,19 @@ def _map_names(draft: _Draft, encoder: Encoder, tensors: Mapping[str, Tensor], w
         draft.written[new] = row
         if new != name:
             draft.renamed[name] = new
+
+
+def _note_implied_fields(draft: _Draft, encoder: Encoder, config: Mapping[str, Any]) -> None:
+    """Says where the tensors overrule config.json, and where the model computes with finer frequencies than stored."""
+    stated, words = config.get("vocab_size"), encoder.implied.get("vocab_size")
+    if stated is not None and words is not None:
+        text = (
+            f"vocab_size is {words:,}, the padded rows of the word embeddings; the source's config.json has {stated:,}"
+        )
+        draft.notes.append(Note(NoteKind.CONFIG_FIELD, text))
+    if rounded := {buffer.dtype for buffer in draft.buffers.values()} & {"F16", "BF16"}:
+        text = f"the source stores its rotary frequencies as {min(rounded)}; the model computes them in float32"
+        draft.notes.append(Note(NoteKind.FREQUENCIES, text))
 
 
 def _leave_out_tied(draft: _Draft, encoder: Encoder) -> None:
@@ -269,9 +297,15 @@ def _note_kept_layouts(
 
 def _extend_positions(draft: _Draft, encoder: Encoder, max_length: int, options: Options) -> Positions | None:
     """Makes the position embeddings those of `max_length` tokens. Returns what was done, None for nothing."""
+    if encoder.position_name is None and options.positions != "tile":
+        raise FamilyError(
+            "rotary positions have no embeddings that could be extended", where="--positions", hint="leave it out"
+        )
     if max_length == encoder.longest:
         return None
     name, method = encoder.position_name, options.positions if max_length > encoder.longest else "tile"
+    if name is None:
+        return None
     table = draft.written[name]
     positions = Positions(method, encoder.reserved, table.shape[0], encoder.reserved + max_length)
     draft.written[name] = extend(name, table, max_length, encoder.reserved, method)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from bsa_export.bert.encoder import Encoder
-from bsa_export.bert.families import FAMILIES, POSITIONS, STORED_LAYOUT, Family, read_config
+from bsa_export.bert.families import FAMILIES, POSITIONS, STORED_LAYOUT, Family, find_config, read_config
 from bsa_export.checkpoint.atomic_folder import AtomicFolder
-from bsa_export.checkpoint.dtypes import read
+from bsa_export.checkpoint.dtypes import cast, read
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Computed, FileRange, Tensor
 from bsa_export.checkpoint.writer import write_weights
@@ -97,7 +97,7 @@ def plan_dense(
                 "its rows are near the source's, not equal"
             )
         dense[name] = _picked(dense[name], reserved, np.round(np.arange(length) * longest / length).astype(int))
-    elif length < longest:
+    elif length < longest and encoder.position_name is not None:
         dense[name] = _cut(dense[name], reserved + length)
     if record:
         dense = _restored(dense, record, reserved + length, notes)
@@ -117,7 +117,7 @@ def plan_dense(
 
 def _check_family(family: Family, config: Mapping) -> None:
     kind = config.get("model_type", family.name)
-    if kind != family.name:
+    if kind not in (family.name, *family.stated_as):
         raise FamilyError(f"expected the config of a {family.name} model", found=repr(kind), where=CONVERSION_RECORD)
 
 
@@ -131,11 +131,20 @@ def _restored(dense: dict[str, Tensor], record: ConversionRecord, rows: int, not
         names = [name for name, why in record.dropped.items() if why is reason]
         if reason is DropReason.BUFFER:
             for name in names:
-                content = buffer_values(name, rows).tobytes()
-                restored[name] = Tensor("I64", (1, rows), Computed(partial(iter, [content])))
+                restored[name] = _buffer(name, rows, record)
         elif names:
             notes.append(f"left out by the conversion ({DROP_WORDS[reason]}): {some(names)}")
     return restored
+
+
+def _buffer(name: str, rows: int, record: ConversionRecord) -> Tensor:
+    """A buffer that the source had and the converted model does not store."""
+    if name not in record.buffers:
+        return Tensor("I64", (1, rows), Computed(partial(iter, [buffer_values(name, rows).tobytes()])))
+    stored = record.buffers[name]
+    wide = np.array(stored.values, "<f8" if stored.dtype == "F64" else "<f4")
+    row = Tensor("F64" if stored.dtype == "F64" else "F32", wide.shape, Computed(partial(iter, [wide.tobytes()])))
+    return cast(name, row, stored.dtype)
 
 
 def _cut(table: Tensor, rows: int) -> Tensor:
@@ -200,7 +209,7 @@ def to_dense(
     checkpoint = open_checkpoint(path)
     if folder.target in (checkpoint.folder.resolve(), *checkpoint.folder.resolve().parents):
         raise CheckpointError("the target would replace the source", where=target, hint="choose another folder")
-    config = read_config(checkpoint.folder / CONFIG)
+    config = read_config(find_config(checkpoint.folder))
     record = read_conversion(checkpoint.folder)
     stored = any(STORED_LAYOUT.fullmatch(name) for name in checkpoint.tensors)
     if record is None and not stored and not config.get("sparse_attention"):

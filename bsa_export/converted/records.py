@@ -46,6 +46,7 @@ class NoteKind(str, Enum):
     IGNORED_TENSORS = "ignored tensors"
     OTHER_ENCODER = "other encoder"
     CONFIG_FIELD = "config field"
+    FREQUENCIES = "rotary frequencies"
     LEFT_BEHIND = "left behind"
 
     __str__ = str.__str__
@@ -169,6 +170,23 @@ class LengthChange:
 
 
 @dataclass(frozen=True)
+class StoredBuffer:
+    """A small vector of the source that the model computes itself. Its values are kept for `--to-dense`.
+
+    Attributes:
+        dtype: a floating dtype of the safetensors format.
+        values: its elements, exactly.
+    """
+
+    dtype: str
+    values: list[float]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError("expected a floating dtype")
+
+
+@dataclass(frozen=True)
 class ConversionRecord:
     """conversion.json. Names are those of tensors; `docs/records.md` shows an example.
 
@@ -178,7 +196,9 @@ class ConversionRecord:
         changed: written name -> what is done to its values.
         added: written names of tensors that the source does not have.
         dropped: source's name -> why it is left out.
+        buffers: source's name, one of `dropped` -> its values, where the way back could not compute the same bits.
         tied: source's name that is not written -> written name with the same bytes.
+        implied_config: fields of the new config.json that the source's tensors decided.
         positions: None where the position embeddings stay.
         sparse_source: whether the source was sparse already, so that its own layouts are kept.
         skipped: what is stored next to the source's tensors -> why it is not read.
@@ -210,6 +230,8 @@ class ConversionRecord:
     lengths: list[LengthChange] | None = None
     not_finite: dict[str, str] = field(default_factory=dict)
     removed_fields: list[str] = field(default_factory=list)
+    implied_config: dict[str, Any] = field(default_factory=dict)
+    buffers: dict[str, StoredBuffer] = field(default_factory=dict)
     attn_implementation: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     bsa_export: str = ""

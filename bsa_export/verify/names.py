@@ -2,7 +2,8 @@
 `bert.families`.
 
 Every family keeps its own names (those of transformers' classes), with the encoder under the family's own attribute.
-DistilBERT becomes BERT. `gamma` and `beta` of a LayerNorm, TensorFlow's names, become `weight` and `bias`.
+DistilBERT becomes BERT, and GENA-LM's layer norms get the names of DeepSpeed's recipe. `gamma` and `beta` of a
+LayerNorm, TensorFlow's names, become `weight` and `bias`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,13 @@ ATTRIBUTES = {
     "ernie": ("ernie", "ernie"),
     "data2vec-text": ("data2vec_text", "data2vec_text"),
     "distilbert": ("distilbert", "bert"),
+    "bsa_bert": ("bert", "bert"),
+}
+# GENA-LM's modules, after `encoder.` or `encoder.layer.N.`, and those of DeepSpeed's recipe.
+PRE_NORM = {
+    "pre_attention_ln": "PreAttentionLayerNorm",
+    "post_attention_ln": "PostAttentionLayerNorm",
+    "last_layer_ln": "FinalLayerNorm",
 }
 # The modules of a layer in DistilBERT (`TransformerBlock`) and in BERT (`BertLayer`).
 DISTILBERT_LAYER = {
@@ -51,6 +59,10 @@ def expected_name(family: str, prefix: str, name: str) -> str:
     """
     name = re.sub(r"(LayerNorm)\.gamma$", r"\1.weight", name)
     name = re.sub(r"(LayerNorm)\.beta$", r"\1.bias", name)
+    # DeepSpeed's recipe and NVIDIA's code: a product, its bias and its activation in one module.
+    name = re.sub(r"\b(intermediate|pooler|transform)\.dense_act\.", r"\1.dense.", name)
+    if family == "bsa_bert" and (match := re.fullmatch(r"(.*encoder\.(?:layer\.\d+\.)?)(\w+_ln)(\.\w+)", name)):
+        name = f"{match[1]}{PRE_NORM.get(match[2], match[2])}{match[3]}"
     found, written = ATTRIBUTES[family]
     if name.startswith(prefix):
         inner = name[len(prefix) :]
