@@ -21,7 +21,7 @@ WORDS = "embeddings.word_embeddings.weight"
 POSITIONS = "embeddings.position_embeddings.weight"
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
 # After `encoder.layer.N.`: the modules of a layer, and the shape of their weights in fields of config.json.
-_LINEARS = {
+_LINEARS: dict[str, tuple[str, ...]] = {
     "attention.self.query": ("hidden_size", "hidden_size"),
     "attention.self.key": ("hidden_size", "hidden_size"),
     "attention.self.value": ("hidden_size", "hidden_size"),
@@ -29,8 +29,14 @@ _LINEARS = {
     "intermediate.dense": ("intermediate_size", "hidden_size"),
     "output.dense": ("hidden_size", "intermediate_size"),
 }
-_POST_NORMS = {"attention.output.LayerNorm": ("hidden_size",), "output.LayerNorm": ("hidden_size",)}
-_PRE_NORMS = {"PreAttentionLayerNorm": ("hidden_size",), "PostAttentionLayerNorm": ("hidden_size",)}
+_POST_NORMS: dict[str, tuple[str, ...]] = {
+    "attention.output.LayerNorm": ("hidden_size",),
+    "output.LayerNorm": ("hidden_size",),
+}
+_PRE_NORMS: dict[str, tuple[str, ...]] = {
+    "PreAttentionLayerNorm": ("hidden_size",),
+    "PostAttentionLayerNorm": ("hidden_size",),
+}
 LAST_NORM = "encoder.FinalLayerNorm"
 LAYOUT = "encoder.layer.{}.attention.self.sparse_self_attention.master_layout"
 FREQUENCIES = r"encoder\.layer\.\d+\.attention\.self\.rotary_emb\.inv_freq"  # of rotary positions, in GENA-LM
