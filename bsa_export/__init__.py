@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bsa_export.conversion.to_dense import to_dense
     from bsa_export.hf.load import load
     from bsa_export.hub import pull, push
-    from bsa_export.ops import block_sparse_attention
+    from bsa_export.ops import block_sparse_attention, clear_caches
     from bsa_export.verify.run import verify
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "SparseSelfAttention",
     "__version__",
     "block_sparse_attention",
+    "clear_caches",
     "convert",
     "load",
     "pull",
@@ -43,6 +44,7 @@ _HOMES = {
     "BertSparseSelfAttention": "bsa_export.attention",
     "SparseSelfAttention": "bsa_export.attention",
     "block_sparse_attention": "bsa_export.ops",
+    "clear_caches": "bsa_export.ops",
     "convert": "bsa_export.conversion.convert",
     "load": "bsa_export.hf.load",
     "pull": "bsa_export.hub",
