@@ -94,7 +94,6 @@ def test_a_head_without_a_place_is_named(tmp_path, caplog):
         {"architectures": [7]},
         {"num_hidden_layers": 10**6},
         {"hidden_act": "no such function"},
-        {"layer_norm_eps": "small"},
         {"num_attention_heads": None},
         {"sparse_attention": {"mode": "windowed", "block": "wide"}},
         {"sparse_attention": {"mode": "windowed", "block": 0}},
