@@ -19,11 +19,27 @@ def tensor(row: table.Tensor) -> Tensor:
     return array.view(torch.bfloat16) if row.dtype == "BF16" else array
 
 
+def turned(x: Tensor, rotary_dim: int, base: float) -> Tensor:
+    """Applies rotary positions: elements i and i + rotary_dim / 2 of a head are a complex number, which turns by
+    `base ** (-2 i / rotary_dim)` at each position. The elements from rotary_dim on stay.
+
+    Args:
+        x: float32 `[batch, heads, length, head_dim]`.
+    """
+    half = rotary_dim // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=x.device) * (-2 / rotary_dim)
+    angles = torch.arange(x.shape[2], dtype=torch.float64, device=x.device)[:, None] * base**exponents
+    wide = x.double()
+    pairs = torch.complex(wide[..., :half], wide[..., half:rotary_dim]) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([pairs.real, pairs.imag, wide[..., rotary_dim:]], dim=-1).to(x.dtype)
+
+
 class Projections:
     """Computes what reaches the attention of each layer.
 
     The first layer gets the model's embeddings of seeded tokens. The others get seeded normal noise through the weight
-    and bias of the LayerNorm before them, whose scale is that of the hidden states there.
+    and bias of the LayerNorm before them, whose scale is that of the hidden states there. With norms before each
+    sublayer, the layer's own one comes between. Rotary positions are applied.
 
     Args:
         folder: whose weights count.
@@ -38,7 +54,8 @@ class Projections:
 
     def __call__(self, layer: int, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of a layer, float32 `[batch, heads, length, head_dim]`."""
-        hidden = self._embedded(batch, length) if layer == 0 else self._normed(layer, batch, length)
+        config = self.folder.encoder.config
+        hidden = self._hidden(layer, batch, length)
         if layer != self._layer:
             names = [f"{part}.{kind}" for part in ("query", "key", "value") for kind in ("weight", "bias")]
             self._weights = {name: self._take(f"encoder.layer.{layer}.attention.self.{name}") for name in names}
@@ -49,7 +66,19 @@ class Projections:
             .transpose(1, 2)
             for x in ("query", "key", "value")
         )
+        if config.get("position_embedding_type") == "rotary":
+            dim, base = config["rotary_dim"], config["rotary_base"]
+            query, key = turned(query, dim, base), turned(key, dim, base)
         return query, key, value
+
+    def _hidden(self, layer: int, batch: int, length: int) -> Tensor:
+        """What a layer's projections get, `[batch, length, hidden]`."""
+        if not self.folder.encoder.config.get("pre_layer_norm"):
+            if layer == 0:
+                return self._embedded(batch, length)
+            return self._norm(f"encoder.layer.{layer - 1}.output.LayerNorm", self._noise(layer, batch, length))
+        stream = self._embedded(batch, length) if layer == 0 else self._noise(layer, batch, length)
+        return self._norm(f"encoder.layer.{layer}.PreAttentionLayerNorm", stream)
 
     def _take(self, name: str) -> Tensor:
         return tensor(self.folder.tensors[self.folder.prefix + name]).to(self.device, torch.float32)
@@ -59,7 +88,9 @@ class Projections:
         folder, encoder = self.folder, self.folder.encoder
         ids = np.random.default_rng(self.seed).integers(encoder.sizes.vocab_size, size=batch * length)
         places = encoder.reserved + np.arange(length)
-        hidden = self._rows(WORDS, ids).view(batch, length, -1) + self._rows(POSITIONS, places)
+        hidden = self._rows(WORDS, ids).view(batch, length, -1)
+        if folder.prefix + POSITIONS in folder.tensors:
+            hidden = hidden + self._rows(POSITIONS, places)
         if folder.prefix + TOKEN_TYPES in folder.tensors:
             hidden = hidden + self._take(TOKEN_TYPES)[0]
         hidden = self._norm("embeddings.LayerNorm", hidden)
@@ -77,10 +108,9 @@ class Projections:
         picked = tensor(table.Tensor(row.dtype, (len(distinct), *row.shape[1:]), data))
         return picked[torch.from_numpy(place)].to(self.device, torch.float32)
 
-    def _normed(self, layer: int, batch: int, length: int) -> Tensor:
+    def _noise(self, layer: int, batch: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1000 + layer)
-        noise = torch.randn(batch, length, self.folder.encoder.sizes.hidden_size, generator=generator).to(self.device)
-        return self._norm(f"encoder.layer.{layer - 1}.output.LayerNorm", noise)
+        return torch.randn(batch, length, self.folder.encoder.sizes.hidden_size, generator=generator).to(self.device)
 
     def _norm(self, name: str, hidden: Tensor) -> Tensor:
         weight, bias = self._take(f"{name}.weight"), self._take(f"{name}.bias")

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bsa_export.bert.expected_tensors import compare
-from bsa_export.bert.families import read_config
+from bsa_export.bert.families import find_config, read_config
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint
 from bsa_export.conversion.source_folder import encoder_folder
@@ -199,7 +199,7 @@ def _write(folder: Path, run: Verification, earlier: VerificationRecord | None) 
 def open_source(source: Path, config: Path | None) -> Checkpoint:
     """What a folder is compared with. Raises BsaError: it is not a checkpoint, or its config.json cannot be read."""
     checkpoint = open_checkpoint(encoder_folder(source))
-    path = config or checkpoint.folder / "config.json"
+    path = config or find_config(checkpoint.folder)
     if path.is_file():
         read_config(path)
     return checkpoint

@@ -6,6 +6,7 @@ whose last bits depend on the order of operations, are then also compared with `
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,6 +22,7 @@ from bsa_export.bert.families import (
     TOKEN_TYPES,
     encoder_prefix,
     encoder_prefixes,
+    find_config,
     read_config,
     reserved_rows,
 )
@@ -90,7 +92,7 @@ def check_weights(
 
 def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: Path | None) -> Iterator[str]:
     """Whether the source's config.json is the one that was converted."""
-    path = config_path or checkpoint.folder / "config.json"
+    path = config_path or find_config(checkpoint.folder)
     if not path.is_file():
         return
     config, recorded = read_config(path), _record(folder).source.config
@@ -105,7 +107,7 @@ def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path:
 def _other_model(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: Path | None) -> str | None:
     """Why the source is another model than the one that was converted, of which no tensor need be compared; None if it
     is not."""
-    path, recorded = config_path or checkpoint.folder / "config.json", _record(folder).source.config
+    path, recorded = config_path or find_config(checkpoint.folder), _record(folder).source.config
     config = read_config(path) if path.is_file() else recorded
     for name in SIZES:
         if recorded.get(name) != config.get(name):
@@ -180,9 +182,28 @@ class _Comparison:
         others = (prefix for prefix in encoder_prefixes(self.checkpoint.tensors) if prefix != self.prefix)
         return (
             old.removeprefix(self.prefix) in BUFFERS
+            or self.are_frequencies(old)
             or any(fnmatchcase(old, pattern) for pattern in options.ignore_tensors)
             or (options.prefix is not None and any(old.startswith(prefix) for prefix in others))
         )
+
+    def are_frequencies(self, old: str) -> bool:
+        """Whether a source's tensor holds the rotary frequencies that config.json implies, and conversion.json has
+        their values."""
+        config = self.folder.encoder.config
+        match = re.fullmatch(
+            r"encoder\.layer\.\d+\.attention\.self\.rotary_emb\.inv_freq", old.removeprefix(self.prefix)
+        )
+        row, recorded = self.checkpoint.tensors[old], self.record.buffers.get(old)
+        if match is None or recorded is None or config.get("position_embedding_type") != "rotary":
+            return False
+        stored = read(row, float32=row.dtype != "F64").astype(float)
+        if (row.dtype, stored.tolist()) != (recorded.dtype, recorded.values):
+            return False
+        dim, base = config["rotary_dim"], config["rotary_base"]
+        exact = np.array([base ** (-2 * pair / dim) for pair in range(dim // 2)])
+        bits = {"F64": 40, "F32": 17, "F16": 10, "BF16": 7}[row.dtype]  # of precision that the stored ones have
+        return stored.shape == exact.shape and bool((abs(stored - exact) <= exact * 2.0**-bits + 2.0**-25).all())
 
     def is_known(self, old: str, row: Tensor) -> bool:
         """Whether the folder has room for a source's tensor: its name, and its shape but for the length."""

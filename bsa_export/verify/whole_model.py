@@ -26,9 +26,11 @@ from bsa_export.converted.checks import Check, Kind, result, skipped, worst
 from bsa_export.converted.folder import ConvertedFolder
 from bsa_export.converted.records import ConversionRecord
 from bsa_export.errors import BsaError, MissingLibraryError
+from bsa_export.hf.prenorm_names import CLASSES, MODEL_TYPE
 from bsa_export.ops.dispatch import AUTO, MODULES, backends, block_sparse_attention
 from bsa_export.verify.attention_inputs import tensor
 from bsa_export.verify.guard import guarded
+from bsa_export.verify.names import ATTRIBUTES, expected_name
 from bsa_export.verify.outputs import ORDERS, larger
 from bsa_export.verify.tolerance import FACTOR, errors
 from bsa_export.version import install_hint
@@ -95,7 +97,7 @@ def load_model(folder: ConvertedFolder, device: str) -> Any:
     dtype = torch.float32 if device == "cpu" else half
     names = folder.config.get("architectures") or [None]
     try:
-        if getattr(transformers, str(names[0]), None) is not None:
+        if names[0] in CLASSES.values() or getattr(transformers, str(names[0]), None) is not None:
             return load(folder.path, device=device, dtype=dtype)
         model = transformers.AutoModel.from_pretrained(
             folder.path, attn_implementation=SPARSE, attention_probs_dropout_prob=0.0, dtype=dtype
@@ -340,12 +342,27 @@ class EndToEnd:
         import transformers
         from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
+        from bsa_export.hf import prenorm_bert
+
         record = self._record
-        config = {"model_type": record.family} | record.source.config
-        kind = transformers.CONFIG_MAPPING[config["model_type"]]
-        names = config.get("architectures") or [None]
-        model_class: Any = getattr(transformers, str(names[0]), None) or MODEL_MAPPING[kind]
-        state = {name: tensor(row) for name, row in checkpoint.tensors.items() if not STORED_LAYOUT.fullmatch(name)}
+        config = record.source.config | record.implied_config | {"model_type": record.family}
+        kind = transformers.CONFIG_MAPPING[record.family]
+        names = (config if record.family != MODEL_TYPE else self.folder.config).get("architectures") or [None]
+        own = getattr(prenorm_bert, names[0]) if names[0] in CLASSES.values() else None
+        model_class: Any = own or getattr(transformers, str(names[0]), None) or MODEL_MAPPING[kind]
+
+        def class_name(name: str) -> str:
+            """A tensor's name in the source's class, which old code may have named otherwise."""
+            own_class = ATTRIBUTES[record.family][0] == ATTRIBUTES[record.family][1]
+            return expected_name(record.family, prefix, name) if own_class else name
+
+        prefix = encoder_prefix(checkpoint.tensors, record.options.prefix)
+        dropped = {class_name(name) for name in record.dropped}
+        state = {
+            class_name(name): tensor(row)
+            for name, row in checkpoint.tensors.items()
+            if not STORED_LAYOUT.fullmatch(name)
+        }
         if record.options.dtype in TORCH_NAMES:
             rounded = getattr(torch, TORCH_NAMES[record.options.dtype])
             state = {name: x.to(rounded) if x.is_floating_point() else x for name, x in state.items()}
@@ -368,7 +385,7 @@ class EndToEnd:
         unused = [
             name
             for name in sorted(loaded["unexpected_keys"])
-            if name.startswith(inside) and not name.endswith(BUFFERS) and name not in record.dropped
+            if name.startswith(inside) and not name.endswith(BUFFERS) and name not in dropped
         ]
         return model.to(self.device).eval(), unused
 
