@@ -1,11 +1,11 @@
 """`prenorm_bert` against a float64 statement of the mathematics that shares no code with it, and stock classes."""
 
 import itertools
-import math
 import warnings
 
 import pytest
 import torch
+from support.prenorm import encoded, head_outputs
 from torch.nn import functional as F
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -52,101 +52,18 @@ def make_inputs(seed=1, length=40, padding="right"):
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": (ids % 2).long()}
 
 
-# The statement: plain PyTorch in float64, from tensor names and config fields.
-
-
-def norm(tensors, name, x, eps):
-    mean = x.mean(-1, keepdim=True)
-    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
-    return (x - mean) / torch.sqrt(variance + eps) * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
-
-
-def linear(tensors, name, x):
-    return x @ tensors[f"{name}.weight"].T + tensors[f"{name}.bias"]
-
-
-def gelu(x):
-    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
-
-
-def turned(x, dim, base):
-    """Element i and i + dim / 2 of `[seq, dim...]` as a complex number, turned by its position times a frequency."""
-    half, (seq, _) = dim // 2, x.shape
-    pairs = torch.complex(x[:, :half], x[:, half:dim])
-    frequencies = torch.tensor([base ** (-2 * i / dim) for i in range(half)], dtype=torch.float64)
-    pairs = pairs * torch.polar(torch.ones(seq, half, dtype=torch.float64), torch.arange(seq)[:, None] * frequencies)
-    return torch.cat([pairs.real, pairs.imag, x[:, dim:]], dim=1)
-
-
-def encoded(tensors, config, ids, token_types, keys, layouts=None):
-    """The last hidden states `[seq, hidden]` of one sequence.
-
-    `keys` is bool `[seq]`, `layouts` bool `[layers, heads, seq, seq]`.
-    """
-    eps, seq, dim = config["layer_norm_eps"], len(ids), HIDDEN // HEADS
-    x = tensors["embeddings.word_embeddings.weight"][ids]
-    x = x + tensors["embeddings.token_type_embeddings.weight"][token_types]
-    if config["position_embedding_type"] == "absolute":
-        x = x + tensors["embeddings.position_embeddings.weight"][:seq]
-    x = norm(tensors, "embeddings.LayerNorm", x, eps)
-    for i in range(LAYERS):
-        layer = f"encoder.layer.{i}"
-
-        def attend(y, i=i, layer=layer):
-            contexts = []
-            for head in range(HEADS):
-                part = slice(head * dim, (head + 1) * dim)
-                q, k, v = (
-                    linear(tensors, f"{layer}.attention.self.{n}", y)[:, part] for n in ("query", "key", "value")
-                )
-                if config["position_embedding_type"] == "rotary":
-                    q, k = (turned(z, config.get("rotary_dim") or dim, config["rotary_base"]) for z in (q, k))
-                scores = q @ k.T / math.sqrt(dim)
-                kept = keys[None].expand(seq, seq) if layouts is None else layouts[i][head] & keys
-                exps = torch.exp(scores - scores.max()) * kept
-                total = exps.sum(1, keepdim=True)
-                contexts.append(exps / torch.where(total == 0, 1.0, total) @ v)
-            return linear(tensors, f"{layer}.attention.output.dense", torch.cat(contexts, dim=1))
-
-        def feed(y, layer=layer):
-            return linear(tensors, f"{layer}.output.dense", gelu(linear(tensors, f"{layer}.intermediate.dense", y)))
-
-        if config["pre_layer_norm"]:
-            x = x + attend(norm(tensors, f"{layer}.PreAttentionLayerNorm", x, eps))
-            x = x + feed(norm(tensors, f"{layer}.PostAttentionLayerNorm", x, eps))
-        else:
-            x = norm(tensors, f"{layer}.attention.output.LayerNorm", x + attend(x), eps)
-            x = norm(tensors, f"{layer}.output.LayerNorm", x + feed(x), eps)
-    last = config["pre_layer_norm"] if config["last_layer_norm"] is None else config["last_layer_norm"]
-    return norm(tensors, "encoder.FinalLayerNorm", x, eps) if last else x
-
-
 def stated(model, inputs, layouts=None):
-    """The outputs of a model by the statement, one row a sequence: what its head computes from the encoder's output."""
-    kind = type(model).__name__
-    fields = ("layer_norm_eps", "pre_layer_norm", "last_layer_norm", "rotary_base", "rotary_dim")
-    config = {name: getattr(model.config, name) for name in (*fields, "position_embedding_type")}
+    """The outputs of a model by the statement of `support.prenorm`, one row a sequence."""
     everything = {name: tensor.double() for name, tensor in model.state_dict().items()}
     tensors = {name.removeprefix("bert."): tensor for name, tensor in everything.items()}
+    config = vars(model.config) | {"rotary_dim": model.config.rotary_dim}
+    head = next((head for head in HEAD_CLASSES[1:] if head in type(model).__name__), "Model")
     found = []
     for ids, keys, types in zip(
         inputs["input_ids"], inputs["attention_mask"].bool(), inputs["token_type_ids"], strict=True
     ):
         x = encoded(tensors, config, ids, types, keys, layouts)
-        if "pooler.dense.weight" in tensors:
-            pooled = torch.tanh(linear(tensors, "pooler.dense", x[0]))
-        if "MaskedLM" in kind or "PreTraining" in kind:
-            head = "cls.predictions.transform"
-            y = norm(tensors, f"{head}.LayerNorm", gelu(linear(tensors, f"{head}.dense", x)), config["layer_norm_eps"])
-            outputs = [(y @ tensors["embeddings.word_embeddings.weight"].T + tensors["cls.predictions.bias"])[keys]]
-            outputs += [linear(tensors, "cls.seq_relationship", pooled)] if "PreTraining" in kind else []
-        elif "Sequence" in kind:
-            outputs = [linear(tensors, "classifier", pooled)]
-        elif "Token" in kind:
-            outputs = [linear(tensors, "classifier", x)[keys]]
-        else:
-            outputs = [x[keys], pooled]
-        found.append(outputs)
+        found.append(head_outputs(tensors, head, x, keys, config["layer_norm_eps"]))
     return found
 
 

@@ -135,9 +135,9 @@ def _checkpoint(
     skipped = [
         Skipped(name, SkipReason.IN_THE_FILE, why) for name in saved if isinstance(name, str) and name != "module"
     ]
-    home = (
-        folder if (folder / "config.json").is_file() or not (folder.parent / "config.json").is_file() else folder.parent
-    )
+    configs = ("config.json", "bert_config.json")
+    places = (place for place in (folder, folder.parent) if any((place / name).is_file() for name in configs))
+    home = next(places, folder)
     return Checkpoint(tensors, home, list(stamps), skipped[:100], stamps=stamps)
 
 

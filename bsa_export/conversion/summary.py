@@ -142,7 +142,9 @@ def meaning(planned: Plan) -> Lines:
         reach = f"each token attends up to {facts.local_reach:,} tokens away"
         if facts.reach > facts.local_reach:
             reach += f", and up to {facts.reach:,} through global or random blocks"
-        if facts.repeats_positions:
+        if planned.positions is None:
+            reach += "; the source was trained on shorter distances" if facts.repeats_positions else ""
+        elif facts.repeats_positions:
             reach += "; position embeddings repeat within that distance"
         elif not facts.interpolated and facts.reach < facts.source_length:
             reach += ", so no two visible tokens share a position embedding"
@@ -165,7 +167,7 @@ def plan_content(planned: Plan) -> dict[str, Any]:
         "short_inputs_differ": planned.facts.short_inputs_differ,
         "reach": planned.facts.reach,
         "local_reach": planned.facts.local_reach,
-        "repeats_positions": planned.facts.repeats_positions,
+        "repeats_positions": planned.positions is not None and planned.facts.repeats_positions,
         "needs_training": planned.facts.needs_training,
         "attention_flops": {
             "dense": planned.attention_flops(1.0),
@@ -177,6 +179,7 @@ def plan_content(planned: Plan) -> dict[str, Any]:
         "dropped": to_json(planned.dropped),
         "tied": planned.tied,
         "positions": to_json(planned.positions),
+        "implied_config": planned.implied_config,
         "sparse_source": planned.sparse_source,
         "skipped": planned.skipped,
         "notes": to_json(planned.notes),

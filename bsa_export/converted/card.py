@@ -42,6 +42,7 @@ HEADS = {
     "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
     "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
     "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification"),
+    "ForPreTraining": (None, "AutoModelForPreTraining"),
     "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering"),
     "ForMultipleChoice": ("multiple-choice", "AutoModelForMultipleChoice"),
     "Model": ("feature-extraction", "AutoModel"),
