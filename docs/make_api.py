@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import re
 import textwrap
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import bsa_export
 DOCS = Path(__file__).resolve().parent
 HEAD = """# Python API
 
-Made from signatures and docstrings by `python docs/make_api.py`.
+Written by `python docs/make_api.py` from signatures and docstrings.
 
 ```python
 import bsa_export as bsa
@@ -26,9 +26,10 @@ bsa.pull("org/name", "folder/")
 bsa.to_dense("out/", "dense/")
 ```
 
-`import bsa_export` imports neither torch nor transformers: each name is loaded when it is first used. Keywords have
-the names of the commands' options. Every error that is meant to be shown is a `bsa_export.errors.BsaError` with one
-sentence. Sparsity configs are in `bsa_export.sparsity`.
+Keywords have the names of the commands' options. An error that a user can act on is a `BsaError` from
+`bsa_export.errors`, with one sentence. Sparsity configs are in `bsa_export.sparsity`.
+
+`import bsa_export` imports neither torch nor transformers: each name is loaded when it is first used.
 """
 FUNCTIONS = (
     "convert",
@@ -38,10 +39,18 @@ FUNCTIONS = (
     "pull",
     "to_dense",
     "block_sparse_attention",
+    "register",
     "unregister",
     "clear_caches",
 )
 CLASSES = ("SparseSelfAttention", "BertSparseSelfAttention")
+RESULTS = (  # what the functions return
+    "bsa_export.conversion.convert.Converted",
+    "bsa_export.conversion.to_dense.WrittenDense",
+    "bsa_export.verify.Verification",
+    "bsa_export.hub.PushResult",
+    "bsa_export.hub.PullResult",
+)
 
 
 def signature(name: str, value: Any) -> str:
@@ -53,19 +62,31 @@ def signature(name: str, value: Any) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             lines.append("*,")
             starred = True
-        lines.append(re.sub(r"'([^']*)'(?=( =|$))", r"\1", str(parameter)) + ",")
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        lines.append(f"{parameter.name}: {parameter.annotation}{default},")  # annotations are text in this package
     returns = inspect.signature(target).return_annotation
-    shown = "" if inspect.isclass(value) or returns is inspect.Signature.empty else f" -> {str(returns).strip(chr(39))}"
+    shown = "" if inspect.isclass(value) or returns is inspect.Signature.empty else f" -> {returns}"
     return f"{name}(\n" + textwrap.indent("\n".join(lines), "    ") + f"\n){shown}" if lines else f"{name}(){shown}"
+
+
+def section(name: str, code: str, text: str) -> str:
+    return f"## {name}\n\n```python\n{code}\n```\n\n```text\n{text}\n```\n"
 
 
 def page() -> str:
     parts = [HEAD]
     for name in (*FUNCTIONS, *CLASSES):
         value = getattr(bsa_export, name)
-        documented = getattr(value, "__wrapped__", value)
-        text = inspect.getdoc(documented if name != "verify" else value.verify) or ""
-        parts.append(f"## {name}\n\n```python\n{signature(name, value)}\n```\n\n```text\n{text}\n```\n")
+        documented = value.verify if name == "verify" else value  # a package that can be called
+        parts.append(section(name, signature(name, value), inspect.getdoc(documented) or ""))
+    for path in RESULTS:
+        module, _, name = path.rpartition(".")
+        value = getattr(import_module(module), name)
+        fields = "\n".join(
+            f"{field}: {getattr(kind, '__forward_arg__', kind)}"
+            for field, kind in inspect.get_annotations(value).items()
+        )
+        parts.append(section(name, fields, inspect.getdoc(value) or ""))
     return "\n".join(parts)
 
 
