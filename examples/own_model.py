@@ -1,4 +1,4 @@
-"""An encoder written by hand around `BertSparseSelfAttention` learns its own source: `python examples/own_model.py [STEPS]`."""
+"""A hand-written encoder with `BertSparseSelfAttention` learns its own source: `python examples/own_model.py [STEPS]`."""
 
 import sys
 from pathlib import Path

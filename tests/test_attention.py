@@ -105,7 +105,7 @@ def test_a_layout_from_a_file_is_the_one_that_counts(tmp_path, dtype):
 
 
 def test_loading_leaves_what_kernels_know_of_the_old_layout_alone():
-    """A new tensor: what was derived from the old one belongs to its address and version, which inference tensors do not have."""
+    """A new tensor: what was derived from the old one belongs to its address and version (not of inference tensors)."""
     with torch.inference_mode():
         attention = make()
         old = attention.master_layout
@@ -292,7 +292,7 @@ def test_a_shorter_sequence_uses_the_stored_layouts_slice():
 
 REFUSED = {
     "config": (lambda: SparseSelfAttention(), "sparsity_config: expected one, such as FixedSparsityConfig"),
-    "key mode": (lambda: make(key_padding_mask_mode="bool"), "key_padding_mask_mode: expected add or mul, found 'bool'"),
+    "key mode": (lambda: make(key_padding_mask_mode="bool"), "key_padding_mask_mode: expected add or mul, found 'bool'"),  # noqa: E501
     "pair mode": (lambda: make(attn_mask_mode=None), "attn_mask_mode: expected add or mul, found None"),
     "length": (
         lambda: make()(*normal(3, 1, HEADS, LONGEST + 1, 16)),
@@ -300,7 +300,7 @@ REFUSED = {
     ),
     "master length": (lambda: SparseSelfAttention(FixedSparsityConfig(HEADS), max_seq_length=100), "multiple of block"),
     "empty row": (
-        lambda: make(SimpleNamespace(block=BLOCK, make_layout=lambda n: torch.zeros(HEADS, n // BLOCK, n // BLOCK).long())),
+        lambda: make(SimpleNamespace(block=BLOCK, make_layout=lambda n: torch.zeros(HEADS, n // BLOCK, n // BLOCK).long())),  # noqa: E501
         "sparsity_config: head 0, row 0: keeps no block",
     ),
     "custom": (lambda: make(CustomSparsityConfig(HEADS, BLOCK)), "a custom layout comes from a file"),
@@ -312,7 +312,7 @@ REFUSED = {
         lambda: BertSparseSelfAttention(BERT, FixedSparsityConfig(4)),
         "sparsity_config: expected a layout of 2 heads, as num_attention_heads, found 4",
     ),
-    "key": (lambda: make()(normal(1, 2, 32, 16), normal(1, 2, 48, 16), normal(1, 2, 32, 16)), r"key: expected the query's"),
+    "key": (lambda: make()(normal(1, 2, 32, 16), normal(1, 2, 48, 16), normal(1, 2, 32, 16)), r"key: expected the query's"),  # noqa: E501
     "query heads": (lambda: make()(*normal(3, 1, 3, 32, 16)), "layout: expected .* as the query has 3 heads"),
     "padding": (
         lambda: make()(*normal(3, 2, HEADS, 32, 16), key_padding_mask=torch.zeros(2, 1, 32, 32)),

@@ -388,8 +388,8 @@ def fake_deepspeed(folder: Path, files: dict[str, str]) -> Path:
 EVERY_NAME = """
     import bsa_export.deepspeed_compat
     from deepspeed.ops.sparse_attention import (SparsityConfig, DenseSparsityConfig, FixedSparsityConfig,
-        VariableSparsityConfig, BigBirdSparsityConfig, BSLongformerSparsityConfig, LocalSlidingWindowSparsityConfig, SparseSelfAttention,
-        BertSparseSelfAttention, SparseAttentionUtils)
+        VariableSparsityConfig, BigBirdSparsityConfig, BSLongformerSparsityConfig, LocalSlidingWindowSparsityConfig,
+        SparseSelfAttention, BertSparseSelfAttention, SparseAttentionUtils)
     from deepspeed.ops.sparse_attention.matmul import MatMul
     from deepspeed.ops.sparse_attention.softmax import Softmax
     from deepspeed.ops.sparse_attention.sparsity_config import FixedSparsityConfig as again

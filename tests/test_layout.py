@@ -331,25 +331,25 @@ def npy_header(text):
         ("x.npy", b"", "cannot be read as an .npy array"),
         ("x.npy", b"<!doctype html><html>", "cannot be read as an .npy array"),
         ("x.npy", lambda tmp: npy_bytes(tmp, HEADS)[:-8], "cannot be read as an .npy array"),
-        ("x.npy", lambda tmp: npy_bytes(tmp, np.array([print], object), allow_pickle=True), "cannot be read as an .npy"),
-        ("x.npy", lambda tmp: npy_bytes(tmp, HEADS.astype(float)), "layout: expected integers or booleans, found float64"),
+        ("x.npy", lambda tmp: npy_bytes(tmp, np.array([print], object), allow_pickle=True), "cannot be read as an .npy"),  # noqa: E501
+        ("x.npy", lambda tmp: npy_bytes(tmp, HEADS.astype(float)), "layout: expected integers or booleans, found float64"),  # noqa: E501
         ("x.npy", lambda tmp: npy_bytes(tmp, HEADS[:, :2, :2]), "[2, 4, 4] or [1, 4, 4], found [2, 2, 2]"),
         ("x.npy", lambda tmp: npy_bytes(tmp, HEADS[[0, 0, 0]]), "[2, 4, 4] or [1, 4, 4], found [3, 4, 4]"),
         ("x.npy", lambda tmp: npy_bytes(tmp, HEADS[0]), "[2, 4, 4] or [1, 4, 4], found [4, 4]"),
         ("x.npy", lambda tmp: npy_bytes(tmp, LAYERS[:2]), "expected one layout, or one for each of 3 layers, found 2"),
-        ("x.npy", lambda tmp: npy_bytes(tmp, LAYERS * np.tri(4, k=-1, dtype=int)), "layout[0]: head 0, row 0: keeps no block"),
+        ("x.npy", lambda tmp: npy_bytes(tmp, LAYERS * np.tri(4, k=-1, dtype=int)), "layout[0]: head 0, row 0: keeps no block"),  # noqa: E501
         ("x.npy", lambda tmp: npz_bytes(tmp, HEADS), "cannot be read as an .npy array"),
         ("x.npz", lambda tmp: npz_bytes(tmp, HEADS), "expected a layout in .npy or .safetensors, found .npz"),
         ("x.npy", lambda tmp: npy_header("(" * 9000), "cannot be read as an .npy array"),
-        ("x.npy", lambda tmp: npy_header("{'descr': '|b1', 'fortran_order': False, 'shape': (1, 4, " + "9" * 5000 + ")}"), "cannot be read"),
-        ("x.npy", lambda tmp: npy_header("{'descr': '|b1', 'fortran_order': False, 'shape': (1, -4, -4)}"), "cannot be read"),
-        ("x.npy", lambda tmp: npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (3, 4611686018427387904, 4, 4)}"), "cannot be read"),
-        ("x.npy", lambda tmp: npy_header("{'descr': [('a', 'u1')], 'fortran_order': False, 'shape': (1, 4, 4)}") + bytes(16), "expected integers or booleans"),
-        ("x.npy", lambda tmp: npy_header("{'descr': '|b1', 'fortran_order': False, 'shape': (1, 4, 4)}") + b"\2" * 16, "expected only 0 and 1"),
+        ("x.npy", lambda tmp: npy_header("{'descr': '|b1', 'fortran_order': False, 'shape': (1, 4, " + "9" * 5000 + ")}"), "cannot be read"),  # noqa: E501
+        ("x.npy", lambda tmp: npy_header("{'descr': '|b1', 'fortran_order': False, 'shape': (1, -4, -4)}"), "cannot be read"),  # noqa: E501
+        ("x.npy", lambda tmp: npy_header("{'descr': '|u1', 'fortran_order': False, 'shape': (3, 4611686018427387904, 4, 4)}"), "cannot be read"),  # noqa: E501
+        ("x.npy", lambda tmp: npy_header("{'descr': [('a', 'u1')], 'fortran_order': False, 'shape': (1, 4, 4)}") + bytes(16), "expected integers or booleans"),  # noqa: E501
+        ("x.npy", lambda tmp: npy_header("{'descr': '|b1', 'fortran_order': False, 'shape': (1, 4, 4)}") + b"\2" * 16, "expected only 0 and 1"),  # noqa: E501
         ("x.safetensors", b"", "expected a safetensors header"),
         ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "expected a safetensors header"),
-        ("x.safetensors", safetensors_bytes("U8", [1, 4, 4], b"\1" * 15), "header is damaged: layout is U8 [1, 4, 4], 16 bytes, but its range is 0 to 15"),
-        ("x.safetensors", safetensors_bytes("BF16", [1, 4, 4], b"\1" * 32), "expected integers or booleans, found BF16"),
+        ("x.safetensors", safetensors_bytes("U8", [1, 4, 4], b"\1" * 15), "header is damaged: layout is U8 [1, 4, 4], 16 bytes, but its range is 0 to 15"),  # noqa: E501
+        ("x.safetensors", safetensors_bytes("BF16", [1, 4, 4], b"\1" * 32), "expected integers or booleans, found BF16"),  # noqa: E501
         ("x.safetensors", safetensors_bytes("F32", [1, 4, 4], b"\0" * 64), "expected integers or booleans, found F32"),
     ],
 )  # fmt: skip

@@ -235,7 +235,7 @@ def test_what_deepspeed_lets_pass_without_meaning_is_refused(deepspeed, mode, pa
         ),
         (
             lambda: sparsity_config({"mode": "big_bird"}, 12),
-            "sparse_attention: mode: expected one of windowed, dense, fixed, variable, bigbird, bslongformer, local, custom, "
+            "sparse_attention: mode: expected one of windowed, dense, fixed, variable, bigbird, bslongformer, local, custom, "  # noqa: E501
             "found 'big_bird'",
         ),
         (
@@ -487,7 +487,7 @@ def test_65536_tokens_at_block_64_take_under_200_ms(mode, heads_differ):
 
 
 def test_sparsity_and_layout_import_no_heavy_library():
-    code = "import sys, bsa_export.sparsity.configs, bsa_export.sparsity.facts, bsa_export.conversion.summary; print(sorted(sys.modules))"
+    code = "import sys, bsa_export.sparsity.configs, bsa_export.sparsity.facts, bsa_export.conversion.summary; print(sorted(sys.modules))"  # noqa: E501
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not [
         name for name in ("torch", "triton", "deepspeed", "transformers", "matplotlib") if f"'{name}'" in loaded
@@ -575,7 +575,7 @@ def test_parameters_cannot_ask_for_work_out_of_proportion():
     sections = [
         {"mode": "variable", "global_block_indices": many, "global_block_end_indices": [2**31 - 1] * len(many)},
         {"mode": "variable", "local_window_blocks": [2**31 - 1] * 16000, "global_block_indices": [0] * 16000},
-        {"mode": "fixed", "num_local_blocks": 2**31 - 1, "num_different_global_patterns": 2**31 - 1, "different_layout_per_head": True},
+        {"mode": "fixed", "num_local_blocks": 2**31 - 1, "num_different_global_patterns": 2**31 - 1, "different_layout_per_head": True},  # noqa: E501
         {"mode": "windowed", "num_local_blocks": 2**31 - 1, "num_sliding_window_blocks": 2**31 - 1},
     ]  # fmt: skip
     for section in sections:

@@ -1,11 +1,13 @@
-"""Attention on one GPU: the fused kernel beside DeepSpeed's kernels, FlexAttention and dense SDPA, forward and backward.
+"""Attention on one GPU: the fused kernel next to DeepSpeed's kernels, FlexAttention and SDPA, forward and backward.
 
-    python tests/benchmarks/attention.py [--lengths 4096 16384] [--patterns windowed fixed] [--blocks 64] [--peers-at 4096]
+    python tests/benchmarks/attention.py [--lengths 4096 16384] [--patterns windowed fixed] [--blocks 64] [--peers-at
+    4096]
 
-Prints a table a length: pattern, block, density, milliseconds and TFLOP/s on kept blocks (`4 * batch * heads * seq^2 * head_dim *
-density` forward, 2.5 times that backward), and how far each goal is met; then some rows in other dtypes and head dims. Times are
-the GPU's, medians of CUDA graph replays; what a call costs the CPU stands below. A row is checked against float64 on a part of its
-rows first, its gradients too, and not timed if it is wrong.
+Prints a table a length: pattern, block, density, milliseconds and TFLOP/s on kept blocks (`4 * batch * heads * seq^2 *
+    head_dim *
+density` forward, 2.5 times that backward), and how far each goal is met; then some rows in other dtypes and head dims.
+Times are the GPU's, medians of CUDA graph replays; what a call costs the CPU stands below. A row is checked against
+float64 on a part of its rows first, its gradients too, and not timed if it is wrong.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measured(call) -> float:
-    """Milliseconds of a call on the GPU, the median: from replays of a CUDA graph, so that Python's time does not count; negative
+    """Milliseconds of a call on the GPU, the median of CUDA graph replays, so that Python's time does not count; negative
     where a call cannot be captured and was timed with events."""
     try:
         return triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")
@@ -107,7 +109,7 @@ def _packed():
 
 
 def flex(layout: torch.Tensor, block: int, seq: int):
-    """Compiled FlexAttention under the layout, its BlockMask built once; units of 16 keep one compilation for all blocks."""
+    """Compiled FlexAttention under the layout, its BlockMask built once; units of 16 need one compilation for all."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     units = layout.bool().repeat_interleave(block // 16, 1).repeat_interleave(block // 16, 2)
@@ -132,7 +134,7 @@ def _compiled_flex():
 
 
 def dense(q, k, v, grad, kept, dtype, in_half=False) -> dict[str, torch.Tensor]:
-    """Plain attention of some rows and its gradients in `dtype`; the softmax in float32 at least, or, as DeepSpeed's, `in_half`.
+    """Plain attention of some rows and its gradients in `dtype`; the softmax in float32 at least, or `in_half`.
 
     Args:
         q, grad: `[heads, rows, head_dim]`.
@@ -147,8 +149,9 @@ def dense(q, k, v, grad, kept, dtype, in_half=False) -> dict[str, torch.Tensor]:
 
 
 def check(attention, inputs, grad, layout, block, in_half=False) -> None:
-    """Raises AssertionError unless the result and its gradients are right, by the rule of `bsa_export.verify.tolerance`, where the
-    gradient of the result is that of some rows and 0 elsewhere: rows of the first, the middle and the last block, and others."""
+    """Raises AssertionError unless result and gradients are right by the rule of `verify.tolerance`, where the
+    gradient of the result is that of some rows and 0 elsewhere: rows of the first, the middle and the last block, and
+        others."""
     batch, heads, seq, _ = inputs[0].shape
     part = CHECKED_ROWS // 4
     rows = [torch.arange(start, min(start + part, seq)) for start in (0, seq // 2, max(0, seq - part))]
@@ -219,7 +222,8 @@ def table(seq: int, args) -> None:
         if best is None or rates[0] > best[0]:
             best = rates
     print(
-        "\n| pattern | block | density | ms forward | backward | TFLOP/s forward | backward | of dense | floor | DeepSpeed | FlexAttention |"
+        "\n| pattern | block | density | ms forward | backward | TFLOP/s forward | backward | of dense | floor "
+        "| DeepSpeed | FlexAttention |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name in args.patterns:

@@ -1,10 +1,11 @@
-"""Attention of BERT-base on a CPU, fp32: the backend `torch` on 16,384 tokens beside dense SDPA on 4,096, and whole models.
+"""Attention of BERT-base on a CPU, fp32: the backend `torch` on 16,384 tokens, dense SDPA on 4,096, and whole models.
 
     python tests/benchmarks/attention_cpu.py [--rounds 5] [--threads 2] [--no-models]
 
-Not a test: for an idle machine. A layer's attention is timed in turn, each way once a round; a figure is the median of the rounds
-with their range, a ratio the median of the rounds' ratios. Every result is judged by float64 first, on its last rows: if one is wrong,
-nothing is reported. Peak memory is the largest resident set of a process that does nothing else.
+Not a test: for an idle machine. A layer's attention is timed in turn, each way once a round; a figure is the median of
+    the rounds
+with their range, a ratio the median of the rounds' ratios. Every result is judged by float64 first, on its last rows:
+if one is wrong, nothing is reported. Peak memory is the largest resident set of a process that does nothing else.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def main() -> None:
             seconds, gib = in_a_process(MODEL, options.threads, attention=attention, seq=seq)
             print(f"| BERT-base, {attention}, {seq:,} tokens | {seconds:.1f} | {gib:.2f} |", flush=True)
     print(
-        f"\ngoals: {LONG:,} tokens in at most {GOALS['GiB']} GiB, and in less time than dense SDPA takes for {DENSE_LENGTH:,}"
+        f"\ngoals: {LONG:,} tokens in at most {GOALS['GiB']} GiB, and in less time than dense SDPA takes for "
+        f"{DENSE_LENGTH:,}"
     )
 
 

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/key_masks.py [--length 4096] [--patterns windowed fixed] [--blocks 16 64]
 
-Prints a table: milliseconds forward / backward without a mask; with one that masks nothing; of sequences padded to different
-lengths, removed or by a number that is added; where a tenth of all keys is removed, anywhere; and of the same texts in a row,
-without padding. Each is checked against float64 on a part of the batch before it is timed.
+Prints a table: milliseconds forward / backward without a mask; with one that masks nothing; of sequences padded to
+    different
+lengths, removed or by a number that is added; where a tenth of all keys is removed, anywhere; and of the same texts in
+a row, without padding. Each is checked against float64 on a part of the batch before it is timed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def arguments() -> argparse.Namespace:
 
 
 def masks(batch: int, seq: int) -> tuple[dict[str, torch.Tensor | None], list[int]]:
-    """Key padding masks by what they do, and the lengths of what is padded: from all tokens down to an eighth of them."""
+    """Key padding masks by what they do, and the padded lengths: from all tokens down to an eighth of them."""
     lengths = [max(1, seq * (batch - i) // batch) for i in range(batch)]
     real = torch.arange(seq, device="cuda")[None] < torch.tensor(lengths, device="cuda")[:, None]
     some = torch.rand(batch, seq, device="cuda", generator=torch.Generator("cuda").manual_seed(0)) < 0.9

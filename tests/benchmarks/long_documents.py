@@ -1,10 +1,10 @@
 """Retrieval of long documents by a sentence-transformers model: truncated, in chunks, converted; and BM25.
 
-The pooling is the mean of all tokens. Not a test. QMSum as LongEmbed has it (nDCG@10) from a file that you name: JSON lines, gzipped or not, of
-{"kind": "document", "id", "text"} and {"kind": "query", "query", "document"}. The texts are those of
-https://github.com/Yale-LILY/QMSum (MIT), train and validation parts, a meeting's utterances joined as "speaker: words".
-Passkey is rebuilt after LongEmbed (https://arxiv.org/abs/2404.12096): 100 documents and 50 queries for each length, one
-document holds the passkey of the person that is asked for; accuracy of the first hit.
+The pooling is the mean of all tokens. Not a test. QMSum as LongEmbed has it (nDCG@10) from a file that you name: JSON
+lines, gzipped or not, of {"kind": "document", "id", "text"} and {"kind": "query", "query", "document"}. The texts are
+those of https://github.com/Yale-LILY/QMSum (MIT), train and validation parts, a meeting's utterances joined as
+"speaker: words". Passkey is rebuilt after LongEmbed (https://arxiv.org/abs/2404.12096): 100 documents and 50 queries
+for each length, one document holds the passkey of the person that is asked for; accuracy of the first hit.
 
     python tests/benchmarks/long_documents.py MODEL --qmsum qmsum.jsonl.gz --device cuda
 
@@ -36,7 +36,7 @@ import bsa_export  # noqa: F401  (registers the attention)
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 FILLER = (
-    "The river runs past the mill. A clerk counts the sacks and writes the number down. Rain is expected in the evening. "
+    "The river runs past the mill. A clerk counts the sacks and writes the number down. Rain is expected. "
     "The train to the coast leaves on time. Someone has painted the bench by the pond. "
 )
 SYLLABLES = ("ba", "den", "fi", "gor", "hal", "ki", "lo", "mar", "ne", "pol", "ri", "san", "tu", "ver", "wil", "za")

@@ -3,9 +3,9 @@
     python tests/benchmarks/model.py [--sizes base] [--lengths 4096 16384] [--minutes 7]
 
 Not a test. Rows run in the order of what the goals need, until `--minutes` are over; what did not run is said. Outputs
-and gradients are compared with the dense class under the same mask first; a pattern that is wrong is not timed. A figure is
-the median of `--repeat` calls with their range, after a call or two that do not count. `--smoke` takes tiny shapes, to see
-anywhere that it runs.
+and gradients are compared with the dense class under the same mask first; a pattern that is wrong is not timed. A
+figure is the median of `--repeat` calls with their range, after a call or two that do not count. `--smoke` takes tiny
+shapes, to see anywhere that it runs.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Row:
-    """What is timed: a forward pass or training step, of a size, at a length or MIXED, under a pattern, by an engine."""
+    """What is timed: a forward pass or step, of a size, at a length or MIXED, under a pattern, by an engine."""
 
     step: str
     size: str
@@ -432,8 +432,8 @@ class Bench:
     def check(self, size: str, pattern: str) -> None:
         """Says whether two layers agree with the dense class under the same mask, forward and backward.
 
-        Right is what errs at most twice as much as plain PyTorch in the same dtype, both against float64. What is wrong is
-        not timed.
+        Right is what errs at most twice as much as plain PyTorch in the same dtype, both against float64. What is
+        wrong is not timed.
         """
         length = 1024
         lengths = [length, length, length // 3, length // 7 + 1]

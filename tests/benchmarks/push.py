@@ -1,9 +1,11 @@
 """Pushing a converted BERT-base (440 MB) to a Hub on loopback: whole processes of `bsa-push` and `hf upload`, in turn.
 
-Not a test: `python tests/benchmarks/push.py` on an idle machine (2 GB of disk). Every run meets an empty Hub (tests/hub/hub_server.py in a
-process of its own) with an empty HF_HOME, with hf_xet and without it. bsa-push also checks the folder against verification.json before, and the
-repository against the folder afterwards. A figure is the median of the rounds with their range, a ratio the median of the rounds' ratios.
-After each run the repository's files are compared with the folder's by sha256: if they differ, nothing is reported.
+Not a test: `python tests/benchmarks/push.py` on an idle machine (2 GB of disk). Every run meets an empty Hub
+    (tests/hub/hub_server.py in a
+process of its own) with an empty HF_HOME, with hf_xet and without it. bsa-push also checks the folder against
+verification.json before, and the repository against the folder afterwards. A figure is the median of the rounds with
+their range, a ratio the median of the rounds' ratios. After each run the repository's files are compared with the
+folder's by sha256: if they differ, nothing is reported.
 """
 
 from __future__ import annotations
@@ -112,7 +114,8 @@ def machine_line() -> str:
     match = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
     names = ("bsa_export", "huggingface_hub", "hf_xet")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
-    return f"{match[1] if match else platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    processor = match[1] if match else platform.machine()
+    return f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
 
 
 def main() -> None:

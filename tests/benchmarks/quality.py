@@ -1,9 +1,9 @@
-"""What conversion costs a masked LM in loss, with no training: dense at the source's length, converted at longer windows.
+"""What conversion costs a masked LM in loss, with no training: dense at the source's length, converted beyond.
 
 Not a test: `BSA_ENGLISH_MLM=FOLDER python tests/benchmarks/quality.py`, where FOLDER holds a BERT with a masked-LM head
-and `heldout.jsonl` (`{"name", "text"}` a line). The folder is converted by the bare command with `--max-length`. 15 % of
-the tokens, chosen once, become [MASK]; every row is scored on the same ones. Documents are cut into windows of the row's
-length, [CLS] and [SEP] included, remainders too. The judge is dense attention over all keys under a mask that is
+and `heldout.jsonl` (`{"name", "text"}` a line). The folder is converted by the bare command with `--max-length`. 15 %
+of the tokens, chosen once, become [MASK]; every row is scored on the same ones. Documents are cut into windows of the
+row's length, [CLS] and [SEP] included, remainders too. The judge is dense attention over all keys under a mask that is
 expanded from the layouts stored in the converted file: plain torch, in float32; no code of this package runs.
 """
 

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/schedule.py [--length 65536] [--block 64] [--heads 12] [--rounds 9]
 
-Not a test, and it needs no GPU. `alike` are layouts whose heads are the same, as most models have them; `different` ones were made with
-`different_layout_per_head`. Milliseconds are medians with their range; the gradients of keys and values take a second list, of the
-transposed layout.
+Not a test, and it needs no GPU. `alike` are layouts whose heads are the same, as most models have them; `different`
+ones were made with `different_layout_per_head`. Milliseconds are medians with their range; the gradients of keys and
+values take a second list, of the transposed layout.
 """
 
 from __future__ import annotations

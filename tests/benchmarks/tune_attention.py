@@ -2,8 +2,9 @@
 
     python tests/benchmarks/tune_attention.py [--kernel forward|query|key ...] [--block 16 64 128] [--head-dim 64]
 
-Prints, per kernel, block and launch, milliseconds and TFLOP/s on kept blocks for each pattern, and the best launch by the
-geometric mean over patterns. `--compile-only I/N` compiles every N-th candidate, so that N processes can fill the cache.
+Prints, per kernel, block and launch, milliseconds and TFLOP/s on kept blocks for each pattern, and the best launch by
+the geometric mean over patterns. `--compile-only I/N` compiles every N-th candidate, so that N processes can fill the
+cache.
 """
 
 import argparse
@@ -18,10 +19,32 @@ from bsa_export.ops.triton_backend import Launch
 from bsa_export.sparsity.configs import MODES
 
 SHAPES = {
-    "forward": [Launch(64, 4, 2), Launch(64, 4, 2, 96), Launch(64, 4, 2, 128), Launch(64, 4, 3, 96), Launch(64, 4, 3), Launch(128, 8, 2), Launch(128, 8, 2, 128)],
-    "query": [Launch(64, 4, 2), Launch(64, 4, 2, 128), Launch(64, 4, 3, 128), Launch(64, 4, 2, 168), Launch(64, 4, 3, 168), Launch(128, 8, 2)],
-    "key": [Launch(64, 4, 2), Launch(64, 4, 2, 168), Launch(64, 4, 3, 168), Launch(64, 4, 3, 200), Launch(64, 8, 3, 128), Launch(128, 8, 2)],
-}  # fmt: skip
+    "forward": [
+        Launch(64, 4, 2),
+        Launch(64, 4, 2, 96),
+        Launch(64, 4, 2, 128),
+        Launch(64, 4, 3, 96),
+        Launch(64, 4, 3),
+        Launch(128, 8, 2),
+        Launch(128, 8, 2, 128),
+    ],
+    "query": [
+        Launch(64, 4, 2),
+        Launch(64, 4, 2, 128),
+        Launch(64, 4, 3, 128),
+        Launch(64, 4, 2, 168),
+        Launch(64, 4, 3, 168),
+        Launch(128, 8, 2),
+    ],
+    "key": [
+        Launch(64, 4, 2),
+        Launch(64, 4, 2, 168),
+        Launch(64, 4, 3, 168),
+        Launch(64, 4, 3, 200),
+        Launch(64, 8, 3, 128),
+        Launch(128, 8, 2),
+    ],
+}
 PATTERNS = [("windowed", 4096), ("fixed", 4096), ("bigbird", 4096), ("bigbird", 16384)]
 FLOPS = {"forward": 4, "query": 6, "key": 8}
 

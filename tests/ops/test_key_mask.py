@@ -17,7 +17,18 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 INF = float("inf")
 # Of a key: nothing, removed, and a number that is added.
 VALUES = {".": 0.0, "-": -INF, "f": -1e4, "b": 0.5}
-MASKS = ["..........", ".......---", "........ff", "--........", "-.......--", "......-...", "..-.......", "....b....-", "fffff.ffff", "----------"]  # fmt: skip
+MASKS = [
+    "..........",
+    ".......---",
+    "........ff",
+    "--........",
+    "-.......--",
+    "......-...",
+    "..-.......",
+    "....b....-",
+    "fffff.ffff",
+    "----------",
+]
 
 
 def read(mask: torch.Tensor) -> torch.Tensor:
