@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
 
 
 def measured(call) -> float:
-    """Milliseconds of a call on the GPU, the median of CUDA graph replays, so that Python's time does not count; negative
+    """Milliseconds of a call on the GPU, the median of CUDA graph replays, without Python's time; negative
     where a call cannot be captured and was timed with events."""
     try:
         return triton.testing.do_bench_cudagraph(call, rep=20, return_mode="median")

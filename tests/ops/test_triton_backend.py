@@ -135,8 +135,11 @@ class TestOperator:
 class TestCalls:
     """What a call may ask for, and where it runs."""
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-    @pytest.mark.parametrize("scale", [-0.3, 0.0])
+    # In float32 at -3.0 the gradient of `value` exceeds the bound: docs/kernel-notes.md, "Known limits".
+    @pytest.mark.parametrize(
+        ("dtype", "scale"),
+        [(torch.float16, -3.0), (torch.float16, 0.0), (torch.float32, -0.3), (torch.float32, 0.0)],
+    )
     @pytest.mark.parametrize("pattern", ["all", "windowed"])
     def test_a_scale_that_is_not_positive(self, dtype, scale, pattern):
         inputs = make_inputs(Case(pattern=pattern, heads=1, batch=1, blocks=6, short=5), 0, "cpu")
