@@ -54,19 +54,20 @@ RESULTS = (  # what the functions return
 
 
 def signature(name: str, value: Any) -> str:
-    """The signature as a person writes it, one parameter a line."""
-    target = value.__init__ if inspect.isclass(value) else value
-    parameters = [p for p in inspect.signature(target).parameters.values() if p.name != "self"]
+    """The definition of a function, or of a class with its `__init__`, one parameter a line."""
+    of_class = inspect.isclass(value)
+    shown = inspect.signature(value.__init__ if of_class else value)
     lines, starred = [], False
-    for parameter in parameters:
+    for parameter in shown.parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             lines.append("*,")
             starred = True
+        annotation = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
         default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-        lines.append(f"{parameter.name}: {parameter.annotation}{default},")  # annotations are text in this package
-    returns = inspect.signature(target).return_annotation
-    shown = "" if inspect.isclass(value) or returns is inspect.Signature.empty else f" -> {returns}"
-    return f"{name}(\n" + textwrap.indent("\n".join(lines), "    ") + f"\n){shown}" if lines else f"{name}(){shown}"
+        lines.append(f"{parameter.name}{annotation}{default},")  # annotations are text in this package
+    inner = "\n" + textwrap.indent("\n".join(lines), "    ") + "\n" if lines else ""
+    code = f"def {'__init__' if of_class else name}({inner}) -> {'None' if of_class else shown.return_annotation}: ..."
+    return f"class {name}:\n{textwrap.indent(code, '    ')}" if of_class else code
 
 
 def section(name: str, code: str, text: str) -> str:
