@@ -29,6 +29,7 @@ from bsa_export.sparsity.layout_file import load_layouts
 
 BLOCKS = (64, 32, 16)  # tried in this order where no block is named
 TIMES_LONGER = 8  # than the source, where no length is named
+DEEPSPEED_BLOCK = 16  # the default of DeepSpeed's classes
 LONG_ENOUGH = 4096  # tokens of a source that keeps its length, where no length is named
 
 
@@ -142,10 +143,8 @@ def kept_layouts(
         )
     layouts = _stored_layouts(tensors, [stored[layer] for layer in range(layers)], heads)
     n = layouts[0].shape[1]
-    try:
-        sparsity = _configured_sparsity(config, section, heads)
-    except SparsityError:
-        sparsity = CustomSparsityConfig(heads, section.get("block") or _block_of(n, source_length))
+    described = _described_sparsity(config, section, heads)
+    sparsity = described or CustomSparsityConfig(heads, section.get("block") or _block_of(n, source_length))
     # Positions and layout may have been made for different lengths: the model reads what both cover.
     n = min(n, source_length // sparsity.block)
     if n < 1:
@@ -175,13 +174,32 @@ def _configured_sparsity(config: Mapping[str, Any], section: Mapping[str, Any], 
     return sparsity_config_from_class_path(path, section, heads) if path else sparsity_config(section, heads)
 
 
+def _described_sparsity(config: Mapping[str, Any], section: Mapping[str, Any], heads: int) -> SparsityConfig | None:
+    """The sparsity config that describes stored layouts; None where there is no section, or one of no class."""
+    if not section:
+        return None
+    try:
+        return _configured_sparsity(config, section, heads)
+    except SparsityError:
+        return None
+
+
 def _block_of(blocks: int, source_length: int) -> int:
-    """The block of a stored layout that no config describes: by the positions, else by DeepSpeed's own length."""
-    for length in (source_length, DEEPSPEED_LENGTH):
-        if length % blocks == 0 and length // blocks in (16, 32, 64, 128):
-            return length // blocks
+    """The block of a stored layout that no config describes: by the positions, or by the length of DeepSpeed's class.
+
+    With that class and its default block a layout has 128 blocks a row.
+    """
+    if blocks * DEEPSPEED_BLOCK == DEEPSPEED_LENGTH:
+        return DEEPSPEED_BLOCK
+    lengths = sorted({source_length, DEEPSPEED_LENGTH})
+    found = {length // blocks: length for length in lengths if not length % blocks}
+    found = {block: length for block, length in found.items() if block in (16, 32, 64, 128)}
+    if len(found) == 1:
+        return next(iter(found))
+    choices = " or ".join(f"{block} tokens a block for {length:,}" for block, length in found.items())
     raise SparsityError(
         f"its layouts have {blocks} blocks a row, and no config states the tokens of a block",
+        found=choices or None,
         where="source",
         hint='add "sparse_attention": {"block": ...} to config.json',
     )

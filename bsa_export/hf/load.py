@@ -79,8 +79,9 @@ def load(
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
-# The head that tensors of these names are, and transformers' table of the classes that have it.
+# The head that tensors of these names are, and transformers' table of the classes that have it. The first counts.
 HEADS = {
+    "cls.seq_relationship.": "MODEL_FOR_PRETRAINING_MAPPING",
     "cls.predictions.": "MODEL_FOR_MASKED_LM_MAPPING",
     "lm_head.": "MODEL_FOR_MASKED_LM_MAPPING",
     "generator_lm_head.": "MODEL_FOR_MASKED_LM_MAPPING",
