@@ -260,6 +260,7 @@ FAMILIES = {
                     "Model",
                     "ForMaskedLM",
                     "ForPreTraining",
+                    "ForQuestionAnswering",
                     "ForSequenceClassification",
                     "ForTokenClassification",
                 )

@@ -143,6 +143,8 @@ def _head(family: Family, tensors: Mapping[str, Tensor], written: Collection[str
     if not class_names(config):
         if has("cls.predictions."):
             head = "ForPreTraining" if has("cls.seq_relationship.") else "ForMaskedLM"
+        elif has("qa_outputs."):
+            head = "ForQuestionAnswering"
         elif has("classifier."):
             head = (
                 "ForSequenceClassification" if any(".pooler." in name for name in written) else "ForTokenClassification"

@@ -21,34 +21,7 @@ from transformers.models.bert import modeling_bert as bert
 
 from bsa_export.errors import AttentionError
 from bsa_export.hf.prenorm_config import BsaBertConfig
-
-
-def rotary_angles(positions: Tensor, rotary_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary positions, in `dtype`, computed in float32 or wider.
-
-    Args:
-        positions: integers `[batch or 1, seq]`.
-        rotary_dim: elements of a head that are rotated; pair i turns by `position * base ** (-2 i / rotary_dim)`.
-
-    Returns:
-        Two tensors `[batch or 1, 1, seq, rotary_dim / 2]`.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=wide) / rotary_dim
-    angles = positions[:, None, :, None].to(wide) * base**-exponents
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the first elements of each head, halves as in GPT-NeoX; the other elements pass.
-
-    Args:
-        x: `[batch, heads, seq, head_dim]`.
-        cos, sin: from `rotary_angles`.
-    """
-    half = cos.shape[-1]
-    first, second, other = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, other], dim=-1)
+from bsa_export.hf.rotary import rotary_angles, rotated
 
 
 class RotarySelfAttention(bert.BertSelfAttention):
@@ -197,12 +170,18 @@ def _check(config: BsaBertConfig) -> None:
         raise AttentionError(f"rotary_dim: expected an even number up to the head's {head_dim}", found=rotary_dim)
 
 
+def _with_encoder(model: Any, config: BsaBertConfig, add_pooling_layer: bool = True) -> None:
+    """What all models with a head begin with: `num_labels` and the encoder."""
+    bert.BertPreTrainedModel.__init__(model, config)
+    model.num_labels = config.num_labels
+    model.bert = BsaBertModel(config, add_pooling_layer=add_pooling_layer)
+
+
 class BsaBertForMaskedLM(bert.BertForMaskedLM):
     config_class = BsaBertConfig
 
     def __init__(self, config: BsaBertConfig):
-        bert.BertPreTrainedModel.__init__(self, config)
-        self.bert = BsaBertModel(config, add_pooling_layer=False)
+        _with_encoder(self, config, add_pooling_layer=False)
         self.cls = bert.BertOnlyMLMHead(config)
         self.post_init()
 
@@ -211,20 +190,25 @@ class BsaBertForPreTraining(bert.BertForPreTraining):
     config_class = BsaBertConfig
 
     def __init__(self, config: BsaBertConfig):
-        bert.BertPreTrainedModel.__init__(self, config)
-        self.bert = BsaBertModel(config)
+        _with_encoder(self, config)
         self.cls = bert.BertPreTrainingHeads(config)
         self.post_init()
 
 
-def _classifier(model: Any, config: BsaBertConfig, add_pooling_layer: bool) -> None:
-    """The parts of both classification models."""
-    bert.BertPreTrainedModel.__init__(model, config)
-    model.num_labels = config.num_labels
-    model.bert = BsaBertModel(config, add_pooling_layer=add_pooling_layer)
+class BsaBertForQuestionAnswering(bert.BertForQuestionAnswering):
+    config_class = BsaBertConfig
+
+    def __init__(self, config: BsaBertConfig):
+        _with_encoder(self, config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+def _classifier(model: Any, config: BsaBertConfig) -> None:
+    """The parts that both classification models have behind the encoder."""
     dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
     model.dropout = nn.Dropout(dropout)
-    model.classifier = nn.Linear(config.hidden_size, model.num_labels)
+    model.classifier = nn.Linear(config.hidden_size, config.num_labels)
     model.post_init()
 
 
@@ -232,11 +216,13 @@ class BsaBertForSequenceClassification(bert.BertForSequenceClassification):
     config_class = BsaBertConfig
 
     def __init__(self, config: BsaBertConfig):
-        _classifier(self, config, add_pooling_layer=True)
+        _with_encoder(self, config)
+        _classifier(self, config)
 
 
 class BsaBertForTokenClassification(bert.BertForTokenClassification):
     config_class = BsaBertConfig
 
     def __init__(self, config: BsaBertConfig):
-        _classifier(self, config, add_pooling_layer=False)
+        _with_encoder(self, config, add_pooling_layer=False)
+        _classifier(self, config)

@@ -6,6 +6,7 @@ CLASSES = {
     "MODEL_MAPPING": "BsaBertModel",
     "MODEL_FOR_MASKED_LM_MAPPING": "BsaBertForMaskedLM",
     "MODEL_FOR_PRETRAINING_MAPPING": "BsaBertForPreTraining",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING": "BsaBertForQuestionAnswering",
     "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING": "BsaBertForSequenceClassification",
     "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING": "BsaBertForTokenClassification",
 }

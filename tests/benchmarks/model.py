@@ -1,6 +1,7 @@
 """Whole models of BERT's shapes: tokens a second and peak memory of block-sparse attention beside its competitors.
 
     python tests/benchmarks/model.py [--sizes base] [--lengths 4096 16384] [--minutes 7]
+    python tests/benchmarks/model.py --sizes base gena --patterns bigbird-heads --lengths 4096 --peers --no-mixed
 
 Not a test. Rows run in the order of what the goals need, until `--minutes` are over; what did not run is said. Outputs
 and gradients are compared with the dense class under the same mask first; a pattern that is wrong is not timed. A
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import transformers
@@ -30,12 +32,15 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, BertConfig
 
 import bsa_export
+from bsa_export.hf.prenorm_config import BsaBertConfig
 from bsa_export.hf.stored_layout import StoredLayout
 from bsa_export.sparsity.configs import sparsity_config
 
 SIZES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+    # GENA-LM: norms before each sublayer, no last norm, rotary positions.
+    "gena": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
     "smoke": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
 }
 BLOCK = 64
@@ -43,6 +48,20 @@ PATTERNS = {
     "windowed": {"num_local_blocks": 8, "num_sliding_window_blocks": 9},
     "bigbird": {"num_random_blocks": 3, "num_sliding_window_blocks": 3, "num_global_blocks": 2},
     "fixed": {"num_local_blocks": 4, "num_global_blocks": 1},
+    # GENA-LM's: every head has its own random blocks.
+    "bigbird-heads": {
+        "num_random_blocks": 3,
+        "num_sliding_window_blocks": 3,
+        "num_global_blocks": 2,
+        "different_layout_per_head": True,
+    },
+}
+GENA = {
+    "pre_layer_norm": True,
+    "last_layer_norm": False,
+    "position_embedding_type": "rotary",
+    "rotary_dim": 32,
+    "rotary_base": 10000,
 }
 PEERS = ("hf-bigbird", "hf-longformer", "flex")
 FLEX_TILE = 128  # FlexAttention is several times slower with a mask of smaller blocks
@@ -56,7 +75,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["base", "large"], choices=SIZES)
     parser.add_argument("--lengths", nargs="+", type=int, default=[512 << i for i in range(8)])
-    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=PATTERNS)
+    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS)[:3], choices=PATTERNS)
     parser.add_argument("--steps", nargs="+", default=["forward", "train"], choices=["forward", "train"])
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
     parser.add_argument("--peer-lengths", nargs="*", type=int, default=[16384, 4096, 65536], help="of the peers, first")
@@ -145,7 +164,8 @@ def rows(options) -> Iterator[Row]:
 
 def bert(size: str, longest: int, device, dtype, layers: int | None = None):
     """BERT in `dtype`, its layouts still empty, without dropout, which block-sparse attention does not have."""
-    config = BertConfig(
+    make = partial(BsaBertConfig, **GENA) if size.startswith("gena") else BertConfig
+    config = make(
         **SIZES[size] | ({"num_hidden_layers": layers} if layers else {}),
         max_position_embeddings=longest,
         sparse_attention={"block": BLOCK},
@@ -158,7 +178,7 @@ def bert(size: str, longest: int, device, dtype, layers: int | None = None):
 
 def layout_for(size: str, length: int, pattern: str) -> torch.Tensor:
     """uint8 `[heads, n, n]`."""
-    section = {"mode": pattern, "block": BLOCK, **PATTERNS[pattern]}
+    section = {"mode": pattern.partition("-")[0], "block": BLOCK, **PATTERNS[pattern]}
     config = sparsity_config(section, SIZES[size]["num_attention_heads"])
     return torch.from_numpy(config.make_layout(length, random.Random(0)))
 
@@ -378,6 +398,9 @@ class Bench:
             told.append(f"{self.found[row].rate / dense.rate:.2f} x SDPA")
             if self.cuda:
                 told.append(f"{self.found[row].peak / dense.peak:.2f} of its memory")
+        base = self.found.get(Row(row.step, "base", row.length, row.pattern, row.engine))
+        if base and row.size == "gena":
+            told.append(f"{self.found[row].rate / base.rate:.2f} of base's rate")
         if short and row.engine != "sdpa":
             told.append(f"{self.found[row].rate / short.rate:.2f} of its rate at 512")
         return ", ".join(told)

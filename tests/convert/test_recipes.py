@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from support.prenorm import encoded, head_outputs, linear, norm, turned
 from tiny_models import config, convert, converted, record, refused, same_bits, tensors
+from torch import nn
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
@@ -17,6 +18,7 @@ import bsa_export  # noqa: E402
 from bsa_export.checkpoint.open import open_checkpoint  # noqa: E402
 from bsa_export.converted.folder import open_folder  # noqa: E402
 from bsa_export.converted.integrity import check_file, check_layout  # noqa: E402
+from bsa_export.deepspeed_compat import sparse_attention as old  # noqa: E402
 from bsa_export.errors import AttentionError  # noqa: E402
 from bsa_export.verify.attention_inputs import Projections  # noqa: E402
 from bsa_export.verify.interchange import check_interchange  # noqa: E402
@@ -99,6 +101,8 @@ class Recipe:
             shapes["cls.predictions.bias"] = (VOCAB,)
         if self.head == "PreTraining":
             linears["cls.seq_relationship"] = (2, HIDDEN)
+        if self.head == "QuestionAnswering":
+            linears["qa_outputs"] = (2, HIDDEN)
         if "Classification" in self.head:
             linears["classifier"] = (3, HIDDEN)
         for name, shape in linears.items():
@@ -119,7 +123,7 @@ class Recipe:
         """The state dict of the recipe's own code."""
         state = {}
         for name, tensor in self.statement().items():
-            own = name if name.startswith(("cls.", "classifier")) else f"bert.{name}"
+            own = name if name.startswith(("cls.", "classifier", "qa_outputs")) else f"bert.{name}"
             for ours, theirs in self.names.items():
                 own = own.replace(ours, theirs)
             state[own] = tensor
@@ -141,6 +145,7 @@ STATED = {"model_type": "bert", "pre_layer_norm": True, "pad_token_id": 3, "laye
 NO_LAST = {"last_layer_norm": False}
 RECIPES = {
     "deepspeed sparse": Recipe(DEEPSPEED, config={"vocab_size": 58}, sparse=True, layout_tokens=2048),
+    "deepspeed answers": Recipe(DEEPSPEED, head="QuestionAnswering", sparse=True, layout_tokens=2048),
     "deepspeed dense": Recipe(DEEPSPEED, head="MaskedLM", config={"model_type": "bert"}),
     "gena sparse rotary": Recipe(
         GENA, "MaskedLM", True, False, ROTARY,
@@ -222,7 +227,8 @@ def test_outputs_are_those_of_the_statement(case, length):
         outputs = model(input_ids=ids, attention_mask=keys).to_tuple()
     for i, stated in enumerate(expected(recipe, ids, keys, layouts)):
         for output, judge in zip(outputs, stated, strict=True):
-            found = output[i][keys[i].bool()] if output.ndim == 3 else output[i]
+            of_tokens = output.ndim == 3 or output.shape == keys.shape
+            found = output[i][keys[i].bool()] if of_tokens else output[i]
             torch.testing.assert_close(found.double(), judge, atol=2e-4, rtol=2e-4)
 
 
@@ -298,6 +304,64 @@ def test_the_judge_of_a_layer_gets_what_the_layer_gets(case):
         if recipe.positions and name != "value":
             heads = [turned(head, ROTARY["rotary_dim"], ROTARY["rotary_base"]) for head in heads]
         torch.testing.assert_close(actual[0].double(), torch.stack(list(heads)), atol=1e-4, rtol=1e-4)
+
+
+# Old code
+
+
+def test_old_code_loads_the_source_strictly_and_computes_what_the_converted_model_does(tmp_path):
+    """A layer as people wrote it for such models, unchanged, on this package's `deepspeed.ops.sparse_attention`."""
+    longest, (wide, dim) = 4096, (SIZES["intermediate_size"], HIDDEN // HEADS)
+
+    class Self(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(HIDDEN, HIDDEN) for _ in range(3))
+            sparsity = old.FixedSparsityConfig(num_heads=HEADS, block=BLOCK)
+            self.sparse_self_attention = old.SparseSelfAttention(sparsity, max_seq_length=longest)
+
+        def forward(self, x, mask):
+            q, k, v = (f(x).view(*x.shape[:2], HEADS, dim).transpose(1, 2) for f in (self.query, self.key, self.value))
+            return self.sparse_self_attention(q, k, v, key_padding_mask=mask).transpose(1, 2).reshape(x.shape)
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pre_attention_ln, self.post_attention_ln = (
+                nn.LayerNorm(HIDDEN, eps=1e-12),
+                nn.LayerNorm(HIDDEN, eps=1e-12),
+            )
+            parts = {"self": Self(), "output": nn.ModuleDict({"dense": nn.Linear(HIDDEN, HIDDEN)})}
+            self.attention = nn.ModuleDict(parts)
+            self.intermediate = nn.ModuleDict({"dense": nn.Linear(HIDDEN, wide)})
+            self.output = nn.ModuleDict({"dense": nn.Linear(wide, HIDDEN)})
+
+        def forward(self, x, mask):
+            x = x + self.attention["output"]["dense"](self.attention["self"](self.pre_attention_ln(x), mask))
+            hidden = nn.functional.gelu(self.intermediate["dense"](self.post_attention_ln(x)))
+            return x + self.output["dense"](hidden)
+
+    recipe = replace(RECIPES["gena sparse absolute"], layout_tokens=longest)
+    state = recipe.state()
+    table = "bert.embeddings.position_embeddings.weight"
+    state[table] = state[table].repeat(longest // LENGTH, 1)
+    source = save(recipe, tmp_path / "source", max_position_embeddings=longest)
+    torch.save(state, source / "pytorch_model.bin")
+    layers = nn.ModuleList(Layer() for _ in range(LAYERS))
+    start = "bert.encoder.layer."
+    layers.load_state_dict(
+        {name.removeprefix(start): x for name, x in state.items() if name.startswith(start)}, strict=True
+    )
+
+    model = bsa_export.load(converted(source)).base_model
+    ids, keys = padded_inputs(1000)
+    with torch.no_grad():
+        x = model.embeddings(ids)
+        for layer in layers:
+            x = layer(x, (1.0 - keys[:, None, None].float()) * -10000.0)
+        x = model.encoder.FinalLayerNorm(x)
+        expect = model(input_ids=ids, attention_mask=keys).last_hidden_state
+    torch.testing.assert_close(x[keys.bool()], expect[keys.bool()], atol=2e-4, rtol=2e-4)
 
 
 # Other forms of the same, and what is refused.

@@ -99,7 +99,8 @@ def head_outputs(tensors: Tensors, head: str, x: Tensor, keys: Tensor, eps: floa
 
     Args:
         tensors: by the names of the encoder and the heads, without a prefix.
-        head: `Model`, `MaskedLM`, `PreTraining`, `SequenceClassification` or `TokenClassification`.
+        head: `Model`, `MaskedLM`, `PreTraining`, `QuestionAnswering`, `SequenceClassification` or
+            `TokenClassification`.
         x: `[seq, hidden]`, from `encoded`.
         keys: bool `[seq]`.
     """
@@ -111,6 +112,8 @@ def head_outputs(tensors: Tensors, head: str, x: Tensor, keys: Tensor, eps: floa
         return [logits] if head == "MaskedLM" else [logits, linear(tensors, "cls.seq_relationship", pooled)]
     if head == "SequenceClassification":
         return [linear(tensors, "classifier", pooled)]
+    if head == "QuestionAnswering":
+        return list(linear(tensors, "qa_outputs", x)[keys].unbind(-1))
     if head == "TokenClassification":
         return [linear(tensors, "classifier", x)[keys]]
     return [x[keys]] if pooled is None else [x[keys], pooled]

@@ -1,0 +1,34 @@
+"""Rotary positions of the first elements of each head, halves as in GPT-NeoX."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rotary_angles(positions: Tensor, rotary_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions, in `dtype`, computed in float32 or wider.
+
+    Args:
+        positions: integers `[batch or 1, seq]`.
+        rotary_dim: elements of a head that are rotated; pair i turns by `position * base ** (-2 i / rotary_dim)`.
+
+    Returns:
+        Two tensors `[batch or 1, 1, seq, rotary_dim / 2]`.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=wide) / rotary_dim
+    angles = positions[:, None, :, None].to(wide) * base**-exponents
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the first elements of each head, halves as in GPT-NeoX; the other elements pass.
+
+    Args:
+        x: `[batch, heads, seq, head_dim]`.
+        cos, sin: from `rotary_angles`.
+    """
+    half = cos.shape[-1]
+    first, second, other = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, other], dim=-1)
