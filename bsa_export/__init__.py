@@ -1,7 +1,7 @@
 """Block-sparse attention for BERT checkpoints: convert, verify, publish, run.
 
-Importing this package imports neither torch nor triton nor deepspeed nor transformers; the names below are loaded when
-they are first used. As soon as transformers is imported, the attention function `block_sparse` is registered with it.
+Importing this package does not import torch, triton, deepspeed or transformers; the names below are loaded when they
+are first used. As soon as transformers is imported, the attention function `block_sparse` is registered with it.
 docs/running.md says what this changes in a process, and `unregister()` undoes it.
 """
 

@@ -11,8 +11,8 @@ class BsaError(Exception):
     Args:
         message: what is wrong, or what was expected.
         found: what was found instead.
-        where: the file, tensor or option that it is about; stands first.
-        hint: the next step; stands last.
+        where: the file, tensor or option that it is about; comes first.
+        hint: the next step; comes last.
     """
 
     def __init__(self, message: str, *, found: object = None, where: object = None, hint: str | None = None):

@@ -333,7 +333,7 @@ def encoder_prefix(names: Collection[str], chosen: str | None = None) -> str:
         chosen: the prefix that the user names, with or without the dot at its end; needed where there are several.
 
     Raises:
-        FamilyError: there is no encoder, or several of which none is chosen.
+        FamilyError: an encoder is missing, or there are several and `chosen` names none of them.
     """
     found = encoder_prefixes(names)
     what = ", ".join(repr(prefix.removesuffix(".")) for prefix in found)

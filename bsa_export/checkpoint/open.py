@@ -37,7 +37,7 @@ NOT_MODEL = re.compile(
 # What training and distribution put into names: anywhere, and in front of all names.
 WRAPPED_ANYWHERE = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module)\.")
 WRAPPED_IN_FRONT = ("module.", "_forward_module.", "_module.")
-AVERAGED = "n_averaged"  # the counter that torch.optim.swa_utils.AveragedModel has beside `module.`
+AVERAGED = "n_averaged"  # the counter that torch.optim.swa_utils.AveragedModel has next to `module.`
 MAX_WRAPPERS = 8  # that are in each other
 MAX_SKIPPED = 100
 
@@ -87,7 +87,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         UnsafePickleError: a pickle names a function. Nothing is ever executed.
-        CheckpointError: there are no weights, they are damaged, or they are of a kind that cannot be read.
+        CheckpointError: weights are missing, damaged, or of a kind that cannot be read.
     """
     path = Path(path)
     try:
@@ -156,7 +156,7 @@ def without_weights(names: list[str], inside: str = "") -> tuple[str, str | None
 
     Args:
         names: of its files, those in folders with their path.
-        inside: what stands before a name when it is typed as a source.
+        inside: what is put before a name when it is typed as a source.
     """
     there = list(dict.fromkeys(name[: name.find("/") + 1] or name for name in names))
     below = [
@@ -185,7 +185,7 @@ def _fits(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def other_file(path: Path, checkpoint: Checkpoint) -> Skipped:
-    """What a file is that has the ending of weights and stands beside those that are read."""
+    """Why a file with the ending of weights, next to those that are read, is not read itself."""
     chosen = checkpoint.files[0].name if len(checkpoint.files) == 1 else "the sharded checkpoint"
     same = Skipped(path.name, SkipReason.SAME_WEIGHTS, f"{chosen} is read instead")
     if path.name in KNOWN_NAMES:
@@ -264,7 +264,7 @@ def _read_file(path: Path, head: bytes) -> tuple[dict[str, Tensor], list[Skipped
 
 
 def _state_dict(saved: object, path: Path) -> tuple[dict[str, Tensor], list[Skipped]]:
-    """The tensors of a saved object, out of the entries around them, and what is stored beside them."""
+    """The tensors of a saved object, without the entries around them, and what is stored next to them."""
     skipped: list[Skipped] = []
     outer = ""
     for _ in range(MAX_WRAPPERS):
@@ -328,7 +328,7 @@ def _entries(saved: Mapping[object, object]) -> Iterator[tuple[str, dict]]:
 
 
 def _count_tensors(saved: Mapping[object, object], known: dict[int, int], depth: int = MAX_WRAPPERS) -> int:
-    """How many tensors the state dict has that is in a dict, itself or an entry of an entry; 0 if there is none.
+    """How many tensors the state dict in a dict has, or 0. The dict may be the state dict, or hold it in its entries.
 
     `known` has the counts of the dicts that were seen before: a dict may contain itself, or the same dict many times.
     """
@@ -345,7 +345,7 @@ def _count_tensors(saved: Mapping[object, object], known: dict[int, int], depth:
 
 
 def _beside(saved: Mapping[object, object], taken: Mapping[str, Tensor] | set[str], outer: str) -> list[Skipped]:
-    """What is stored in a dict beside `taken`; of many entries the first."""
+    """The entries of a dict that are not in `taken`; only the first of many."""
     others = [(name, value) for name, value in saved.items() if name not in taken]
     skipped = [
         Skipped(
@@ -362,7 +362,7 @@ def _beside(saved: Mapping[object, object], taken: Mapping[str, Tensor] | set[st
 
 def _what(value: object) -> str:
     return (
-        f"a tensor {value.dtype} {list(value.shape)} beside the state dict"
+        f"a tensor {value.dtype} {list(value.shape)} next to the state dict"
         if isinstance(value, Tensor)
         else describe(value)
     )
@@ -380,7 +380,7 @@ def _weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"expected at most {MAX_TENSORS:,} tensors", found=f"{len(names):,}", where=path)
     for name in set(names.values()):
         if not name or "\0" in name or name != Path(name).name:
-            raise CheckpointError(f"its shard {name!r} is no plain file name", where=path)
+            raise CheckpointError(f"its shard {name!r} is not a plain file name", where=path)
     return names
 
 

@@ -18,7 +18,7 @@ MAX_CALLS = 200_000  # of functions that rebuild tensors
 MAX_INT_BITS = 2048  # the magic number of torch.save has 80; longer ones take time that is not proportional
 MAX_KEY = 1 << 60  # larger int keys can be made to collide in a dict
 
-# Objects that training scripts leave beside the tensors. They are not built: each becomes an `Unbuilt`.
+# Objects that training scripts store next to the tensors. They are not built: each becomes an `Unbuilt`.
 HARMLESS = frozenset(
     f"{module}.{name}"
     for module, names in {
@@ -364,7 +364,7 @@ class _Machine:
     def STACK_GLOBAL(self, _: object) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not isinstance(module, str) or not isinstance(name, str):
-            raise _Malformed("the name of a global is no string")
+            raise _Malformed("the name of a global is not a string")
         self.stack.append(self.named(module, name))
 
     def REDUCE(self, _: object) -> None:

@@ -79,7 +79,7 @@ def _row(name: str, entry: object, path: Path, start: int) -> tuple[Tensor, File
         case {"dtype": str(dtype), "shape": shape, "data_offsets": [int(begin), int(end)], **rest} if not rest:
             pass
         case _:
-            raise ValueError(f"{name} is no dtype, shape and data_offsets")
+            raise ValueError(f"{name}: expected dtype, shape and data_offsets only")
     if dtype not in ITEM_SIZE:
         raise ValueError(f"{name} has the dtype {dtype}; known are {', '.join(ITEM_SIZE)}")
     try:

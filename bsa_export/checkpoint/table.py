@@ -1,4 +1,4 @@
-"""A checkpoint as a table: name -> dtype, shape and where the bytes lie. Nothing is decoded, torch is not imported."""
+"""A checkpoint as a table: name -> dtype, shape and place of the bytes. Nothing is decoded, torch is not imported."""
 
 from __future__ import annotations
 
@@ -83,18 +83,18 @@ class Tensor:
 
 
 class SkipReason(Enum):
-    """Why something beside the tensors is not read."""
+    """Why something next to the tensors is not read."""
 
     SAME_WEIGHTS = "same weights"  # a file with the tensors of the one that is read, or with a name for such a file
     OTHER_WEIGHTS = "other weights"  # a file with tensors of other names, such as a head
     UNREADABLE = "unreadable"  # a file with the ending of weights that cannot be opened
-    IN_THE_FILE = "in the file"  # an entry beside the state dict
+    IN_THE_FILE = "in the file"  # an entry next to the state dict
     NOT_INDEXED = "not indexed"  # a tensor that the index does not name in its shard
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that is stored beside the tensors and is not read.
+    """Something that is stored next to the tensors and is not read.
 
     Attributes:
         name: of the file, entry or tensor.
@@ -118,7 +118,7 @@ class Checkpoint:
         tensors: name -> row, in the order of the file(s), wrappers and the prefix `module.` removed.
         folder: the folder that holds the weights, config.json and the tokenizer.
         files: the weight files, in order.
-        skipped: what is stored beside the tensors and is not read.
+        skipped: what is stored next to the tensors and is not read.
         metadata: the safetensors `__metadata__`, empty for other formats.
         stamps: what `check_unchanged` compares.
     """
@@ -159,7 +159,7 @@ def read_at(file: int, count: int, offset: int, path: Path) -> bytes:
 
 
 def fill(buffer: memoryview, file: int, offset: int, path: Path) -> None:
-    """Read into `buffer` what stands at `offset` of an open file, in as many reads as the system takes.
+    """Read into `buffer` what is stored at `offset` of an open file, in as many reads as the system takes.
 
     Raises:
         CheckpointError: the file ends before, or cannot be read; it names `path`.

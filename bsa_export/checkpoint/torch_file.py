@@ -78,11 +78,11 @@ class _Storage:
 
 
 def read_torch(path: Path) -> object:
-    """Read what `torch.save` wrote: the saved object as `restricted_pickle.load` gives it, every tensor a `Tensor`.
+    """Read what `torch.save` wrote: the saved object as `restricted_pickle.load` returns it, every tensor a `Tensor`.
 
     Raises:
         UnsafePickleError: the pickle names code.
-        CheckpointError: the file is damaged, or its tensors cannot be copied as they lie (quantized, sparse,
+        CheckpointError: the file is damaged, or its tensors cannot be copied as they are stored (quantized, sparse,
             TorchScript, big-endian).
     """
     with open(path, "rb") as file:
@@ -113,11 +113,11 @@ def _read_zip(path: Path, file: io.BufferedReader) -> object:
 
 
 def _zip_ranges(path: Path, file: io.BufferedReader) -> dict[str, FileRange]:
-    """Entry -> its bytes. Every entry is stored as it is, lies inside the file and overlaps no other.
+    """Entry -> its bytes. Every entry is stored uncompressed, inside the file, and overlaps no other.
 
     Its header says what the directory says: the name, that it is not compressed, and the CRC-32 of the bytes. The bytes
     are compared with the CRC-32 where they are read (`dtypes.pieces`, `writer`), if one tensor takes the whole entry:
-    what is shared in parts, strided or not used is not. A CRC-32 of 0 is none: torch can leave them out.
+    what is shared in parts, strided or not used is not. A CRC-32 of 0 means that there is none: torch can leave it out.
     """
     size = os.fstat(file.fileno()).st_size
     try:
@@ -178,7 +178,7 @@ def _check_local_header(path: Path, file: io.BufferedReader, entry: zipfile.ZipI
     """Raise CheckpointError where the header before an entry contradicts the directory (APPNOTE.TXT 6.3.10, 4.3.7)."""
     flags, method, _, _, crc, _, size, name_length, extra = struct.unpack("<HHHHIIIHH", header[6:])
     name = os.pread(file.fileno(), name_length, entry.header_offset + 30)
-    described = flags & 8 and not crc  # sizes and CRC-32 stand in a descriptor behind the bytes
+    described = flags & 8 and not crc  # sizes and CRC-32 are stored in a descriptor behind the bytes
     if described:
         behind = os.pread(file.fileno(), 8, entry.header_offset + 30 + name_length + extra + entry.file_size)
         crc = struct.unpack("<I", behind[4:])[0] if behind[:4] == b"PK\x07\x08" and len(behind) == 8 else entry.CRC
@@ -260,7 +260,7 @@ def _read_legacy(path: Path, file: io.BufferedReader) -> object:
 class _Tensors:
     """The names that rebuild tensors, and the persistent ids that stand for their storages.
 
-    `find` gives the bytes of a storage by its key. Without it tensors become None; a reading leaves `storages`.
+    `find` returns the bytes of a storage by its key. Without it tensors become None; a reading leaves `storages`.
     """
 
     def __init__(self, path: Path, find: Callable[[str], FileRange | None] | None):

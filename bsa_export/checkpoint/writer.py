@@ -214,7 +214,7 @@ def _write_tensor(name: str, row: Tensor, files: _Files, out: _Output) -> Iterat
 
 
 class _Span(NamedTuple):
-    """Which tensor the bytes of a piece are of, from `start` on."""
+    """The tensor whose bytes a buffer holds from `start` on."""
 
     name: str
     dtype: str
@@ -226,7 +226,7 @@ class _Output(AbstractContextManager):
     """The file that is written, through buffers of one piece, which `_Inspector` looks at meanwhile.
 
     Plain reads and writes of pieces that stay in the processor's cache are as fast as copying in the kernel (whose
-    `copy_file_range` slows down where source and target are not aligned alike), and leave the bytes at hand.
+    `copy_file_range` slows down where source and target are not aligned alike), and leave the bytes in memory.
     """
 
     def __init__(self, path: Path):

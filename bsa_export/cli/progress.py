@@ -30,10 +30,10 @@ class Progress:
         self.close()
 
     def begin(self, what: str = "", unit: str = "") -> Update | None:
-        """Starts a bar. Returns what is called with (done, in all), or None if nobody looks.
+        """Starts a bar. Returns what is called with (done, in all), or None without a terminal.
 
         Args:
-            what: stands in front of the bar.
+            what: text in front of the bar.
             unit: `B` for bytes, shown with prefixes; empty for a count.
         """
         self.close()

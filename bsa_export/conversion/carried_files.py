@@ -99,7 +99,7 @@ class How(str, Enum):
 
 
 class LeftBehind(str, Enum):
-    """Why a file of the source is not carried over; the value stands in notes."""
+    """Why a file of the source is not carried over; notes show the value."""
 
     CARD = "the source's model card"
     REPLACED = "replaced by a new one"
@@ -120,7 +120,7 @@ class LeftBehind(str, Enum):
 
 # In the folder of a module every other folder counts: a route of a router may have any name.
 SKIPPED_FOLDERS = {"__pycache__": LeftBehind.CODE, "onnx": LeftBehind.OTHER_FORMAT, "openvino": LeftBehind.OTHER_FORMAT}
-# What nobody misses, and every folder of the Hub has.
+# Files of every repository of the Hub that no note needs to name.
 UNREMARKABLE = (LeftBehind.CARD, LeftBehind.REPLACED, LeftBehind.RECORD, LeftBehind.HIDDEN)
 
 

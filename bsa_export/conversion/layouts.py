@@ -40,7 +40,7 @@ def chosen_layouts(
     config = _chosen_config(options, source_length, heads)
     if (config.mode == "custom") != (options.layout is not None):
         raise SparsityError(
-            "a layout file goes with the mode custom, and that mode with a layout file",
+            "the mode custom needs a layout file, and a layout file needs the mode custom",
             found=f"mode {config.mode}",
             where="--layout",
         )
@@ -175,7 +175,7 @@ def _configured_sparsity(config: Mapping[str, Any], section: Mapping[str, Any], 
 
 
 def _described_sparsity(config: Mapping[str, Any], section: Mapping[str, Any], heads: int) -> SparsityConfig | None:
-    """The sparsity config that describes stored layouts; None where there is no section, or one of no class."""
+    """The sparsity config that describes stored layouts; None without a section, or without a class for it."""
     if not section:
         return None
     try:

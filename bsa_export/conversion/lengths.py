@@ -80,7 +80,7 @@ def change_words(change: LengthChange) -> str:
 
 
 def _places(name: str, text: str) -> Iterator[tuple[tuple[str, ...], json_text.Span]]:
-    """Every place of a file where a length may stand: its keys, and its characters."""
+    """Every place in a file that may hold a length: its keys, and its characters."""
     top = json_text.members(text)
     if name == "tokenizer.json":
         for part, key in (("truncation", "max_length"), ("padding", "strategy")):

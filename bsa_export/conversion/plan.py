@@ -41,7 +41,7 @@ class Plan:
         sparsity: the sparsity config; its layouts are `layouts`, uint8 `[heads, n, n]` one a layer.
         renamed: source's name -> written name.
         changed: written name -> what is done to its values.
-        added: written names that no source's tensor stands behind.
+        added: written names of tensors that the source does not have.
         dropped: source's name -> why it is left out.
         tied: source's name that is not written -> written name with the same bytes.
         positions: how the position embeddings are extended; None where they stay.

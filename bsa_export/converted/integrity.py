@@ -129,7 +129,7 @@ def _table_faults(opened: ConvertedFolder) -> list[str]:
 
 
 def _weight_file_faults(opened: ConvertedFolder) -> list[str]:
-    """Weights that lie there besides those that are read, and an index that counts other bytes."""
+    """Weight files that are not read, and an index whose total size is wrong."""
     recorded = opened.record.files if opened.record else {}
     faults = [
         f"{skipped.name}: {skipped.why}"

@@ -104,7 +104,7 @@ class Positions:
 
     @property
     def interpolated(self) -> bool:
-        """Whether no input meets the positions that the source knows."""
+        """Whether no row is a position of the source."""
         return self.method == "interpolate"
 
 

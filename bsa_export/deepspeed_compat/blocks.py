@@ -11,7 +11,7 @@ from bsa_export.errors import AttentionError
 
 
 class Kept(NamedTuple):
-    """Where each kept block stands: head, block row, block column, int64 `[num_kept]` each, sorted in this order."""
+    """Where each kept block is: head, block row, block column, int64 `[num_kept]` each, sorted in this order."""
 
     head: Tensor
     row: Tensor

@@ -65,7 +65,7 @@ class Softmax:
             if mask is not None and mask.dtype != x.dtype:
                 raise AttentionError(f"{name}: expected {x.dtype}, as x", found=mask.dtype)
         layout = self._blocks.layout
-        # A layout of 2 dimensions is that of each head, and x tells how many there are.
+        # A layout of 2 dimensions applies to each head; the shape of x says how many heads there are.
         heads = len(layout) if layout.ndim == 3 else max(1, x.shape[-3] // max(1, self.num_blocks))
         head, row, column = self._blocks.kept(heads, x.device)
         if x.ndim not in (3, 4) or x.shape[-3:] != (len(head), self.block, self.block):

@@ -1,7 +1,7 @@
 """Padding removal: `unpad_input` packs the real tokens of a batch into one row, `pad_input` puts them back.
 
 The words are those of FlashAttention and ModernBERT: `indices`, `cu_seqlens`, `max_seqlen`. Both functions are hooks
-of an encoder; what they hand to the layers is the keyword argument `packed`.
+of an encoder; they pass the keyword argument `packed` to the layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Packed(NamedTuple):
     Attributes:
         cu_seqlens: where each sequence starts and the last one ends, int32 `[sequences + 1]`.
         max_seqlen: tokens of the longest sequence.
-        indices: where each token stands in the flattened batch, int64 `[tokens]`; None where the caller packed the row.
+        indices: place of each token in the flattened batch, int64 `[tokens]`; None where the caller packed the row.
         batch_shape: batch size and padded length, for `pad_input`; None as above.
     """
 
@@ -36,8 +36,8 @@ def unpad_input(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Packs the real tokens of a right-padded batch into one row, so that no layer computes on padding.
 
-    A pre-forward hook of the encoder: `hidden_states` go from `[batch, seq, hidden]` to `[1, tokens, hidden]`,
-    `attention_mask` (bool `[batch, seq]`) goes to None, and the layers get `packed`. A row that the caller packed, with
+    A pre-forward hook of the encoder: `hidden_states` change from `[batch, seq, hidden]` to `[1, tokens, hidden]`,
+    `attention_mask` (bool `[batch, seq]`) becomes None, and the layers get `packed`. A row that the caller packed, with
     transformers' `cu_seq_lens_q`, stays as it is.
 
     Any other padding is left to the mask: a sequence has to start where the layout does. Nothing is packed inside
@@ -92,7 +92,7 @@ def _can_pack(encoder: Any, kwargs: dict[str, Any]) -> bool:
 def pad_input(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """Puts the tokens back to where `unpad_input` took them from; padding gets zeros.
 
-    A forward hook of the encoder: `output.last_hidden_state` goes from `[1, tokens, hidden]` to `[batch, seq, hidden]`.
+    A forward hook: `output.last_hidden_state` changes from `[1, tokens, hidden]` to `[batch, seq, hidden]`.
     """
     packed: Packed | None = kwargs.get("packed")
     if packed is None or packed.indices is None or packed.batch_shape is None:

@@ -59,7 +59,7 @@ def is_offline() -> bool:
 
 
 def find(hub: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo | None:
-    """What the Hub says of a repository at a revision; None if there is none, or none that this token may see."""
+    """The Hub's facts about a repository at a revision; None if it does not exist, or this token may not see it."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     def ask() -> ModelInfo | None:

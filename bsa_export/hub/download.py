@@ -50,7 +50,7 @@ class PullResult(NamedTuple):
 
 
 class CachedFile(NamedTuple):
-    """A file in the cache, in place of the Hub's listing of it while offline."""
+    """A file in the cache, used instead of the Hub's listing while offline."""
 
     size: int
     blob_id: str | None = None
@@ -168,7 +168,7 @@ def fetch(
         The snapshot, or the folder in it that holds the checkpoint.
 
     Raises:
-        HubError: the Hub or the network refused, there is no checkpoint, what arrived is not what the Hub lists, or it
+        HubError: the Hub or the network refused, a checkpoint is missing, what arrived is not what the Hub lists, or it
             is a conversion that fails a check.
     """
     file = path if path.endswith((*WEIGHT_ENDINGS, ".json")) else None
@@ -244,7 +244,7 @@ def _of_conversion(there: Snapshot, others: Callable[[str], bool]) -> Snapshot:
     """The files of a published conversion: those that its conversion.json lists, its records, and `others`.
 
     Raises:
-        HubError: conversion.json is damaged, lists what is no file of a model, or what the repository does not have.
+        HubError: conversion.json is damaged, or lists a file that is not part of a model or not in the repository.
     """
     path = _small_file(there, CONVERSION_RECORD)
     try:

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from bsa_export.errors import HubError
 
 LONGEST_WAIT = 600.0  # seconds that the waits of one call take in all
-MOST_ANSWERS = 1000  # to the requests of one call, besides 10 for each file: a page of a listing has 1,000 files
-LARGEST_ANSWER = 64 << 20  # bytes of the answers of one call besides the files it asks for
+MOST_ANSWERS = 1000  # to the requests of one call, in addition to 10 for each file: a page of a listing has 1,000 files
+LARGEST_ANSWER = 64 << 20  # bytes of the answers of one call, without the files it asks for
 _PORTS = {"http": 80, "https": 443}
 _WAIT_HEADERS = ("ratelimit", "retry-after")
 

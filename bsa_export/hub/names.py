@@ -20,7 +20,7 @@ from bsa_export.converted.names import (
 
 MAIN = "main"
 REPO = re.compile(r"(?P<repo>(?:[A-Za-z0-9][\w.-]*/)?[\w-][\w.-]*)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
-# What git forbids in the name of a branch, a tag or another reference, besides what REPO leaves out.
+# What git forbids in the name of a branch, a tag or another reference, in addition to what REPO excludes.
 NO_REFERENCE = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@|^[-/.]|/\.|[/.]$|\.lock(/|$)")
 # Bytes of a file that can hold a head of one or two layers, and no encoder of use.
 LARGEST_HEAD = 64 << 20
@@ -51,7 +51,7 @@ def parse_repo(text: str, bare: bool = False) -> tuple[str, str | None] | None:
 
 
 def is_branch(text: str) -> bool:
-    """Whether `text` can be the name of a branch: `org/name@text` names it, and it is no commit and not `refs/...`."""
+    """Whether `text` can be the name of a branch: `org/name@text` names it, and it is no commit or `refs/...`."""
     named = parse_repo(f"org/name@{text}") == ("org/name", text)
     return named and not (COMMIT.fullmatch(text) or text.startswith("refs/"))
 

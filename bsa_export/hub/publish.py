@@ -142,7 +142,7 @@ def plan(
         unverified: accepts a folder that bsa-verify did not pass, or that changed since.
 
     Raises:
-        CheckpointError: the folder is no finished conversion, or its card holds metadata that the Hub would refuse.
+        CheckpointError: the folder is not a finished conversion, or its card holds metadata that the Hub would refuse.
         HubError: it is not verified, or the Hub does not allow it.
     """
     folder, branch = Path(folder), revision or MAIN
@@ -304,7 +304,7 @@ def _refuse_repository(info: ModelInfo | None, repo_id: str, private: bool, crea
 def _kept_card(hub: HfApi, repo_id: str, commit: str, files: Iterable[PlannedFile]) -> str | None:
     """The repository's card, if a person wrote it and the folder has none of a person's.
 
-    Metadata alone, as the Hub writes it into a new repository, are no card.
+    Metadata alone, as the Hub writes it into a new repository, are not a card.
     """
     if all(file.content is None for file in files):
         return None

@@ -35,7 +35,7 @@ CARD_LISTS = {"tags", "license", "base_model", "datasets", "metrics", "language"
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file of the model. `content` is None where it is the folder's own file, else what is pushed in its place."""
+    """A file of the model. `content` is None where it is the folder's own file, else what is pushed instead of it."""
 
     name: str
     bytes: int
@@ -104,7 +104,7 @@ def unverified_because(folder: Path, hashes: Mapping[str, Hashes]) -> str | None
     if failed or record.verdict is Verdict.FAILED:
         return f"it failed bsa-verify ({', '.join(failed) or 'no check is named'})"
     if record.verdict is not Verdict.PASSED:
-        return f"bsa-verify could not tell whether it is right (verdict {record.verdict})"
+        return f"bsa-verify could not decide whether it is right (verdict {record.verdict})"
     verified = {name: digest for name, digest in record.files.items() if name != CARD}  # a push completes the card
     for name, digest in verified.items():
         if name not in hashes or hashes[name].sha256 != digest:

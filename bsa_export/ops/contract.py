@@ -18,7 +18,7 @@ class Backend(Protocol):
         ...
 
     def clear_cache(self) -> None:
-        """Forgets what is kept between calls; the next call makes it again."""
+        """Frees what is kept between calls; the next call computes it again."""
         ...
 
     def refuses(

@@ -33,7 +33,7 @@ _packed: ContextVar[bool] = ContextVar("packed", default=False)
 
 @contextmanager
 def packed_tables() -> Iterator[None]:
-    """DeepSpeed's score products take up to 128 x 128 tokens at once where kept blocks lie side by side, instead of
+    """DeepSpeed's score products take up to 128 x 128 tokens at once where kept blocks are neighbours, instead of
     block by block.
 
     For benchmarks, so that DeepSpeed is measured at its best: calls inside use look-up tables made by the package's own

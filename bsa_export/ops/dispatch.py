@@ -34,7 +34,7 @@ def _load(name: str) -> Backend | str:
         return "triton is not installed" if error.name == "triton" else f"cannot be imported here: {error}"
 
 
-# Loaded now, not at the first call, so that torch.compile never meets an import.
+# Loaded now, not at the first call, so that torch.compile never traces an import.
 _loaded: dict[str, Backend | str] = {name: _load(name) for name in AUTO}
 
 
@@ -54,8 +54,8 @@ def backends() -> dict[str, str | None]:
 
 
 def clear_caches() -> None:
-    """Forgets what the backends keep between calls: work lists of layouts (up to 512 MiB), compiled kernels,
-    DeepSpeed's look-up tables. The next calls make them again."""
+    """Frees what the backends keep between calls: work lists of layouts (up to 512 MiB), compiled kernels,
+    DeepSpeed's look-up tables. The next calls compute them again."""
     for module in _loaded.values():
         if not isinstance(module, str):
             module.clear_cache()
@@ -79,7 +79,7 @@ def block_sparse_attention(
     value.
 
     A mask is bool (True takes part) or added to the scores. What -inf or False removes is gone: a row without any key
-    gives zeros and zero gradients. Finite values keep the meaning that softmax gives them, also where a row has no
+    becomes zeros, with zero gradients. Finite values keep the meaning that softmax gives them, also where a row has no
     others. Under autocast inputs are cast, as `scaled_dot_product_attention` does.
 
     The fused kernel reads a layout back to the CPU at its first call and knows it again for as long as it is the same
@@ -98,7 +98,7 @@ def block_sparse_attention(
         attn_mask: `[seq, seq]`, or any shape that broadcasts to `[batch, heads, seq, seq]`.
         rpe: relative position embedding, added to the scores, shaped as `attn_mask`.
         scale: what the scores are multiplied by before anything is added; `head_dim ** -0.5` unless given.
-        dropout_p: 0, since there is no dropout on the probabilities, as in DeepSpeed.
+        dropout_p: must be 0, because probabilities have no dropout, as in DeepSpeed.
         backend: `auto` (the fastest that can), `triton`, `torch`, `reference` or `deepspeed`.
 
     Returns:

@@ -46,7 +46,7 @@ def attend(
     """Attention over the kept blocks, by a dense score matrix: plain PyTorch, differentiable.
 
     The products run in the inputs' dtype, the softmax in float32 at least, as `transformers` does in eager mode;
-    float64 inputs give the exact answer. A row with no key gives zeros.
+    float64 inputs give the exact answer. A row without keys becomes zeros.
 
     Args:
         query, key, value: `[batch, heads, seq, head_dim]`.

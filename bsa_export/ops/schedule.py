@@ -78,7 +78,7 @@ class Schedule:
 
     @cached_property
     def steps(self) -> dict[str, torch.Tensor]:
-        """The lists that tell a program what to do, by the names of the kernels' parameters."""
+        """The lists that a program works through, by the names of the kernels' parameters."""
         names = ("items", "row_indices", "column_indices", "bit_masks")
         return {name: getattr(self, name) for name in names}
 
@@ -291,9 +291,9 @@ class ScheduleCache:
         """The schedule of `layout[:, :n, :n]`, of its transpose if `transposed`; built at the first call.
 
         Args:
-            sequences: how many run side by side; their next lower power of two counts, so that few schedules are made.
-            site: where in a compiled graph the call stands. Such a graph writes another layout into the memory of one
-                that it needs no more, and no version tells of it; but one place in it reads a layout once in a run.
+            sequences: how many run at the same time, rounded down to a power of two, so that few schedules are made.
+            site: where in a compiled graph the call is. Such a graph writes another layout into the memory of one
+                that it no longer needs, and no version counter shows it; but one site reads a layout once in a run.
         """
         # All lengths that end in the same unit, with it or within it, have one schedule.
         sequences = 1 << max(sequences, 1).bit_length() - 1

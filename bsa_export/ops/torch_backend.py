@@ -290,7 +290,7 @@ def _groups(kept: np.ndarray, block: int) -> Iterator[tuple[np.ndarray, np.ndarr
     head = np.arange(heads * n, dtype=np.uint32) // n
     bits = np.concatenate([np.packbits(kept, axis=1), head[:, None].view(np.uint8)], axis=1)
     _, first, pattern = np.unique(bits.view(f"V{bits.shape[1]}").ravel(), return_index=True, return_inverse=True)
-    # The rows of a pattern lie together in `order`; long runs are cut.
+    # The rows of a pattern are neighbours in `order`; long runs are cut.
     order = np.argsort(pattern, kind="stable")
     start = np.searchsorted(pattern[order], np.arange(len(first)))
     length = np.diff(start, append=len(order))

@@ -43,7 +43,7 @@ ELEMENTS, WARPS = 32768, 2
 MASKED_ELEMENTS, MASKED_WARPS = 16384, 4
 # Values of a key mask that a program reads at once.
 MASK_VALUES = 4096
-# A row of what is added to scores has a multiple of these: any tile of keys lies within it, and Triton knows its
+# A row of what is added to scores has a multiple of these: any tile of keys is within it, and Triton knows its
 # alignment.
 BIAS_ROW = 128
 
@@ -93,8 +93,8 @@ _HALF: dict[tuple[str, int] | tuple[str, int, int], Launch] = {
     ("key", 64): Launch(64, 4, 3, 168),
     ("key", 128): Launch(64, 4, 2),
 }
-# float32. 255 is what a thread may have: where that does not suffice, ptxas falls back to 32 or 64 registers unless it
-# is told.
+# float32. 255 is what a thread may have: where that does not suffice, ptxas falls back to 32 or 64 registers unless the
+# limit is given.
 _FULL: dict[tuple[str, int] | tuple[str, int, int], Launch] = {
     ("forward", 64): Launch(32, 4, 2),
     ("forward", 128): Launch(16, 4, 2, 255),
@@ -357,7 +357,7 @@ class _Tiles(TensorDescriptor if _NO_TRITON is None else object):  # type: ignor
 def _constants(
     shape: Launch, dtype: torch.dtype, head_dim: int, block: int, biased: bool, varlen: bool
 ) -> tuple[Tile, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """How the scores are cut, the constants of all kernels of a call, those that its main one has besides, and how that
+    """How the scores are cut, the constants of all kernels of a call, those of its main kernel only, and how that
     one is compiled."""
     tile = shape.tile(block)
     common = {"SIZE": tile.size, "UNIT": tile.unit, "DIM": head_dim, "PADDED": _padded(head_dim), "VARLEN": varlen}
@@ -792,7 +792,7 @@ def _operator(
     cu_seqlens: Tensor | None, longest: int, block: int, scale: float, site: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, statistics of the rows, float32 `[1, batch, heads, seq]`, or `[3, ...]` with a mask; triton_kernels.py
-    tells them)."""
+    lists them)."""
     return _forward(query, key, value, layout, mask, cu_seqlens, longest, block, scale, site)
 
 

@@ -315,7 +315,7 @@ def _global_windows(config: VariableSparsityConfig | BSLongformerSparsityConfig,
 class VariableSparsityConfig(SparsityConfig):
     """Local windows of given sizes, random blocks, and global blocks by index (extends `fixed`).
 
-    Random blocks may lie ahead of their row in unidirectional attention too, as in DeepSpeed.
+    Random blocks may be ahead of their row in unidirectional attention too, as in DeepSpeed.
 
     Args:
         num_random_blocks: random blocks of each row.
@@ -456,7 +456,7 @@ class CustomSparsityConfig(SparsityConfig):
     """A layout that no rule made: an array, or, without one, what the checkpoint stores.
 
     Args:
-        layout: 0 and 1 in `[num_heads, n, n]`, or `[1, n, n]` for every head. It is no part of `to_dict()`.
+        layout: 0 and 1 in `[num_heads, n, n]`, or `[1, n, n]` for every head. `to_dict()` leaves it out.
     """
 
     mode = "custom"
@@ -469,7 +469,7 @@ class CustomSparsityConfig(SparsityConfig):
         """The top-left slice of the layout for `seq_len` tokens; nothing is drawn.
 
         Raises:
-            SparsityError: there is no layout here, it is too short or for other heads, or it cannot be attended with.
+            SparsityError: the layout is missing, too short, for other heads, or cannot be attended with.
         """
         n = self._num_blocks(seq_len)
         if self.layout is None:

@@ -16,7 +16,7 @@ def check_layout(layout: np.ndarray, where: object = None) -> None:
     block.
 
     Raises:
-        SparsityError: it cannot; `where` stands first, then head and row.
+        SparsityError: it cannot; the message begins with `where`, then head and row.
     """
     prefix = "layout" if where is None else where
     if layout.ndim != 3 or layout.shape[1] != layout.shape[2] or not layout.size:

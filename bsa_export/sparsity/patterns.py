@@ -24,7 +24,7 @@ def sliding_window(width: int, n: int) -> np.ndarray:
 
 
 def causal(pattern: np.ndarray, attention: str) -> np.ndarray:
-    """Drops what lies ahead when the attention is `unidirectional`."""
+    """Drops blocks ahead of the query when the attention is `unidirectional`."""
     return np.tril(pattern) if attention == "unidirectional" else pattern
 
 

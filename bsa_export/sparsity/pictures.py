@@ -36,7 +36,7 @@ def plot_layouts(
         path: the file; its suffix says the format (`.png`, `.svg`, `.pdf`).
         layouts: 0 and 1 in `[heads, n, n]` for each layer.
         block: side of a block, in tokens; the axes count tokens.
-        title: stands on top.
+        title: text above the picture.
         source_length: tokens that the dense model reads; framed where the layout is longer.
 
     Raises:
@@ -67,7 +67,7 @@ def check_picture(path: Path) -> None:
 
 
 def layout_figure(layouts: Sequence[np.ndarray], block: int, title: str, source_length: int | None = None) -> Figure:
-    """The figure that `plot_layouts` saves, with at most `MAX_HEADS` distinct layouts; the title tells of the rest."""
+    """The figure that `plot_layouts` saves, with at most `MAX_HEADS` distinct layouts; the title counts the others."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch

@@ -70,7 +70,7 @@ def error_figure(checks: list[Check]) -> Figure:
 
 
 def drift_figure(drift: Check) -> Figure:
-    """Cosine of sparse and dense hidden states layer by layer; beside it, losses, where a text was given."""
+    """Cosine of sparse and dense hidden states layer by layer; next to it the losses, if a text was given."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

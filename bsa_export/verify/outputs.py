@@ -33,7 +33,6 @@ DTYPES = {
 }
 # Floating-point operations that the longest length may take, over all layers.
 BUDGET = {"cpu": 4e11, "cuda": 1e14}
-ORDERS = 4  # orders of summation that plain PyTorch is given where a bound seems to be exceeded
 WHOLE = 512  # tokens up to which plain PyTorch computes the whole score matrix
 
 Progress = Callable[[int, int], None]
@@ -156,8 +155,8 @@ class Call:
         return found if self.rows is None else {name: x[:, :, self.rows] for name, x in found.items()}
 
     def not_finite(self, heads: slice = slice(None)) -> str | None:
-        """What query, key or value of some heads hold that is no number, `NaN` or `infinite values`: float64 could do
-        no more with it."""
+        """`NaN` or `infinite values` if query, key or value of some heads hold them, else None. float64 cannot judge
+        them."""
         taken = [self.inputs[name][:, heads] for name in ("query", "key", "value")]
         if any(x.isnan().any() for x in taken):
             return "NaN"
@@ -171,7 +170,7 @@ class Call:
     def errors_of(
         self, actual: Mapping[str, Tensor], heads: slice = slice(None), backend: str | None = None
     ) -> dict[str, Errors]:
-        """How far results of a backend are off in some heads, by name, beside plain PyTorch.
+        """How far results of a backend are off in some heads, by name, compared with plain PyTorch.
 
         The error of plain PyTorch depends on the order in which it sums, and may be small by luck. Where the bound is
         exceeded, it is therefore taken as the largest of a few orders of head_dim.
@@ -180,7 +179,7 @@ class Call:
         def beside(plain: Mapping[str, Tensor]) -> dict[str, Errors]:
             return {name: errors(*(x[name][:, heads] for x in (actual, plain, self.exact))) for name in actual}
 
-        # What the backend is judged beside differs in the gradients only.
+        # The plain PyTorch that a backend is compared with differs in the gradients only.
         attention = plain_beside(backend) if "grad_output" in self.inputs else reference
         found = beside(self.plain_in_half if attention is in_half else self.plain)
         for seed in range(ORDERS):
@@ -213,15 +212,6 @@ class Call:
         if self.rows is not None:
             attention = partial(attend_rows, self.rows)
         return {name: x[..., places.argsort().to(x.device)] for name, x in results(attention, inputs).items()}
-
-
-def larger(one: Errors, other: Errors) -> Errors:
-    """The errors of a result beside the larger of two errors of plain PyTorch."""
-    return replace(
-        one,
-        plain_largest=max(one.plain_largest, other.plain_largest),
-        plain_rms=max(one.plain_rms, other.plain_rms),
-    )
 
 
 def attend_rows(

@@ -265,8 +265,7 @@ def _later(wanted: Wanted) -> list[tuple[Kind, str]]:
 
 
 def _without_source(folder: ConvertedFolder) -> Check:
-    """The weights check where there is no source: tiled position rows repeat, and files that are not recorded are
-    named."""
+    """The weights check without a source: tiled position rows repeat, and files that are not recorded are named."""
     if fault := tiled_rows_fault(folder):
         return result(Kind.WEIGHTS, [fault])
     recorded = set(folder.record.files) if folder.record else set()

@@ -58,7 +58,7 @@ def check_weights(
     progress: Progress | None = None,
     source_name: str | None = None,
 ) -> Check:
-    """Compares every tensor of the folder with the source that it was converted from, and the files beside the weights.
+    """Compares every tensor of the folder with the source of the conversion, and the files next to the weights.
 
     Reads both once, in pieces; memory does not grow with the model.
 

@@ -136,7 +136,7 @@ class Worker:
                 self.found[Kind(message["kind"])] = [msgspec.convert(check, Check) for check in message["checks"]]
 
     def wait(self, kind: Kind, progress: Progress | None = None) -> list[Check]:
-        """The checks of a stage, when it has ended. Calls `progress` until then."""
+        """The checks of a stage, when it has ended. Calls `progress` meanwhile."""
         while kind not in self.found and self._reader.is_alive():
             self._reader.join(POLL_SECONDS)
             if progress and self.progress[1]:

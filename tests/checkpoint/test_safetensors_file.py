@@ -60,7 +60,7 @@ DAMAGED = {
     "dtype unknown": (safetensors_bytes({"w": entry("F7")}, bytes(8)), "w has the dtype F7; known are BOOL"),
     "dtype missing": (
         safetensors_bytes({"w": {"shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
-        "w is no dtype, shape and data_offsets",
+        "w: expected dtype, shape and data_offsets",
     ),
     "negative size": (
         safetensors_bytes({"w": entry(shape=(-2,))}, bytes(8)),
