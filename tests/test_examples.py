@@ -1,8 +1,11 @@
 """The examples run and show what their first lines promise."""
 
+import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -12,7 +15,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.0")
 
+from safetensors.torch import load_file  # noqa: E402
 from sparse_folder import BLOCK, LONGEST, converted, dense_folder  # noqa: E402
+
+import bsa_export  # noqa: E402
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -87,3 +93,36 @@ def test_own_model_learns(run_example):
     losses = [float(loss) for loss in re.findall(r"([\d.]+) nats", shown)]
     assert "of the score blocks are computed" in shown
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_train_deepspeed_saves_what_loads_and_converts(minilm, tmp_path, stage):
+    """On the GPUs that there are, at most two; else on the CPU."""
+    pytest.importorskip("deepspeed", exc_type=ImportError)
+    gpus = torch.cuda.device_count()
+    if not gpus and shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles its communication on a CPU with g++, which is not installed")
+    source = dense_folder(tmp_path / "source", vocab_size=30522, pad_token_id=0)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(minilm / name, source)
+    out, run = converted(source, tmp_path / "out", max_length=LONGEST, block=BLOCK), tmp_path / "run"
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": f"text {i} of a few words " * 9}) + "\n" for i in range(16)))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={min(max(gpus, 1), 2)}",
+        EXAMPLES / "train_deepspeed.py", "--model", out, "--documents", documents, "--output_dir", run, "--bf16",
+        f"--stage={stage}", "--save_steps=2", "--per_device_train_batch_size=2", "--report_to=none",
+    ]  # fmt: skip
+    command += [] if gpus else ["--use_cpu"]
+    environment = os.environ | ({} if gpus else {"DS_ACCELERATOR": "cpu"})
+    for options in (["--max_steps=2"], ["--max_steps=4", f"--resume_from_checkpoint={run / 'checkpoint-2'}"]):
+        done = subprocess.run([*map(str, command), *options], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert f"fp32 weights of step {options[0][-1]}" in done.stdout
+    trained, again = (load_file(run / name / "model.safetensors") for name in ("trained", "converted"))
+    bsa_export.load(run / "trained")
+    model = bsa_export.load(run / "converted", dtype=torch.bfloat16)
+    words = "bert.embeddings.word_embeddings.weight"
+    assert again[words].dtype == torch.float32 and trained[words].dtype == torch.bfloat16
+    torch.testing.assert_close(model.state_dict()[words], trained[words], atol=0, rtol=0)

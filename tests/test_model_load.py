@@ -12,6 +12,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
+from safetensors.torch import load_file, save_file  # noqa: E402
 from sparse_folder import BLOCK, HEADS, LONGEST, batch, change, layout_name, outputs, sparse_folder  # noqa: E402
 
 import bsa_export  # noqa: E402
@@ -207,6 +208,19 @@ DAMAGE = {
 def test_it_refuses_what_would_not_be_the_model(tmp_path, damage, error, said):
     with pytest.raises(error, match=said):
         bsa_export.load(change(sparse_folder(tmp_path), **damage))
+
+
+def test_old_names_of_norms_load_as_transformers_reads_them(tmp_path):
+    """transformers 5.24 saves a model that ZeRO 3 trained with `LayerNorm.gamma` and `.beta`."""
+    folder = sparse_folder(tmp_path)
+    expected = outputs(bsa_export.load(folder), batch())
+    old = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        for today, before in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+            name = name.replace(today, before)
+        old[name] = tensor
+    save_file(old, folder / "model.safetensors", {"format": "pt"})
+    assert all(map(torch.equal, outputs(bsa_export.load(folder), batch()), expected))
 
 
 def test_it_wants_a_folder_with_a_config(tmp_path):

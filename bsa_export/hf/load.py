@@ -70,7 +70,9 @@ def load(
     local = Path(path) if not isinstance(path, str) else find_source(path, progress=True).path
     folder = open_folder(local)
     # Before a module is built: config.json may describe a model that fits into no memory.
-    compare(folder.tensors, folder.encoder.sparse_spec()).raise_if_any(folder.path)
+    # transformers saves a model that ZeRO 3 trained under old names, such as LayerNorm.gamma, and reads them back.
+    tensors = {folder.encoder.written_name(name): row for name, row in folder.tensors.items()}
+    compare(tensors, folder.encoder.sparse_spec()).raise_if_any(folder.path)
     model, loaded = _from_pretrained(folder, _model_class(folder), dtype)
     _refuse_misfits(folder.path, model, **loaded)
     for module in model.modules():
