@@ -70,9 +70,8 @@ def main() -> None:
         done = bsa_export.convert(step, output / "converted", overwrite=True)
         loaded = bsa_export.load(output / "trained")
         print(f"{output / 'trained'}: {type(loaded).__name__} in {loaded.dtype}")
-        print(
-            f"{done.folder}: {done.plan.max_length:,} tokens, fp32 weights of step {step.name.removeprefix('global_step')}"
-        )
+        number = step.name.removeprefix("global_step")
+        print(f"{done.folder}: {done.plan.max_length:,} tokens, fp32 weights of step {number}")
 
 
 if __name__ == "__main__":
