@@ -18,7 +18,7 @@ from bsa_export.bert.families import (
     family_list,
     reserved_rows,
 )
-from bsa_export.bert.other_models import other_computation
+from bsa_export.bert.other_models import NORM_FIELDS, other_computation
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.errors import FamilyError
 from bsa_export.text import some
@@ -125,11 +125,13 @@ def read_sizes(family: Family, config: Mapping[str, Any], where: object = "confi
         )
     if other := other_computation(config, family.chooses_norms):
         name, what = other
-        computed = "absolute positions and a layer norm after each sublayer"
+        expected = "the computation of BERT: an encoder with absolute positions and a layer norm after each sublayer"
         if family.chooses_norms:
-            computed = "absolute or rotary positions"
+            expected = "an encoder with absolute or rotary positions"
+        elif name in NORM_FIELDS:
+            expected = "a config.json of this model, whose tensors have a layer norm after each sublayer"
         raise FamilyError(
-            f"expected the computation of BERT: an encoder with {computed}",
+            f"expected {expected}",
             found=f"{name}: {what}",
             where=where,
         )

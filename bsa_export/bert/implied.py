@@ -16,7 +16,6 @@ from bsa_export.bert.families import (
     FREQUENCIES,
     LAST_NORM,
     POSITIONS,
-    PRE_NORM_LAYER,
     WORDS,
     Family,
     class_names,
@@ -32,6 +31,7 @@ PADDED_TO = (8, 16, 32, 64, 128)  # vocabularies, so that matrix products are fa
 ROTARY_BASE = 10_000  # where config.json states none
 # How far stored frequencies may be from the computed ones, relative to them.
 ROUNDING = {"F64": 1e-6, "F32": 1e-5, "F16": 2.0**-10, "BF16": 2.0**-7}
+_PRE_NORM = re.compile(r"encoder\.layer\.\d+\.(Pre|Post)AttentionLayerNorm\..*")
 LEAST_F16 = 2.0**-24  # absolute: smaller ones are stored as a multiple of it
 
 
@@ -71,13 +71,10 @@ def implied_norms_and_positions(
     start = f"{family.written_prefix}." if prefix else ""
     inner = {name.removeprefix(start) for name in written if name.startswith(start)}
     frequencies = {name: row for name, row in tensors.items() if re.fullmatch(re.escape(prefix) + FREQUENCIES, name)}
-    norms = [name for name in PRE_NORM_LAYER if name.startswith(("PreAttention", "PostAttention"))]
     table, stated = POSITIONS in inner, config.get("position_embedding_type")
     rotary = bool(frequencies) or (not table and stated == "rotary")
     found: Fields = {
-        "pre_layer_norm": any(
-            re.fullmatch(r"encoder\.layer\.\d+\.(.*)", name) and name.endswith(tuple(norms)) for name in inner
-        ),
+        "pre_layer_norm": any(_PRE_NORM.fullmatch(name) for name in inner),
         "last_layer_norm": f"{LAST_NORM}.weight" in inner or f"{LAST_NORM}.bias" in inner,
         "position_embedding_type": "rotary" if rotary else "absolute",
     }
@@ -113,17 +110,18 @@ def _rotary(frequencies: Mapping[str, Tensor], config: Mapping[str, Any], sizes:
     if not isinstance(dim, int) or isinstance(dim, bool) or dim % 2 or not 0 < dim <= head_dim:
         raise FamilyError(
             f"rotary_dim: expected an even number up to the {head_dim} elements of a head",
-            found=dim,
-            where="config.json" if not shapes else next(iter(frequencies)),
+            found=repr(dim),
+            where=next(iter(frequencies), "config.json"),
         )
-    base = ROTARY_BASE if base is None else base
-    if not isinstance(base, (int, float)) or isinstance(base, bool) or not 1 < base < 1e12:
-        raise FamilyError("rotary_base: expected a number above 1", found=repr(base), where="config.json")
-    expected = computed_frequencies(dim, base)
     for name, row in frequencies.items():
         if row.dtype not in FLOATS:
             raise FamilyError("expected rotary frequencies of a floating dtype", found=row.dtype, where=name)
-        if not np.allclose(read(row, float32=True), expected, rtol=ROUNDING[row.dtype], atol=LEAST_F16):
+    if base is None:
+        base = _base_of(frequencies, dim)
+    if not isinstance(base, (int, float)) or isinstance(base, bool) or not 1 < base < 1e12:
+        raise FamilyError("rotary_base: expected a number above 1", found=repr(base), where="config.json")
+    for name, row in frequencies.items():
+        if not _are_frequencies(row, dim, base):
             raise FamilyError(
                 f"expected the frequencies of rotary_base {base} and rotary_dim {dim}",
                 found="others",
@@ -133,32 +131,42 @@ def _rotary(frequencies: Mapping[str, Tensor], config: Mapping[str, Any], sizes:
     return {"rotary_dim": dim, "rotary_base": base}
 
 
+def _are_frequencies(row: Tensor, dim: int, base: float) -> bool:
+    """Whether a tensor holds the frequencies of a base, as far as its dtype can."""
+    stored = read(row, float32=row.dtype != "F64")
+    return np.allclose(stored, computed_frequencies(dim, base), rtol=ROUNDING[row.dtype], atol=LEAST_F16)
+
+
+def _base_of(frequencies: Mapping[str, Tensor], dim: int) -> int:
+    """The base that stored frequencies have, a whole number; ROTARY_BASE where they are its own, or there are none."""
+    row = next(iter(frequencies.values()), None)
+    if row is None or dim == 2 or _are_frequencies(row, dim, ROTARY_BASE):
+        return ROTARY_BASE
+    last = float(read(row, float32=row.dtype != "F64")[-1])  # base ** (-(dim - 2) / dim)
+    return round(min(last ** (-dim / (dim - 2)), 1e12)) if last > 0 else ROTARY_BASE
+
+
 def _head(family: Family, tensors: Mapping[str, Tensor], written: Collection[str], config: Mapping[str, Any]) -> Fields:
     """`architectures`, where config.json names no class, and `num_labels`, where it names no labels."""
-
-    def has(start: str) -> bool:
-        return any(name.startswith(start) for name in written)
-
     found: Fields = {}
     if not class_names(config):
-        if has("cls.predictions."):
-            head = "ForPreTraining" if has("cls.seq_relationship.") else "ForMaskedLM"
-        elif has("qa_outputs."):
-            head = "ForQuestionAnswering"
-        elif has("classifier."):
-            head = (
-                "ForSequenceClassification" if any(".pooler." in name for name in written) else "ForTokenClassification"
-            )
-        else:
-            head = "Model"
-        found["architectures"] = [family.encoder_class.removesuffix("Model") + head]
-    classifier = next(
-        (row for name, row in tensors.items() if name.rpartition("classifier.weight")[1:] == ("classifier.weight", "")),
-        None,
-    )
-    if classifier is not None and len(classifier.shape) == 2 and not {"num_labels", "id2label"} & config.keys():
-        found["num_labels"] = classifier.shape[0]
+        parts = {part for name in written for part in name.split(".")}
+        found["architectures"] = [family.encoder_class.removesuffix("Model") + _class_ending(parts)]
+    labels = [row.shape[0] for name, row in tensors.items() if name.endswith("classifier.weight") and row.shape]
+    if labels and not {"num_labels", "id2label"} & config.keys():
+        found["num_labels"] = labels[0]
     return found
+
+
+def _class_ending(parts: Collection[str]) -> str:
+    """How the name of a class ends, by the parts of its tensors' names."""
+    if "predictions" in parts:
+        return "ForPreTraining" if "seq_relationship" in parts else "ForMaskedLM"
+    if "qa_outputs" in parts:
+        return "ForQuestionAnswering"
+    if "classifier" in parts:
+        return "ForSequenceClassification" if "pooler" in parts else "ForTokenClassification"
+    return "Model"
 
 
 def _json(value: object) -> str:

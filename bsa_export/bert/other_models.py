@@ -90,7 +90,7 @@ _COMPUTE_OTHERWISE = {
     "is_encoder_decoder": "an encoder and a decoder",
     "pruned_heads": "layers with pruned heads",
 }
-_NORMS = ("pre_layer_norm", "last_layer_norm")
+NORM_FIELDS = ("pre_layer_norm", "last_layer_norm")
 # A written name behind the encoder's prefix -> what a tensor of that name looks like. The first that matches counts.
 _TENSORS = tuple(
     (re.compile(pattern, re.IGNORECASE), what)
@@ -156,7 +156,7 @@ def other_computation(config: Mapping[str, object], chooses_norms: bool = False)
     kind = config.get("position_embedding_type") or "absolute"
     if kind != "absolute" and not (chooses_norms and kind == "rotary"):
         return f"position_embedding_type {kind!r}", f"{kind} positions instead of absolute ones"
-    own = _NORMS if chooses_norms else ()
+    own = NORM_FIELDS if chooses_norms else ()
     return next(
         ((name, what) for name, what in _COMPUTE_OTHERWISE.items() if name not in own and config.get(name)), None
     )

@@ -431,6 +431,13 @@ def test_rounded_frequencies_are_noted_and_come_back(tmp_path):
     assert all(same_bits(found[name], tensor) for name, tensor in state.items())
 
 
+def test_stored_frequencies_say_the_base_where_config_json_does_not(tmp_path):
+    recipe = RECIPES["gena dense rotary"]
+    silent = replace(recipe, config={name: value for name, value in recipe.config.items() if name not in ROTARY})
+    written = config(converted(save(silent, tmp_path / "source")))
+    assert {name: written[name] for name in ROTARY} == ROTARY
+
+
 def test_layouts_are_drawn_again_only_where_none_are_stored(tmp_path):
     recipe = RECIPES["gena sparse rotary"]
     source = save(recipe, tmp_path / "source")
