@@ -46,7 +46,7 @@ def bert(folder_of):
 
 def under_layouts(folder, inputs, dtype, keep=None, auto=AutoModelForMaskedLM):
     """What the dense class makes of it, given the layouts as 4-D masks."""
-    model = auto.from_pretrained(folder, dtype=dtype)
+    model = auto.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     masked_by_layouts(model, layouts_in(folder), BLOCK, inputs["attention_mask"] if keep is None else keep)
     return outputs(model, inputs)
 
@@ -59,7 +59,7 @@ def test_a_family_agrees_with_its_dense_class_under_the_same_mask(family, paddin
     found = outputs(auto.from_pretrained(folder, attn_implementation="block_sparse"), inputs)
     exact, dense = (under_layouts(folder, inputs, dtype, auto=auto) for dtype in (torch.float64, torch.float32))
     assert_as_good_as_dense(found, exact, dense)
-    plain = outputs(auto.from_pretrained(folder), inputs)
+    plain = outputs(auto.from_pretrained(folder, attn_implementation="sdpa"), inputs)
     assert (found - plain).abs().max() > 0.1  # the layouts do change something
 
 
@@ -194,7 +194,7 @@ def test_a_dense_checkpoint_is_refused_in_a_sentence(tmp_path):
 def test_a_missing_layout_is_never_made_up(bert):
     model = AutoModelForMaskedLM.from_pretrained(bert, attn_implementation="block_sparse").eval()
     fresh = AutoModelForMaskedLM.from_config(model.config, attn_implementation="block_sparse").eval()
-    dense = AutoModelForMaskedLM.from_pretrained(bert)
+    dense = AutoModelForMaskedLM.from_pretrained(bert, attn_implementation="sdpa")
     dense.set_attn_implementation("block_sparse")
     for each in (fresh, dense):
         with pytest.raises(AttentionError, match="no stored layout"):

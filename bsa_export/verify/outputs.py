@@ -24,7 +24,17 @@ from bsa_export.errors import AttentionError
 from bsa_export.ops.dispatch import backends, block_sparse_attention
 from bsa_export.verify.attention_inputs import Projections, tensor
 from bsa_export.verify.guard import stopped
-from bsa_export.verify.tolerance import FACTOR, Errors, errors, in_half, plain_beside, reference, results
+from bsa_export.verify.tolerance import (
+    FACTOR,
+    ORDERS,
+    Errors,
+    errors,
+    in_half,
+    larger,
+    plain_beside,
+    reference,
+    results,
+)
 
 # What each computes here; the first is that of every comparison.
 DTYPES = {

@@ -31,8 +31,7 @@ from bsa_export.ops.dispatch import AUTO, MODULES, backends, block_sparse_attent
 from bsa_export.verify.attention_inputs import tensor
 from bsa_export.verify.guard import guarded
 from bsa_export.verify.names import ATTRIBUTES, expected_name
-from bsa_export.verify.outputs import ORDERS, larger
-from bsa_export.verify.tolerance import FACTOR, errors
+from bsa_export.verify.tolerance import FACTOR, ORDERS, errors, larger
 from bsa_export.version import install_hint
 
 REFERENCE = "bsa_export_reference"

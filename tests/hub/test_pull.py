@@ -117,7 +117,7 @@ def test_a_folder_that_is_there(bsa_lfs, hub, uploaded, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     ended = pull(bsa_lfs, tmp_path / "out")
-    assert ended.code == 1 and "it is there and not empty; choose another folder or --overwrite" in ended.err
+    assert ended.code == 1 and "not empty; choose another folder or --overwrite" in ended.err
     assert (
         "only an earlier conversion may be overwritten"
         in pull(bsa_lfs, tmp_path / "out", "alice/model", "--overwrite").err
@@ -157,9 +157,7 @@ def test_wrong_bits_every_time(bsa_lfs, hub, uploaded, tmp_path, name):
     hub.fault("GET /lfs/" if name == "model.safetensors" else f"GET .*/{name}", Corrupt(1000), times=99)
     ended = pull(bsa_lfs, tmp_path / "out")
     assert ended.code == 1
-    assert (
-        f"alice/model: {name}: expected" in ended.err and "in two downloads; tell the repository's owner" in ended.err
-    )
+    assert f"alice/model: {name}: expected" in ended.err and "in two downloads" in ended.err
     assert not (tmp_path / "out").exists()
     hub.come_up()
     assert pull(bsa_lfs, tmp_path / "out").code == 0

@@ -133,17 +133,17 @@ def test_no_room_left(bsa, hub, model):
     for endpoint in ("xet-write-token|objects/batch", "POST .*/commit/"):
         hub.come_up()
         hub.fault(endpoint, Status(403, message), times=9)
-        refused(push(bsa, model), "alice/model: the Hub has no room for it", "see what fills alice's storage at")
+        refused(push(bsa, model), "alice/model: the Hub has no storage left", "see what fills alice's storage at")
 
 
 def test_no_such_repository(bsa_lfs, hub, tmp_path):
     refused(
         pull(bsa_lfs, tmp_path / "out"),
-        "alice/model: there is no such repository that this token may see; look at its name",
+        "alice/model: there is no such repository that this token may see",
     )
     refused(
         pull(bsa_lfs, tmp_path / "out", env={"HF_TOKEN": None}),
-        "alice/model: there is no such repository, or it is private and no token is set; look at its name",
+        "alice/model: there is no such repository, or it is private and no token is set",
     )
     assert not list(tmp_path.iterdir())
 
@@ -151,7 +151,7 @@ def test_no_such_repository(bsa_lfs, hub, tmp_path):
 def test_a_private_repository_of_others(bsa, hub, published, tmp_path):
     hub.repos["alice/model"].private = True
     refused(
-        pull(bsa, tmp_path / "out", env={"HF_TOKEN": OTHER}), "no such repository that this token may see", "let you in"
+        pull(bsa, tmp_path / "out", env={"HF_TOKEN": OTHER}), "no such repository that this token may see", "give you access"
     )
     refused(pull(bsa, tmp_path / "out", env={"HF_TOKEN": None}), "it is private and no token is set")
     assert pull(bsa, tmp_path / "out", env={"HF_TOKEN": READER}).code == 0
@@ -179,7 +179,7 @@ def test_a_disabled_repository(bsa_lfs, hub, tmp_path):
 
 def test_no_such_revision(bsa, hub, published, tmp_path):
     ended = pull(bsa, tmp_path / "out", repo="alice/model@v2")
-    refused(ended, "alice/model: it has no revision v2; those there are listed at")
+    refused(ended, "alice/model: it has no revision v2")
 
 
 def test_a_branch_that_goes_away_meanwhile(bsa, hub, model):
@@ -239,7 +239,7 @@ def test_no_network(hub, model, tmp_path, xet):
             for ended in (push(bsa, model), pull(bsa, tmp_path / "out")):
                 refused(
                     ended,
-                    f"alice/model: {url} cannot be reached, or the connection broke (Connection refused); look at",
+                    f"alice/model: {url} cannot be reached, or the connection broke (Connection refused)",
                 )
     assert not (tmp_path / "out").exists()
 

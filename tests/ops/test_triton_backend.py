@@ -13,7 +13,7 @@ from attention_cases import Case, make_inputs
 
 from bsa_export.errors import AttentionError
 from bsa_export.ops import backends, block_sparse_attention, schedule, triton_backend
-from bsa_export.ops import launch as warmup
+from bsa_export.ops import launch
 from bsa_export.ops.dispatch import block_sparse_attention_varlen
 from bsa_export.ops.schedule import ScheduleCache
 from bsa_export.sparsity.configs import MODES
@@ -390,13 +390,16 @@ class TestOnAGpu:
         """Those that are remembered, whatever the lengths, strides and alignments of what they work on."""
         chosen, launches = {}, []
 
-        def check(kernel, programs, *arguments, **constants):
-            compiled = kernel[(programs,)](*arguments, **constants)
-            launches.append(kernel)
-            kind = warmup._kind_of_launch(kernel, arguments, constants)
-            assert chosen.setdefault(kind, compiled) is compiled
+        class Forgetful(dict):
+            """Remembers nothing, so that Triton is asked at each launch, and compares what it chooses."""
 
-        monkeypatch.setattr(triton_backend, "start", check)
+            def get(self, kind):
+                launches.append(kind)
+
+            def __setitem__(self, kind, compiled):
+                assert chosen.setdefault(kind, compiled) is compiled
+
+        monkeypatch.setattr(launch, "_compiled", Forgetful())
         monkeypatch.setattr(triton_backend, "PARTIAL_BYTES", 1)  # offsets of groups, which are aligned to 4 bytes
         layout = layout_of("bslongformer", 4096, 2, 64, "cuda")
         for seq in (1, 64, 100, 1024, 4000, 4096):
