@@ -7,9 +7,10 @@ import sys
 
 import pytest
 from commands import Commands
-from conftest import dense_bert, digests
+from conftest import converted, dense_bert, digests, mark_verified
 from hub_faults import Corrupt, Cut
 from hub_server import WRITER
+from safetensors.numpy import load_file, save_file
 
 
 def pull(bsa, folder, repo="alice/model", *options, **kwargs):
@@ -53,6 +54,27 @@ def test_the_folder_is_the_one_that_was_pushed(bsa, hub, published, tmp_path):
     assert f"commit  {commit}\n" in ended.out
     assert ended.out.endswith(f'load    bsa_export.load("{tmp_path / "out"}")\n')
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_pre_norm_model_with_rotary_positions_goes_up_and_comes_down(bsa, hub, tmp_path):
+    source = dense_bert(tmp_path / "source")
+    tensors, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
+    del tensors["bert.embeddings.position_embeddings.weight"]
+    norms = {"attention.output.LayerNorm": "pre_attention_ln", "output.LayerNorm": "post_attention_ln"}
+    for name in list(tensors):
+        for found, renamed in norms.items():
+            if f".{found}." in name and ".layer." in name:
+                tensors[name.replace(found, renamed)] = tensors.pop(name)
+                break
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    config |= {"pre_layer_norm": True, "last_layer_norm": False, "position_embedding_type": "rotary", "rotary_dim": 4}
+    (source / "config.json").write_text(json.dumps(config))
+    model = mark_verified(converted(source, tmp_path / "model"))
+    assert bsa.run("push", model, "alice/model", "--yes").code == 0
+    assert pull(bsa, tmp_path / "out").code == 0
+    (tmp_path / "out" / "pulled.json").unlink()
+    assert digests(tmp_path / "out") == digests(model)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "bsa_bert"
 
 
 def test_what_came_by_xet_arrives_without_it(_with_xet, _without_xet, hub, model, tmp_path):
