@@ -172,7 +172,7 @@ def _in_mode(name: str, mask: Tensor | None, mode: str) -> Tensor | None:
             "expected numbers that are added to the scores, in mode add",
             found="bool" if mask.dtype == torch.bool else "integers of 0 and 1, as a tokenizer makes them",
             where=name,
-            hint=f'pass 0 for what takes part and -inf for what does not, or make the module with {name}_mode="mul"',
+            hint=f'pass 0 for keys to keep and -inf for keys to mask, or make the module with {name}_mode="mul"',
         )
     return mask.float()
 

@@ -309,7 +309,7 @@ def read_config(path: Path) -> dict[str, Any]:
             "expected the model's config.json (the number of attention heads cannot be read from weights)",
             found="none",
             where=path,
-            hint="--config names it",
+            hint="name it with --config",
         ) from None
     if not isinstance(config, dict):
         raise FamilyError("expected a JSON object", found=type(config).__name__, where=path)

@@ -139,7 +139,7 @@ class AtomicFolder(AbstractContextManager):
             )
         if os.path.ismount(self.target) or self.target in (Path.cwd(), *Path.cwd().parents):
             raise CheckpointError(
-                "the folder is made in one step, and cannot take the place of the current one or of a mounted one",
+                "the folder appears in one step, so it cannot replace the current directory or a mount point",
                 where=self.target,
                 hint="name a folder inside it",
             )
@@ -147,11 +147,11 @@ class AtomicFolder(AbstractContextManager):
             return
         if not self.overwrite:
             raise CheckpointError(
-                "it is there and not empty", where=self.target, hint="choose another folder or --overwrite"
+                "it exists and is not empty", where=self.target, hint="choose another folder or --overwrite"
             )
         if not _is_conversion(self.target):
             raise CheckpointError(
-                f"only an earlier conversion may be overwritten, and it holds no {RECORD} of one",
+                f"only an earlier conversion may be overwritten, and it has no {RECORD} of one",
                 where=self.target,
                 hint="choose another folder",
             )

@@ -128,7 +128,7 @@ def _weight_file(folder: Path) -> tuple[Path, list[str]]:
             "expected one checkpoint",
             found=some(indexes + weights, 12),
             where=folder,
-            hint="name the file that is meant",
+            hint="name the file that you want",
         )
     else:
         raise _nothing_readable(folder)
@@ -315,7 +315,7 @@ def _wrapped(saved: object, path: Path) -> str | None:
             "expected one state dict",
             found=some((f"{name} with {count} tensors" for name, count in inside.items()), 8),
             where=path,
-            hint="save the one that is meant alone, with torch.save",
+            hint="save only the one that you want, with torch.save",
         )
     return next(iter(inside))
 
@@ -393,7 +393,7 @@ def _open_index(path: Path) -> Checkpoint:
             f"expected {len(shards)} shards",
             found=f"{len(missing)} missing: {some(missing, 12)}",
             where=path,
-            hint="fetch them too",
+            hint="download them too",
         )
     checkpoint = Checkpoint({}, path.parent, [path.parent / name for name in shards])
     for shard in checkpoint.files:

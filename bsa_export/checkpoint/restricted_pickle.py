@@ -437,7 +437,8 @@ def describe(value: object) -> str:
             return f"a {type(value).__name__} with {len(value)} entries"
         case None | bool():
             return str(value)
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def brief(value: object) -> str:

@@ -43,7 +43,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if not isinstance(header, dict) or not isinstance(metadata, dict) or not _are_strings(metadata):
             raise ValueError("it is not an object of tensors with a __metadata__ of strings")
         if len(header) > MAX_TENSORS:
-            raise ValueError(f"it has {len(header):,} tensors; {MAX_TENSORS:,} are the most")
+            raise ValueError(f"it has {len(header):,} tensors; at most {MAX_TENSORS:,} are allowed")
         found = [(name, *_row(name, entry, path, 8 + length)) for name, entry in header.items()]
     except ValueError as error:
         raise CheckpointError(

@@ -28,7 +28,7 @@ def checked_shape(shape: object) -> tuple[int, ...]:
     if not isinstance(shape, (list, tuple)):
         raise ValueError(f"its shape is a {type(shape).__name__}, not a list of sizes")
     if len(shape) > MAX_DIMS:
-        raise ValueError(f"it has {len(shape)} dimensions; {MAX_DIMS} are the most")
+        raise ValueError(f"it has {len(shape)} dimensions; at most {MAX_DIMS} are allowed")
     if not all(type(size) is int and 0 <= size < 2**62 for size in shape):
         raise ValueError("its shape has entries that are not sizes")
     if math.prod(size for size in shape if size) >= 2**62:

@@ -106,7 +106,9 @@ def _read_zip(path: Path, file: io.BufferedReader) -> object:
         )
     data = ranges[pickles[0]]
     if data.nbytes > MAX_PICKLE_BYTES:
-        raise CheckpointError(f"its pickle takes {data.nbytes:,} bytes; {MAX_PICKLE_BYTES:,} are the most", where=path)
+        raise CheckpointError(
+            f"its pickle has {data.nbytes:,} bytes; at most {MAX_PICKLE_BYTES:,} are allowed", where=path
+        )
     stream = io.BytesIO(_entry(file, data, MAX_PICKLE_BYTES))
     tensors = _Tensors(path, lambda key: ranges.get(f"{prefix}data/{key}"))
     return restricted_pickle.load(stream, path, tensors.rebuild, tensors.persistent)

@@ -157,7 +157,7 @@ def write_safetensors(
     if {name: (row.dtype, row.shape) for name, row in written.items()} != {
         name: (row.dtype, row.shape) for name, row in rows.items()
     }:
-        raise CheckpointError("what was written is not what was meant", where=path, hint="please report this")
+        raise CheckpointError("the file read back differs from what was written", where=path, hint="please report this")
     seen = out.inspector
     return FileRecord(len(header) + total, checksum=seen.checksum.hexdigest(), not_finite=seen.not_finite)
 

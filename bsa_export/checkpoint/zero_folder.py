@@ -79,7 +79,7 @@ def find_zero_folder(folder: Path) -> Path | None:
             "expected one DeepSpeed checkpoint",
             found=some(entry.name for entry in inside),
             where=folder,
-            hint="name the folder that is meant",
+            hint="name the folder that you want",
         )
     return named or inside[0]
 

@@ -79,7 +79,7 @@ def _chosen_config(options: Options, source_length: int, heads: int) -> Sparsity
         config = _configured_sparsity(options.section, section, heads)
         if config.mode == "custom" and options.layout is None:
             raise SparsityError(
-                "a custom layout comes from a file", where="sparse_attention: mode", hint="--layout names it"
+                "a custom layout comes from a file", where="sparse_attention: mode", hint="name it with --layout"
             )
         return config
     block = options.block or _default_block(source_length, options.max_length)

@@ -222,7 +222,7 @@ def _note_removed_fields(draft: _Draft, config: Mapping[str, Any]) -> list[str]:
     removed = taken_out(config)
     for name, why in removed.items():
         if why is not None:
-            draft.notes.append(Note(NoteKind.CONFIG_FIELD, f"{name} is taken out of config.json: {why}"))
+            draft.notes.append(Note(NoteKind.CONFIG_FIELD, f"{name} is removed from config.json: {why}"))
     return list(removed)
 
 

@@ -46,7 +46,7 @@ def api(*, writing: bool) -> HfApi:
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise HubError(
             "the token of the Hub holds a character that no token has",
-            hint="look at HF_TOKEN, or run hf auth login again",
+            hint="check HF_TOKEN, or run hf auth login again",
         )
     return HfApi(token=True if writing else None, library_name="bsa_export", library_version=__version__)
 
@@ -78,7 +78,7 @@ def find(hub: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo | N
 def commit_of(info: ModelInfo) -> str:
     """The commit that the Hub names. Raises HubError where it is not one: paths are made of it."""
     if not isinstance(info.sha, str) or not COMMIT.fullmatch(info.sha) or not isinstance(info.id, str):
-        raise HubError("expected a commit of 40 hex digits from the Hub", found=info.sha, hint="look at HF_ENDPOINT")
+        raise HubError("expected a commit of 40 hex digits from the Hub", found=info.sha, hint="check HF_ENDPOINT")
     return info.sha
 
 
@@ -105,7 +105,7 @@ def tree(hub: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
                 "expected a path, a size and a hash for each file from the Hub",
                 found=f"{file.path!s:.100}: {file.size}",
                 where=repo_id,
-                hint="look at HF_ENDPOINT",
+                hint="check HF_ENDPOINT",
             )
     return {file.path: file for file in files}
 

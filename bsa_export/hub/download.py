@@ -237,7 +237,7 @@ def _check_conversion(repo_id: str, folder: Path) -> None:
     for check in (check_file(folder), check_layout(folder)):
         if not check.passed:
             reason = check.reason.replace(f"{folder}/", "").replace(str(folder), "it")
-            raise HubError(f"it fails the {check.name} check: {reason}", where=repo_id, hint="tell its owner")
+            raise HubError(f"it fails the {check.name} check: {reason}", where=repo_id, hint="report it to its owner")
 
 
 def _of_conversion(there: Snapshot, others: Callable[[str], bool]) -> Snapshot:
@@ -250,7 +250,9 @@ def _of_conversion(there: Snapshot, others: Callable[[str], bool]) -> Snapshot:
     try:
         record = read_conversion(path.parent)
     except CheckpointError as error:
-        raise HubError(str(error).replace(f"{path.parent}/", ""), where=there.repo_id, hint="tell its owner") from None
+        raise HubError(
+            str(error).replace(f"{path.parent}/", ""), where=there.repo_id, hint="report it to its owner"
+        ) from None
     recorded = dict(record.files) if record else {}
     recorded.pop(CARD, None)
     for name, entry in recorded.items():
@@ -259,14 +261,14 @@ def _of_conversion(there: Snapshot, others: Callable[[str], bool]) -> Snapshot:
                 f"its {CONVERSION_RECORD} lists what is not a file of a model",
                 found=name,
                 where=there.repo_id,
-                hint="tell its owner",
+                hint="report it to its owner",
             )
         if (file := there.files.get(name)) is None or file.size != entry.bytes:
             raise HubError(
                 f"expected {name} with {entry.bytes:,} bytes, as its {CONVERSION_RECORD} has it",
                 found="no such file" if file is None else f"{file.size:,} bytes",
                 where=there.repo_id,
-                hint="tell its owner",
+                hint="report it to its owner",
             )
     files = {name: file for name, file in there.files.items() if of_conversion(name, recorded) or others(name)}
     return there._replace(files=files)
@@ -278,7 +280,9 @@ def _module_paths(there: Snapshot) -> list[str]:
     try:
         modules = read_json(path)
     except CheckpointError as error:
-        raise HubError(str(error).replace(f"{path.parent}/", ""), where=there.repo_id, hint="tell its owner") from None
+        raise HubError(
+            str(error).replace(f"{path.parent}/", ""), where=there.repo_id, hint="report it to its owner"
+        ) from None
     paths = [module.get("path") for module in modules if isinstance(module, dict)] if isinstance(modules, list) else []
     return [path for path in paths if isinstance(path, str) and SAFE_NAME.fullmatch(path)]
 
@@ -387,7 +391,7 @@ def _checked(wanted: Snapshot, name: str, snapshot: Path, target: Path | None = 
         f"expected {listed.size:,} bytes with the hash {expected}",
         found=f"{size:,} with {found} in two downloads",
         where=f"{wanted.repo_id}: {name}",
-        hint="tell the repository's owner",
+        hint="report it to the repository's owner",
     )
 
 

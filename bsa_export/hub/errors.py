@@ -75,21 +75,19 @@ def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushin
     if is_a(errors.DisabledRepoError):
         return HubError("the Hub has disabled it", where=repo_id, hint=f"see {url}")
     if is_a(errors.RevisionNotFoundError):
-        return HubError(
-            f"it has no revision {revision}", where=repo_id, hint=f"those there are listed at {url}/tree/main"
-        )
+        return HubError(f"it has no revision {revision}", where=repo_id, hint=f"see its revisions at {url}/tree/main")
     status, said = status_of(error), _said(causes)
     if is_a(errors.RepositoryNotFoundError):
         if get_token() is None:
             return HubError(
                 "there is no such repository, or it is private and no token is set",
                 where=repo_id,
-                hint="look at its name; for a private one run hf auth login, or set HF_TOKEN",
+                hint="check its name; for a private one run hf auth login, or set HF_TOKEN",
             )
         return HubError(
             "there is no such repository that this token may see",
             where=repo_id,
-            hint="look at its name; to a private one its owner has to let you in",
+            hint="check its name; the owner of a private one has to give you access",
         )
     if status == 401:
         return HubError(
@@ -98,7 +96,7 @@ def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushin
         )
     if status in (402, 413, 507) or (status in (400, 403) and FULL.search(said)) or _batch_refusal(causes):
         return HubError(
-            f"the Hub has no room for it{_quoted(said)}",
+            f"the Hub has no storage left for it{_quoted(said)}",
             where=repo_id,
             hint=f"see what fills {repo_id.split('/')[0]}'s storage at {endpoint()}/settings/billing",
         )
@@ -126,13 +124,13 @@ def sentence(error: BaseException, repo_id: str, revision: str | None, *, pushin
         return HubError(
             f"{endpoint()} cannot be reached, or the connection broke ({_reason(causes)})",
             where=repo_id,
-            hint=f"look at the network, HF_ENDPOINT and the proxy, then {again}",
+            hint=f"check the network, HF_ENDPOINT and the proxy, then {again}",
         )
     if is_a(errors.FileMetadataError) or any(_is_misunderstood(cause) for cause in causes):
         return HubError(
             f"{endpoint()} does not answer as a Hub does",
             where=repo_id,
-            hint="look at HF_ENDPOINT; a login page of the network or a proxy may be in between",
+            hint="check HF_ENDPOINT; a login page of the network or a proxy may be in between",
         )
     for cause in causes:
         if isinstance(cause, OSError) and (cause.filename or cause.errno in (errno.ENOSPC, errno.EDQUOT)):

@@ -40,7 +40,7 @@ class Limits:
         with self.lock:
             self.left -= nbytes
             if self.left < 0:
-                raise HubError("the Hub sends more bytes than it lists", hint="look at HF_ENDPOINT")
+                raise HubError("the Hub sends more bytes than it lists", hint="check HF_ENDPOINT")
 
     def answered(self, url: str, status: int, headers: Any) -> None:
         """Looks at an answer before its body is read; takes out headers that ask for too long a wait.
@@ -51,7 +51,7 @@ class Limits:
         with self.lock:
             self.answers -= 1
             if self.answers < 0:
-                raise HubError("the Hub answers in endless pages", hint="look at HF_ENDPOINT")
+                raise HubError("the Hub's listing does not end", hint="check HF_ENDPOINT")
             for name in _WAIT_HEADERS:
                 if name in headers and not self._may_wait(headers[name]):
                     del headers[name]
@@ -64,14 +64,16 @@ class Limits:
         ):
             raise HubError(
                 "a web page came instead of an answer of the Hub",
-                hint="a login page of the network or a proxy may be in between; look at HF_ENDPOINT too",
+                hint="a login page of the network or a proxy may be in between; check HF_ENDPOINT too",
             )
         if headers.get("content-encoding", "identity") != "identity":  # could be endless once it is unpacked
-            raise HubError("the Hub sends a compressed answer that was not asked for", hint="look at HF_ENDPOINT")
+            raise HubError("the Hub sends a compressed answer that was not asked for", hint="check HF_ENDPOINT")
         for name in ("x-xet-refresh-route", "link"):
             for address in _addresses(headers.get(name, "")):
                 if address.startswith("http") and origin(address) != endpoint_origin():
-                    raise HubError("the Hub leads to another origin", found=origin(address), hint="look at HF_ENDPOINT")
+                    raise HubError(
+                        "the Hub redirects to another origin", found=origin(address), hint="check HF_ENDPOINT"
+                    )
         size = headers.get("x-linked-size", "")
         if size.isascii() and size.isdecimal() and self.largest is not None and int(size[:20]) > self.largest:
             raise HubError("the Hub sends a file larger than it lists", found=f"{size[:20]} bytes")

@@ -269,7 +269,7 @@ def _checked_user(hub: HfApi, repo_id: str, create_pr: bool) -> str:
     """The name of the token's user. Raises HubError if it cannot write there, as far as the Hub says without a try."""
     me = client.patiently(hub.whoami)
     if not isinstance(me, dict) or not isinstance(user := me.get("name"), str):
-        raise HubError("expected the name of the token's user from the Hub", hint="look at HF_ENDPOINT")
+        raise HubError("expected the name of the token's user from the Hub", hint="check HF_ENDPOINT")
     (namespace, name), auth, orgs = repo_id.split("/"), me.get("auth"), me.get("orgs")
     access = auth.get("accessToken") if isinstance(auth, dict) else None
     if isinstance(access, dict) and access.get("role") == "read":

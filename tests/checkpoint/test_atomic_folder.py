@@ -78,7 +78,7 @@ def test_a_signal_in_the_middle_of_making_or_cleaning_leaves_nothing(tmp_path, m
 def test_the_current_folder_is_refused(tmp_path, monkeypatch, target):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(CheckpointError, match="cannot take the place of the current one.*; name a folder inside it"):
+    with pytest.raises(CheckpointError, match="cannot replace the current directory.*; name a folder inside it"):
         AtomicFolder(target).__enter__()
     assert everything(tmp_path) == ["here"]
 
@@ -99,11 +99,9 @@ def test_an_empty_folder_is_replaced(tmp_path):
 def test_what_is_there_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    with pytest.raises(CheckpointError, match="out: it is there and not empty; choose another folder or --overwrite"):
+    with pytest.raises(CheckpointError, match="out: .*not empty.*--overwrite"):
         AtomicFolder(tmp_path / "out").__enter__()
-    with pytest.raises(
-        CheckpointError, match="only an earlier conversion may be overwritten, and it holds no conversion.json of one"
-    ):
+    with pytest.raises(CheckpointError, match="only an earlier conversion may be overwritten.* no conversion.json"):
         AtomicFolder(tmp_path / "out", overwrite=True).__enter__()
     with pytest.raises(CheckpointError, match="expected a folder to write to, found a file"):
         AtomicFolder(tmp_path / "out" / "precious", overwrite=True).__enter__()
@@ -113,7 +111,7 @@ def test_what_is_there_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_what_appears_meanwhile_is_not_lost(tmp_path):
-    with pytest.raises(CheckpointError, match="it is there and not empty"), AtomicFolder(tmp_path / "out") as staging:
+    with pytest.raises(CheckpointError, match="not empty"), AtomicFolder(tmp_path / "out") as staging:
         (staging / "file").write_text("x")
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "precious").write_text("x")

@@ -360,7 +360,7 @@ SPARSITY = {
     "an unknown key": ('{"mode": "fixed", "blocks": 16}', "'blocks'"),
     "a wrong type": ('{"mode": "fixed", "block": "16"}', "fixed: block: expected an integer of at least 1, found '16'"),
     "another number of heads": ('{"mode": "fixed", "num_heads": 8}', "num_heads: expected 4, found 8"),
-    "custom without a file": ('{"mode": "custom", "block": 16}', "--layout names it"),
+    "custom without a file": ('{"mode": "custom", "block": 16}', "name it with --layout"),
 }
 
 
