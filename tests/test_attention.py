@@ -1,4 +1,4 @@
-"""`SparseSelfAttention` and `BertSparseSelfAttention` beside the installed DeepSpeed's classes of those names."""
+"""`SparseSelfAttention` and `BertSparseSelfAttention` and the installed DeepSpeed's classes of those names."""
 
 import copy
 import pickle

@@ -27,7 +27,7 @@ def fully_sharded(model):
 
 
 def work(rank, folder, file):
-    """One process: its part of the batch, beside the whole of it."""
+    """One process: its part of the batch, compared with the whole of it."""
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=RANKS)
     torch.set_num_threads(1)
     ids = torch.randint(4, 100, (2 * RANKS, LONGEST - 5), generator=torch.Generator().manual_seed(0))

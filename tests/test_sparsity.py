@@ -302,7 +302,7 @@ def test_the_global_generator_can_be_passed_as_deepspeed_uses_it():
 
 
 def test_a_slice_of_the_master_layout_is_not_the_layout_of_that_length(deepspeed):
-    """DeepSpeed at run time slices the master layout; so the stored one and its slices count, and are not made anew."""
+    """DeepSpeed at run time slices the master layout; so the stored one and its slices count, not new ones."""
     config = FixedSparsityConfig(1)
     assert config.make_layout(2048)[:, :33, :33].sum() == 361
     assert config.make_layout(528).sum() == 393

@@ -1,4 +1,4 @@
-"""Converting a BERT-large `.bin` (1.34 GB): whole processes, in turn, beside `cp` and `torch.load` + `save_file`.
+"""Converting a BERT-large `.bin` (1.34 GB): whole processes, alternating with `cp` and `torch.load` + `save_file`.
 
 Not a test: `python tests/benchmarks/convert.py` on an idle machine (about 8 GB of disk for `--memory-factor 4`, else
 4 GB). Each round runs every way once, in turn, from a warm page cache; a figure is the median of the rounds with their

@@ -1,4 +1,4 @@
-"""Whole models of BERT's shapes: tokens a second and peak memory of block-sparse attention beside its competitors.
+"""Whole models of BERT's shapes: tokens a second and peak memory of block-sparse attention and its competitors.
 
     python tests/benchmarks/model.py [--sizes base] [--lengths 4096 16384] [--minutes 7]
     python tests/benchmarks/model.py --sizes base gena --patterns bigbird-heads --lengths 4096 --peers --no-mixed
@@ -270,7 +270,7 @@ def mixed_lengths(tokens: int) -> list[int]:
 
 
 class Bench:
-    """One run: the model at hand, and what was measured."""
+    """One run: its model, and what was measured."""
 
     def __init__(self, options):
         self.options = options
@@ -390,7 +390,7 @@ class Bench:
         return time.perf_counter() - begin
 
     def compared(self, row: Row) -> str:
-        """A row beside SDPA's: its rate, its memory, and its rate as a part of SDPA's at 512 tokens."""
+        """A row compared with SDPA's: its rate, its memory, and its rate as a part of SDPA's at 512 tokens."""
         told = []
         dense = self.found.get(Row(row.step, row.size, row.length, "dense", "sdpa"))
         short = self.found.get(Row(row.step, row.size, 512, "dense", "sdpa"))

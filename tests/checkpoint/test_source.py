@@ -1,4 +1,4 @@
-"""What lies in a path: every kind of file and folder a user may name."""
+"""What a path holds: every kind of file and folder a user may name."""
 
 import json
 import os

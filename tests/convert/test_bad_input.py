@@ -49,7 +49,7 @@ def refused(tmp_path, *arguments, options=()) -> str:
 
 
 def as_pickle(source: Path, zipped: bool = True, state=None) -> Path:
-    """The folder with a `.bin` in the place of its safetensors."""
+    """The folder with a `.bin` instead of its safetensors."""
     state = state or dict(tiny("bert").state_dict())
     (source / "model.safetensors").unlink()
     torch.save(state, source / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)

@@ -98,7 +98,7 @@ def test_every_form_of_a_model_gives_the_same_bytes(tmp_path, family):
         source.mkdir()
         write(source, state)
         (source / "config.json").write_text(json.dumps(model.config.to_dict()))
-        # What training leaves beside the weights is not weights.
+        # What training leaves next to the weights is not weights.
         for other in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
             torch.save({"lr": 1.0}, source / other)
         assert convert(source, tmp_path / f"{name} out", "--max-length", 4 * LENGTH).exit_code == 0
@@ -384,7 +384,7 @@ def test_custom_layouts_that_cannot_be(tmp_path, layout, told):
     )
 
 
-# What is written beside the weights, and what is said
+# What is written next to the weights, and what is said
 
 
 def test_the_files_of_a_sentence_transformer_follow(tmp_path, minilm):
@@ -468,7 +468,7 @@ def test_a_file_alone_needs_its_config(tmp_path):
 
 
 def test_a_link_into_a_cache_is_read_where_it_lies(tmp_path):
-    """The Hub's cache holds links to blobs without names; config.json lies beside the link."""
+    """The Hub's cache holds links to blobs without names; config.json is next to the link."""
     source = save(tiny("bert"), tmp_path / "snapshot")
     (tmp_path / "blobs").mkdir()
     (source / "model.safetensors").rename(tmp_path / "blobs" / "0123")

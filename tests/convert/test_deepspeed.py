@@ -42,7 +42,7 @@ def layouts(model):
 
 
 def antiberty_model(bert_config):
-    """The class of AntiBERTy: a masked-LM head with three more beside it."""
+    """The class of AntiBERTy: a masked-LM head with three more next to it."""
     model = transformers.BertForPreTraining(bert_config)
     del model.cls.seq_relationship
     for name, size in {"species": 6, "chain": 2, "graft": 2}.items():

@@ -277,7 +277,7 @@ def test_without_a_model_type_the_names_tell(tmp_path, family, prefixed):
     layout = next(tensor for name, tensor in tensors(out).items() if name.endswith("master_layout"))
     assert layout.shape == (4, 8, 8)
     assert config(out)["max_position_embeddings"] == 512 + RESERVED.get(family, 0)
-    # Only what the names cannot tell, which of RoBERTa's or BERT's kin it is, may differ.
+    # Only what the names do not show, which relative of RoBERTa or BERT it is, may differ.
     alike = {"xlm-roberta": "roberta", "camembert": "roberta"} | ({} if prefixed else {"data2vec-text": "roberta"})
     alike |= {} if prefixed else {"ernie": "bert"}
     assert record(out)["family"] == alike.get(family, family)

@@ -54,7 +54,7 @@ def convert(*arguments: object) -> Result:
 
 
 def converted(source: Path, *options: object) -> Path:
-    """The folder `out` beside a source, made by `bsa-convert source out OPTIONS`."""
+    """The folder `out` next to a source, made by `bsa-convert source out OPTIONS`."""
     target = source.parent / "out"
     result = convert(source, target, *options)
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""A Hub that lies: the token stays with the endpoint, nothing is endless, a wrong answer is one sentence."""
+"""A Hub with false answers: the token stays with the endpoint, nothing is endless, a wrong answer is one sentence."""
 
 import json
 import time

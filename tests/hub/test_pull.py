@@ -19,7 +19,7 @@ def pull(bsa, folder, repo="alice/model", *options, **kwargs):
 
 @pytest.fixture
 def published(bsa, hub, model, hub_home):
-    """The model, as it lies on the Hub."""
+    """The model, as it is stored on the Hub."""
     assert bsa.run("push", model, "alice/model", "--yes").code == 0
     shutil.rmtree(hub_home, ignore_errors=True)
     return model

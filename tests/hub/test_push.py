@@ -446,7 +446,7 @@ def test_the_records_are_those_of_the_conversion(bsa_lfs, hub, model, finished):
 
 
 def test_who_may_only_read_can_propose(bsa_lfs, hub, model):
-    """A token that may only read is told so, though the Hub lets it open pull requests."""
+    """A token that may only read is refused with that reason, though the Hub lets it open pull requests."""
     ended = push(bsa_lfs, model, env={"HF_TOKEN": READER})
     assert "the token of alice may only read" in ended.err
 

@@ -151,7 +151,9 @@ def test_no_such_repository(bsa_lfs, hub, tmp_path):
 def test_a_private_repository_of_others(bsa, hub, published, tmp_path):
     hub.repos["alice/model"].private = True
     refused(
-        pull(bsa, tmp_path / "out", env={"HF_TOKEN": OTHER}), "no such repository that this token may see", "give you access"
+        pull(bsa, tmp_path / "out", env={"HF_TOKEN": OTHER}),
+        "no such repository that this token may see",
+        "give you access",
     )
     refused(pull(bsa, tmp_path / "out", env={"HF_TOKEN": None}), "it is private and no token is set")
     assert pull(bsa, tmp_path / "out", env={"HF_TOKEN": READER}).code == 0

@@ -20,7 +20,7 @@ def tensors(*shape) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_takes_mixed_dtypes(backend):
-    """As `scaled_dot_product_attention` does: a projection under autocast beside a float32 cache, say."""
+    """As `scaled_dot_product_attention` does: a projection under autocast next to a float32 cache, say."""
     query, key, value = tensors(1, 2, 128, 16)
     expected = block_sparse_attention(*(x.bfloat16() for x in (query, key, value)), LAYOUT, 16, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):

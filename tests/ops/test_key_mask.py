@@ -68,7 +68,7 @@ def visit_kernel(columns, spans, visits, begin, end, masked, behind, seq, SIZE: 
 @pytest.mark.parametrize("seed", range(12))
 def test_every_step_with_a_live_key_is_computed_once(device, unit, seed):
     """Steps `[2, 2 + n)` ascend, of which some are plain, some need the mask, some are all removed; five further ones
-    need it anyway, beside two that are none of this program's."""
+    need it anyway, next to two that are none of this program's."""
     size, seq = 64, 64 * 40 - 7
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(1, seq)

@@ -213,6 +213,6 @@ def without_digests(folder: Path) -> None:
 
 
 def signature(folder: Path) -> dict[str, bytes]:
-    """What lies in a folder, to see that every fault was undone."""
+    """What a folder holds, to see that every fault was undone."""
     open_checkpoint(folder)
     return {entry.name: entry.read_bytes() for entry in sorted(folder.iterdir()) if not os.path.isdir(entry)}

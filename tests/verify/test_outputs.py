@@ -1,4 +1,4 @@
-"""The numerical checks: clean models pass, broken backends and a broken verifier are told, on real kernels."""
+"""The numerical checks: clean models pass, broken backends and a broken verifier are found, on real kernels."""
 
 import dataclasses
 import json

@@ -414,7 +414,7 @@ def test_a_drift_is_no_check_that_passes():
 
 
 def test_the_report_names_the_source_and_tells_what_is_drawn(tmp_path):
-    """A snapshot of the Hub lies in a folder that is called by its commit."""
+    """A snapshot of the Hub is stored in a folder named by its commit."""
     wanted = Wanted(tmp_path, source=tmp_path / ("0" * 40), source_name="org/name@v1")
     for distinct, told in ((24, "each distinct head keeps"), (30, "each of the first 24 of 30 distinct heads keeps")):
         checks = [Check(Kind.LAYOUT, Status.PASSED, figures={"density": 0.5, "distinct": distinct})]

@@ -70,7 +70,7 @@ def edit_record(folder, **origin):
 
 
 def test_another_model_is_one_fault(converted, tmp_path):
-    """By its config.json, and where none lies beside the weights, by its tensors."""
+    """By its config.json, or without one next to the weights, by its tensors."""
     source, folder = converted()
     config = json.loads((source / "config.json").read_text())
     other = shutil.copytree(source, tmp_path / "other")
