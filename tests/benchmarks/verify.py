@@ -1,12 +1,11 @@
-"""What bsa-verify takes: the command as a whole process on a BERT-base at 4,096 tokens, and its reading compared with plain
-reading.
+"""The time that bsa-verify needs: the whole command on a BERT-base at 4,096 tokens, and its reading as a ratio.
 
 Not a test: `python tests/benchmarks/verify.py` on an idle machine. The model has random weights. Each round is a
 process of its own, with everything that the command does: `--source`, `--report`, every backend that runs on the
-machine. On a GPU the first run, for which Triton compiles its kernels into an empty cache, is reported separately. The figures
-are medians with their range; CPU seconds include those of Triton's interpreter, which runs next to the command where
-there is no GPU. The file and weights checks read the folder twice and the source once; their rate is reported as a ratio
-to reading the same bytes with plain reads, from a warm page cache. If a run does not pass, nothing is reported.
+machine. On a GPU the first run is reported separately, because Triton compiles its kernels into an empty cache. The
+figures are medians with their range. CPU seconds include those of Triton's interpreter, which runs next to the command
+where there is no GPU. The file and weights checks read the folder twice and the source once. Their rate is reported as
+a ratio to plain reads of the same bytes from a warm page cache. If a run does not pass, nothing is reported.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What the fused kernel promises beside right numbers: an operator for torch.compile, CUDA graphs, the same bits twice,
-no waiting."""
+"""What the fused kernel promises besides right numbers: torch.compile, CUDA graphs, the same bits twice, no waiting."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ import torch
 from attention_cases import Case, make_inputs
 
 from bsa_export.errors import AttentionError
-from bsa_export.ops import backends, block_sparse_attention, schedule, triton_backend
-from bsa_export.ops import launch
+from bsa_export.ops import backends, block_sparse_attention, launch, schedule, triton_backend
 from bsa_export.ops.dispatch import block_sparse_attention_varlen
 from bsa_export.ops.schedule import ScheduleCache
 from bsa_export.sparsity.configs import MODES
