@@ -200,7 +200,7 @@ class BsaBertForQuestionAnswering(bert.BertForQuestionAnswering):
 
     def __init__(self, config: BsaBertConfig):
         _with_encoder(self, config, add_pooling_layer=False)
-        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.qa_outputs = nn.Linear(config.hidden_size, int(config.num_labels or 0))
         self.post_init()
 
 
@@ -208,7 +208,7 @@ def _classifier(model: Any, config: BsaBertConfig) -> None:
     """The parts that both classification models have behind the encoder."""
     dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
     model.dropout = nn.Dropout(dropout)
-    model.classifier = nn.Linear(config.hidden_size, config.num_labels)
+    model.classifier = nn.Linear(config.hidden_size, int(config.num_labels or 0))
     model.post_init()
 
 
