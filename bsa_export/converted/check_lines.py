@@ -26,7 +26,7 @@ def figures(check: Check) -> str:
     found = dict(check.figures)
     parts = []
     if "error" in found:
-        parts.append(f"error {found.pop('error'):.3g} of {found.pop('bound'):g} x plain PyTorch's")
+        parts.append(f"error {found.pop('error'):.3g} x plain PyTorch's, limit {found.pop('bound'):g}")
     for name, value in found.items():
         parts.append(_figure(name, value))
     return ", ".join(printable(part) for part in parts if part)

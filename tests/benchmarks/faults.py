@@ -151,7 +151,7 @@ def run_clean(options: argparse.Namespace, work: Path) -> int:
     print(
         f"{options.clean} clean conversions, seed {options.seed}: "
         + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-        + f"; the largest error is {worst:.2f} of 2 x plain PyTorch's; {seconds:.0f} s"
+        + f"; the largest error is {worst:.2f} x plain PyTorch's, limit 2; {seconds:.0f} s"
     )
     return int(set(verdicts) != {"passed"})
 

@@ -186,7 +186,7 @@ def test_the_card_shows_the_verification(bsa_lfs, hub, model):
     push(bsa_lfs, model)
     card = on_hub(hub)["README.md"].decode()
     assert "`bsa-verify` on cpu: **passed**." in card
-    assert "| outputs: torch | passed | error 0.5 of 2 x plain PyTorch's |" in card
+    assert "| outputs: torch | passed | error 0.5 x plain PyTorch's, limit 2 |" in card
     assert 'bsa_export.load("alice/model")' in card
     assert model_card.metadata(model / "README.md") == {
         "library_name": "transformers",
