@@ -18,7 +18,7 @@ Written by `python docs/make_api.py` from signatures and docstrings.
 ```python
 import bsa_export as bsa
 
-bsa.convert("input.bin", "out/", max_length=4096)              # also a repository of the Hub; returns what was done
+bsa.convert("input.bin", "out/", max_length=4096)  # also a repository of the Hub; returns what was done
 bsa.verify("out/", source="input.bin").raise_if_failed()
 model = bsa.load("out/")
 bsa.push("out/", "org/name")
@@ -53,6 +53,11 @@ RESULTS = (  # what the functions return
 )
 
 
+def literal(value: Any) -> str:
+    """A default as ruff formats it."""
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
 def signature(name: str, value: Any) -> str:
     """The definition of a function, or of a class with its `__init__`, one parameter a line."""
     of_class = inspect.isclass(value)
@@ -63,7 +68,7 @@ def signature(name: str, value: Any) -> str:
             lines.append("*,")
             starred = True
         annotation = "" if parameter.annotation is parameter.empty else f": {parameter.annotation}"
-        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        default = "" if parameter.default is parameter.empty else f" = {literal(parameter.default)}"
         lines.append(f"{parameter.name}{annotation}{default},")  # annotations are text in this package
     inner = "\n" + textwrap.indent("\n".join(lines), "    ") + "\n" if lines else ""
     code = f"def {'__init__' if of_class else name}({inner}) -> {'None' if of_class else shown.return_annotation}: ..."
