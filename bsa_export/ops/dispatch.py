@@ -78,16 +78,16 @@ def block_sparse_attention(
     """Self-attention whose softmax runs over the kept blocks of a layout only. Differentiable once in query, key and
     value.
 
-    A mask is bool (True takes part) or added to the scores. What -inf or False removes is gone: a row without any key
-    becomes zeros, with zero gradients. Finite values keep the meaning that softmax gives them, also where a row has no
-    others. Under autocast inputs are cast, as `scaled_dot_product_attention` does.
+    A mask is bool (True keeps the key) or added to the scores. Keys with False or -inf are removed; a row without any key
+    becomes zeros, with zero gradients. Finite values are added as in a dense softmax, also if a row has no others.
+    Under autocast inputs are cast, as `scaled_dot_product_attention` does.
 
-    The fused kernel reads a layout back to the CPU at its first call and knows it again for as long as it is the same
-    memory that PyTorch has not written to. It cannot see writes that PyTorch does not count: through `.data`, by
-    kernels of your own, or by replays of a CUDA graph; write a new tensor instead. A layout that is new at each call is
-    read at each call, which waits for the GPU and cannot happen while a CUDA graph is captured: one that a compiled
-    function computes, or a tensor made in inference mode. Parameters and buffers, and their slices, are read once for
-    each length in blocks, in a compiled function once for each place in it.
+    The fused kernel reads a layout back to the CPU at its first call, and reuses what it read while the layout has the
+    same memory and PyTorch has not written to it. It cannot see writes that PyTorch does not count: through `.data`, by
+    kernels of your own, or by replays of a CUDA graph. Write a new tensor instead. A layout that is new at each call,
+    such as one that a compiled function computes or one made in inference mode, is read at each call. That waits for
+    the GPU, and is not possible while a CUDA graph is captured. Parameters, buffers and their slices are read once for
+    each length in blocks, and in a compiled function once for each place in it.
 
     Args:
         query, key, value: `[batch, heads, seq, head_dim]` of one floating dtype and device, in any strides.
