@@ -78,7 +78,7 @@ def block_sparse_attention(
     """Self-attention whose softmax runs over the kept blocks of a layout only. Differentiable once in query, key and
     value.
 
-    A mask is bool (True keeps the key) or added to the scores. Keys with False or -inf are removed; a row without any key
+    A mask is bool (True keeps the key) or added to the scores. Keys with False or -inf are removed. A row without keys
     becomes zeros, with zero gradients. Finite values are added as in a dense softmax, also if a row has no others.
     Under autocast inputs are cast, as `scaled_dot_product_attention` does.
 
