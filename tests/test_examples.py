@@ -126,3 +126,44 @@ def test_train_deepspeed_saves_what_loads_and_converts(minilm, tmp_path, stage):
     words = "bert.embeddings.word_embeddings.weight"
     assert again[words].dtype == torch.float32 and trained[words].dtype == torch.bfloat16
     torch.testing.assert_close(model.state_dict()[words], trained[words], atol=0, rtol=0)
+
+
+def test_late_chunking_finds_the_chunk_that_answers(run_example, minilm, chapters, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    out = converted(minilm, tmp_path / "out", max_length=4096)
+    document = tmp_path / "document.txt"
+    document.write_text("\n".join(chapters[name].read_text() for name in ("customization", "debugger")))
+    shown = run_example("late_chunking.py", out, document, "How do I set a breakpoint in the debugger?", "--size", 128)
+    assert re.match(r"\d+ chunks of 128 tokens, one pass\n", shown)
+    best = re.search(r"^0\.\d+  chunk \d+: (.*)", shown, re.MULTILINE)
+    assert best is not None and re.search("break|debug|pdb", best[1], re.IGNORECASE)
+
+
+@pytest.mark.parametrize("train", ["positions", "all"])
+def test_train_mlm_changes_what_it_says(run_example, minilm, chapters, tmp_path, train):
+    """With positions alone, everything but the new rows stays bit for bit; with all, the loss falls."""
+    pytest.importorskip("accelerate")
+    source = dense_folder(tmp_path / "source", vocab_size=30522, pad_token_id=0)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(minilm / name, source)
+    out = converted(source, tmp_path / "out", max_length=LONGEST, block=BLOCK)
+    documents = tmp_path / "docs.jsonl"
+    documents.write_text("".join(json.dumps({"text": file.read_text()}) + "\n" for file in chapters.values()))
+    options = {"model": out, "documents": documents, "output_dir": tmp_path / "trained", "train": train}
+    options |= {"length": LONGEST, "source_length": 64, "max_steps": 3, "learning_rate": 0.01, "weight_decay": 0.0}
+    options |= {"per_device_train_batch_size": 2, "report_to": "none", "save_strategy": "no", "use_cpu": True}
+    shown = run_example("train_mlm.py", *[f"--{name}={value}" for name, value in options.items()])
+    losses = [float(number) for number in re.findall(r"loss (\d+\.\d+) before, (\d+\.\d+) after", shown)[0]]
+    before, after = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "trained"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    if train == "all":
+        assert len(changed) > 10 and losses[1] < losses[0]
+        return
+    (name,) = changed
+    assert name.endswith("position_embeddings.weight")
+    assert torch.equal(before[name][:64], after[name][:64]) and not torch.equal(before[name], after[name])
+    short = {"input_ids": torch.arange(1000, 1064)[None]}
+    with torch.no_grad():
+        one, other = (bsa_export.load(folder)(**short).logits for folder in (out, tmp_path / "trained"))
+    assert torch.equal(one, other)

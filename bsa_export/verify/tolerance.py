@@ -2,9 +2,9 @@
 
 A tolerance that is derived, not chosen: plain PyTorch (`reference`) computes the same attention in the same dtype, and
 both are compared with float64. The result may be off by at most twice as much, in the largest element, and in the root
-mean square, which finds what is small but everywhere. Plain PyTorch's error depends on the order in which it sums and is
-small by luck now and then: where the bound is exceeded, its error is the largest of a few orders of head_dim. After the tests of flash-attention (Dao-AILab/flash-attention 2,
-`tests/test_flash_attn.py`).
+mean square, which finds what is small but everywhere. Plain PyTorch's error depends on the order in which it sums and
+is small by luck now and then: where the bound is exceeded, its error is the largest of a few orders of head_dim. After
+the tests of flash-attention (Dao-AILab/flash-attention 2, `tests/test_flash_attn.py`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def errors(actual: Tensor, plain: Tensor, exact: Tensor) -> Errors:
 
 
 def results(attention: Callable[..., Tensor], inputs: dict, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Calls an attention function and takes its gradients.
+    """Calls an attention function and computes its gradients.
 
     Args:
         attention: such as `block_sparse_attention`, or that with its backend filled in.
