@@ -286,6 +286,9 @@ def _state_dict(saved: object, path: Path) -> tuple[dict[str, Tensor], list[Skip
             where=path,
             hint="save model.state_dict() with torch.save",
         )
+    unnamed = [name for name, value in saved.items() if isinstance(value, Tensor) and not isinstance(name, str)]
+    if unnamed:
+        raise CheckpointError("expected text as the name of each tensor", found=describe(unnamed[0]), where=path)
     if len(tensors) > MAX_TENSORS:
         raise CheckpointError(f"expected at most {MAX_TENSORS:,} tensors", found=f"{len(tensors):,}", where=path)
     for name in tensors:

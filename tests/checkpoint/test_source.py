@@ -386,3 +386,10 @@ def test_a_file_that_changes_after_it_was_opened_is_noticed(tmp_path):
     path.unlink()
     with pytest.raises(CheckpointError, match="it was removed while it was being read"):
         checkpoint.check_unchanged()
+
+
+def test_a_tensor_without_a_name_is_refused(tmp_path):
+    path = tmp_path / "model.bin"
+    torch.save({"a.weight": torch.zeros(2), 7: torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="name of each tensor"):
+        open_checkpoint(path)
