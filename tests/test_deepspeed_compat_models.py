@@ -249,7 +249,7 @@ def test_what_is_saved_loads_as_a_dense_model_of_the_tables_length(family, tmp_p
 @pytest.mark.parametrize("family", MODELS)
 def test_more_tokens_than_positions_are_refused_in_a_sentence(family):
     model, reserved = dense_model(family, "sdpa")
-    said = "expected at most the model's 64 positions, found 80; extend_position_embedding gives it more"
+    said = "expected at most the model's 64 positions, found 80; extend them with extend_position_embedding"
     with pytest.raises(ValueError, match=said):
         SparseAttentionUtils.replace_model_self_attention_with_sparse_self_attention(model, 80)
     assert model.config.max_position_embeddings == 64 + reserved

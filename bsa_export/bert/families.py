@@ -113,7 +113,7 @@ class Family:
     own_tensors_if: str = ""
 
     def config(self, config: Mapping[str, object]) -> dict[str, object]:
-        """The config.json that goes with the written names."""
+        """The config.json for the written names."""
         written = {"model_type": self.name} | {
             self.fields.get(key, key): value for key, value in config.items() if key not in self.own_fields
         }

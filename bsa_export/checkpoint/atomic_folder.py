@@ -30,7 +30,7 @@ class AtomicFolder(AbstractContextManager):
     """Write into a hidden folder that is renamed to `target` at the end: `with AtomicFolder("out") as folder: ...`.
 
     The staging folder is `.NAME.tmp-XXXXXXXX` next to `target`. It holds MARKER and `NAME`, the folder to write into,
-    and is locked (flock) while its process lives. After an exception, Ctrl-C, SIGTERM or SIGHUP it goes. A process
+    and is locked (flock) while its process lives. An exception, Ctrl-C, SIGTERM or SIGHUP removes it. A process
     that was killed leaves it behind; the next run with the same target sees that nobody holds the lock, and removes it.
     A folder of such a name without a MARKER that names it (its name and inode) is somebody else's and stays.
 

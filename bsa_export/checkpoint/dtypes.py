@@ -111,7 +111,7 @@ def read(tensor: Tensor, *, float32: bool = False) -> np.ndarray:
     """The elements of a tensor, in memory.
 
     Args:
-        float32: give F16, BF16, F32 and F64 as float32. Without it BF16 and float8 come as their bits (uint16, uint8).
+        float32: returns F16, BF16, F32 and F64 as float32, instead of BF16 and float8 as bits (uint16, uint8).
 
     Returns:
         an array `tensor.shape` that owns its memory.

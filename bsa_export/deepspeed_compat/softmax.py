@@ -53,7 +53,7 @@ class Softmax:
             rpe: relative position bias, broadcasts to `[batch, heads, seq, seq]`; added.
             key_padding_mask: `[batch, seq]`, or with dimensions of 1 between.
             attn_mask: `[seq, seq]`, or what broadcasts to `[batch, heads, seq, seq]`.
-            key_padding_mask_mode, attn_mask_mode: `add`, or `mul`: 0 takes the key out.
+            key_padding_mask_mode, attn_mask_mode: `add`, or `mul`: 0 removes the key.
 
         Returns:
             x, or a new tensor of its shape and dtype.

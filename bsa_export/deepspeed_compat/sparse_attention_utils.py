@@ -94,7 +94,7 @@ class SparseAttentionUtils:
             raise AttentionError(
                 f"max_position: expected at most the model's {positions} positions",
                 found=max_position,
-                hint="extend_position_embedding gives it more",
+                hint="extend them with extend_position_embedding",
             )
         SparseAttentionUtils.replace_self_attention_layer_with_sparse_self_attention_layer(
             model.config, encoder.encoder.layer, sparsity_config, max_seq_length=max_position

@@ -77,7 +77,7 @@ class PushResult(NamedTuple):
         url: the page of the repository, branch or pull request.
         commit: 40 hex digits.
         changed: False if everything was there already.
-        name: what `bsa_export.load` and `bsa-pull` take.
+        name: what `bsa_export.load` and `bsa-pull` accept.
         card_kept: why the completed card could not be written into the folder too; None if it was.
     """
 

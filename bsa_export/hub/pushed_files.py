@@ -168,7 +168,7 @@ def refuse_claim(card: str, where: object) -> None:
         CheckpointError: it claims that bsa-verify passed, or does not say that the model is not verified.
     """
     tags = model_card.metadata_of(card, where).get("tags")
-    hint = f"add {UNVERIFIED_TAG} to its tags and take the verification out, or delete the card and a new one is made"
+    hint = f"add {UNVERIFIED_TAG} to its tags and remove the verification section, or delete the card to get a new one"
     if PASSED_MARK in card:
         raise CheckpointError("its verification section says that bsa-verify passed", where=where, hint=hint)
     if not isinstance(tags, list) or UNVERIFIED_TAG not in tags:

@@ -309,7 +309,7 @@ def _additive(name: str, mask: Tensor | None, query: Tensor, shape: tuple[int, .
     if mask.dtype == torch.bool:
         return torch.where(mask, 0.0, float("-inf")).float()
     if not mask.is_floating_point():
-        message = "expected bool (True takes part) or floating (added to the scores)"
+        message = "expected bool (True keeps the key) or floating (added to the scores)"
         raise AttentionError(message, found=mask.dtype, where=name)
     if torch.finfo(mask.dtype).min < LOWEST:
         mask = torch.where(mask.isneginf(), mask, mask.clamp(min=LOWEST))

@@ -174,7 +174,7 @@ def refuses(
     if _NO_TRITON is not None:
         return _NO_TRITON
     if attn_mask is not None or rpe is not None:
-        return "the fused kernel takes neither attn_mask nor rpe"
+        return "the fused kernel does not support attn_mask or rpe"
     if block not in BLOCKS:
         return f"the fused kernel has blocks {', '.join(map(str, BLOCKS))}, not {block}"
     if query.dtype not in DTYPES:

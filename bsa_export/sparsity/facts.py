@@ -130,7 +130,7 @@ class LayoutFacts:
 
     @property
     def short_inputs_differ(self) -> bool:
-        """Whether inputs that the dense model can read give other outputs than there."""
+        """Whether outputs differ from the dense model's for inputs that it can read."""
         return self.interpolated or self.kept_share < 1
 
     @property

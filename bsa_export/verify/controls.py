@@ -88,7 +88,7 @@ def backend_control(folder: ConvertedFolder, device: str, backend: str, dtype: s
     """
     call = _control_call(folder, device, dtype)
     if what := call.not_finite():
-        reason = f"the weights of layer {folder.layers // 2} give {what}, and nothing can be planted there"
+        reason = f"the weights of layer {folder.layers // 2} lead to {what}, so no fault can be planted there"
         return skipped(Kind.CONTROLS, reason, backend)
     try:
         actual = call.computed(backend)

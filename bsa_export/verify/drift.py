@@ -81,7 +81,7 @@ def _losses(runs: EndToEnd, text: Path, progress: Progress | None) -> tuple[list
     masked = _masked(tokenizer, texts, CPU_TOKENS if runs.device == "cpu" else None)
     tokens = sum(len(ids) for ids, _ in masked)
     cut = runs.device == "cpu" and tokens == CPU_TOKENS
-    read = f"the first {tokens:,} tokens, as many as a CPU is given" if cut else f"all of its {tokens:,} tokens"
+    read = f"the first {tokens:,} tokens, the limit on a CPU" if cut else f"all of its {tokens:,} tokens"
     ends = [_special(tokenizer, names) for names in (("[CLS]", "<s>"), ("[SEP]", "</s>"))]
     longer = {min(8 * folder.source_length, folder.longest), folder.longest} - {folder.source_length}
     plan = [("sdpa", folder.source_length), ("block_sparse", folder.source_length)]

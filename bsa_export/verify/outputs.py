@@ -369,7 +369,7 @@ class Ledger:
         self.backend, self.device, self.known = backend, device, known
         self.rows: list[dict] = []
         self.faults: list[str] = []
-        self.broken: dict[int, str] = {}  # layer -> what its weights give instead of numbers
+        self.broken: dict[int, str] = {}  # layer -> what its weights lead to instead of numbers
         self.refused: dict[tuple[str, str], list[int]] = {}  # (situation, reason) -> layers
         self.stopped: Check | None = None  # why nothing more can be computed here
 
@@ -417,7 +417,7 @@ class Ledger:
         if layer not in self.broken:
             self.broken[layer] = what
             self.faults.append(
-                f"layer {layer}: its weights give {what}" + (f" ({known[0]}, by conversion.json)" if known else "")
+                f"layer {layer}: its weights lead to {what}" + (f" ({known[0]}, by conversion.json)" if known else "")
             )
 
     def _refuse(self, layer: int, situation: Situation, reason: str) -> None:

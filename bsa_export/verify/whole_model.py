@@ -272,7 +272,9 @@ class EndToEnd:
             if what not in exact or actual[what].shape != exact[what].shape:
                 continue
             if not exact[what].isfinite().all():
-                faults.append(f"{what}: the weights give values that are not finite, on plain attention in float64 too")
+                faults.append(
+                    f"{what}: the weights lead to values that are not finite, also on plain attention in float64"
+                )
                 continue
             found = errors(actual[what], plain[what], exact[what])
             for seed in range(ORDERS):

@@ -64,7 +64,7 @@ def _refuses(backend: str, case: Case, device: str) -> str | None:
     """What a backend says of a case that it may refuse, as a pattern. It has to compute all others."""
     if backend == "triton":
         if case.attn_mask != "none" or case.rpe != "none":
-            return "takes neither attn_mask nor rpe"
+            return "does not support attn_mask or rpe"
         if device == "cpu" and case.dtype == "bf16":
             return "interpreter multiplies bfloat16 matrices wrongly"
     if backend == "deepspeed":

@@ -162,14 +162,14 @@ def test_weights_that_are_no_numbers_fail(value, what, damaged):
     folder = edited(damaged()[1], "bert.encoder.layer.1.attention.self.key.weight", value)
     (check,) = check_outputs(folder, "cpu", ("torch",))
     assert check.failed
-    assert re.fullmatch(f"layer 1: its weights give ({what})", check.reason)
+    assert re.fullmatch(f"layer 1: its weights lead to ({what})", check.reason)
     assert {row["layer"] for row in check.details if "ratio" in row} == {0, 2}
     assert check.figures["error"] <= 2
     (mark,) = (line for line in error_figure([check]).axes[0].lines if line.get_label() == "not finite")
     assert list(mark.get_xdata()) == [1]
     assert backend_control(folder, "cpu", "torch", "float32").status == "skipped"
     for model in check_whole_model(folder, "cpu", None):
-        assert "the weights give values that are not finite" in model.reason
+        assert "the weights lead to values that are not finite" in model.reason
 
 
 def test_the_tensor_that_the_conversion_found_broken_is_named(damaged):
@@ -178,7 +178,7 @@ def test_the_tensor_that_the_conversion_found_broken_is_named(damaged):
     record = json.loads((path / "conversion.json").read_text())
     (path / "conversion.json").write_text(json.dumps(record | {"not_finite": {name: "NaN"}}))
     (check,) = check_outputs(edited(path, name, float("nan")), "cpu", ("torch",))
-    assert check.reason == f"layer 2: its weights give NaN ({name} holds NaN, by conversion.json)"
+    assert check.reason == f"layer 2: its weights lead to NaN ({name} holds NaN, by conversion.json)"
 
 
 def test_an_overflow_of_the_dtype_is_no_fault_and_told_layer_by_layer(folder):

@@ -404,7 +404,7 @@ def test_a_text_is_cut_on_a_cpu_and_that_is_told(damaged, monkeypatch, tmp_path)
     assert drift.measure_drift(runs, tmp_path / "text.txt").figures["text"] == "all of its 300 tokens"
     monkeypatch.setattr(drift, "CPU_TOKENS", 200)
     figures = drift.measure_drift(runs, tmp_path / "text.txt").figures
-    assert figures["text"] == "the first 200 tokens, as many as a CPU is given"
+    assert figures["text"] == "the first 200 tokens, the limit on a CPU"
 
 
 def test_a_drift_is_no_check_that_passes():
