@@ -78,7 +78,7 @@ def plan_facts(planned: Plan) -> Lines:
     length = (
         f"{planned.source_length:,} -> {planned.max_length:,} tokens"
         if grown
-        else f"{planned.max_length:,} tokens, as it was"
+        else f"{planned.max_length:,} tokens, unchanged"
     )
     if planned.positions:
         reserved = f", {planned.positions.reserved} reserved rows kept" if planned.positions.reserved else ""
@@ -130,13 +130,13 @@ def meaning(planned: Plan) -> Lines:
     ignored = any(note.kind is NoteKind.IGNORED_TENSORS for note in planned.notes)
     length = f"{min(facts.source_length, facts.seq_len):,} tokens"
     if facts.interpolated:
-        short = "other outputs than the source's: its positions are interpolated"
+        short = "outputs differ from the source's: the positions are interpolated"
     elif facts.short_inputs_differ:
-        short = f"other outputs than the source's: {facts.kept_share:.1%} of the blocks within {length} are kept"
+        short = f"outputs differ from the source's: {facts.kept_share:.1%} of the blocks within {length} are kept"
     elif ignored:
-        short = "the source's outputs, as far as it does not compute with the ignored tensors"
+        short = "same outputs as the source, unless it computes with the ignored tensors"
     else:
-        short = f"the source's outputs: every block within {length} is kept"
+        short = f"same outputs as the source: every block within {length} is kept"
     lines = [("short inputs", short)]
     if planned.max_length > planned.source_length:
         reach = f"each token attends up to {facts.local_reach:,} tokens away"

@@ -515,7 +515,7 @@ def test_facts_of_the_default(tmp_path):
     source = save(tiny("bert", length=128), tmp_path / "source")
     told = facts(source, tmp_path / "a")
     assert "128 -> 1,024 tokens" in told["length"]
-    assert "128 tokens" in told["short inputs"] and told["short inputs"].startswith("the source's outputs")
+    assert "128 tokens" in told["short inputs"] and told["short inputs"].startswith("same outputs")
     assert "127 tokens" in told["reach"] and told["training"] == "not needed"
     assert told["tensors"] == "41 copied, 1 changed, 2 added"
     told = facts(source, tmp_path / "b", "--max-length", 128)
@@ -534,13 +534,13 @@ def test_quiet_and_verbose(tmp_path):
 @pytest.mark.parametrize(
     ("options", "short", "reach", "training"),
     [
-        (("--mode", "dense"), "the source's outputs", "1,023 tokens away; position embeddings repeat", "needed"),
-        (("--mode", "fixed", "--num-local-blocks", 8), "the source's outputs", "up to 127 tokens", "needed"),
-        (("--mode", "bigbird"), "other outputs", "up to 1,023 through global or random", "needed"),
-        (("--mode", "bslongformer"), "other outputs", "up to 1,023 through global or random", "needed"),
-        (("--mode", "local", "--num-sliding-window-blocks", 17), "the source's outputs", "143 tokens away; position",
+        (("--mode", "dense"), "same outputs", "1,023 tokens away; position embeddings repeat", "needed"),
+        (("--mode", "fixed", "--num-local-blocks", 8), "same outputs", "up to 127 tokens", "needed"),
+        (("--mode", "bigbird"), "outputs differ", "up to 1,023 through global or random", "needed"),
+        (("--mode", "bslongformer"), "outputs differ", "up to 1,023 through global or random", "needed"),
+        (("--mode", "local", "--num-sliding-window-blocks", 17), "same outputs", "143 tokens away; position",
          "needed"),
-        (("--mode", "windowed", "--num-sliding-window-blocks", 3), "the source's outputs", "no two visible tokens",
+        (("--mode", "windowed", "--num-sliding-window-blocks", 3), "same outputs", "no two visible tokens",
          "not needed"),
     ],
     ids=lambda value: value[1] if isinstance(value, tuple) else None,
@@ -555,7 +555,7 @@ def test_every_mode_says_what_it_means(tmp_path, options, short, reach, training
 def test_interpolated_positions_are_nobodys_own(tmp_path):
     source = save(tiny("bert", length=128), tmp_path / "source")
     told = facts(source, tmp_path / "out", "--max-length", 1024, "--positions", "interpolate")
-    assert told["short inputs"].startswith("other outputs") and "interpolated" in told["short inputs"]
+    assert told["short inputs"].startswith("outputs differ") and "interpolated" in told["short inputs"]
     assert "127 tokens" in told["reach"] and told["training"].startswith("needed")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "interpolated" in card and "outputs are those of the source" not in card
