@@ -25,3 +25,8 @@ def test_its_layers_are_the_tested_ones():
     line = next(line for line in PAGE.splitlines() if line.startswith("`cli` > "))
     shown = [{name.removesuffix(".py") for name in re.findall(r"`([\w.]+)`", layer)} for layer in line.split(" > ")]
     assert shown == [set(layer) for layer in LAYERS[1:]]  # above the commands is __main__ alone
+
+
+def test_every_example_is_listed():
+    page = (ROOT / "docs" / "running.md").read_text()
+    assert not [path.name for path in (ROOT / "examples").glob("*.py") if f"(../examples/{path.name})" not in page]
