@@ -173,6 +173,15 @@ def save(recipe: Recipe, folder, **changes):
     return file
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two threads wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=RECIPES)
 def case(request, tmp_path_factory):
     recipe = RECIPES[request.param]
