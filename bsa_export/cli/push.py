@@ -76,7 +76,7 @@ def main(
 def _shown(plan: Plan) -> str:
     """The plan, for a person."""
     visibility = "private" if plan.private else "public"
-    state = "as it is" if plan.exists else "new"
+    state = "existing" if plan.exists else "new"
     place = "pull request against main" if plan.create_pr else f"branch {plan.branch}"
     if plan.pull_request:
         place = f"pull request {plan.pull_request[0]}, which is open"
@@ -93,7 +93,7 @@ def _shown(plan: Plan) -> str:
     if plan.left_out:
         lines.append(f"Left out, because conversion.json does not list it: {some(plan.left_out, 10)}.")
     if plan.own_card:
-        lines.append("The model card is your own and is kept as it is.")
+        lines.append("The model card is your own and is kept unchanged.")
     if plan.unverified:
         lines.append(f"Not verified: {plan.unverified}.")
     return "\n".join(map(printable, lines))

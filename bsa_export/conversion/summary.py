@@ -12,8 +12,8 @@ from bsa_export.text import Lines, size
 MAX_NAMES = 8
 POSITION_WORDS = {"tile": "tiled", "interpolate": "interpolated"}
 DROP_WORDS = {
-    DropReason.BUFFER: "a buffer that the model makes itself",
-    DropReason.CHANGED_BUFFER: "a buffer that the model makes itself, with other values",
+    DropReason.BUFFER: "a buffer that the model computes",
+    DropReason.CHANGED_BUFFER: "a buffer that the model computes, with other values",
     DropReason.IGNORED: "ignored, as --ignore-tensors says",
     DropReason.OTHER_ENCODER: "of another encoder than the one that is converted",
 }

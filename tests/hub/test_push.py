@@ -280,7 +280,7 @@ def test_an_edited_card_is_kept(bsa_lfs, hub, model):
     card = "---\nlicense: mit\n---\n# My own words\n"
     (model / "README.md").write_text(card)
     ended = push(bsa_lfs, model)
-    assert "The model card is your own and is kept as it is." in ended.out
+    assert "The model card is your own and is kept unchanged." in ended.out
     assert on_hub(hub)["README.md"].decode() == (model / "README.md").read_text() == card
 
 
@@ -291,7 +291,7 @@ def test_a_card_that_was_edited_on_the_hub_is_kept(bsa_lfs, hub, model):
     repo.commit("refs/heads/main", repo.head.files | {"README.md": edited}, "Edit")
     local = (model / "README.md").read_text()
     ended = push(bsa_lfs, model)
-    assert ended.code == 0 and "kept as it is" in ended.out
+    assert ended.code == 0 and "kept unchanged" in ended.out
     assert b"## What to know" in on_hub(hub)["README.md"]
     assert (model / "README.md").read_text() == local
 
@@ -350,7 +350,7 @@ def test_a_private_repository(bsa_lfs, hub, model):
     assert push(bsa_lfs, model, "--private").code == 0
     assert hub.repos["alice/model"].private
     again = push(bsa_lfs, model)
-    assert again.out.startswith("alice/model (private, as it is)") and hub.repos["alice/model"].private
+    assert again.out.startswith("alice/model (private, existing)") and hub.repos["alice/model"].private
 
 
 def test_a_public_repository_does_not_become_private(bsa_lfs, hub, model):

@@ -52,7 +52,7 @@ def test_a_pull_request_is_not_opened_twice(bsa, hub, model):
     again = push(bsa, model, "--create-pr", repo="bob/model")
     assert (first.code, again.code) == (0, 0)
     assert list(repo.proposals) == [1]
-    assert again.out.startswith("bob/model (public, as it is), pull request 1, which is open, as alice\n")
+    assert again.out.startswith("bob/model (public, existing), pull request 1, which is open, as alice\n")
     assert f"Already up to date: {hub.url}/bob/model/discussions/1\n" in again.out
     assert again.out.endswith('load    bsa_export.load("bob/model@refs/pr/1")\n')
 
