@@ -1,4 +1,4 @@
-"""The messages that people meet first, whole: this file is their contract. Other tests hold only the facts in a message.
+"""The messages that people meet first, whole: this file is their contract. Other tests hold a message's facts only.
 
 `python tests/test_messages.py` prints them as they are today.
 """
