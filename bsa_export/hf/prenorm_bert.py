@@ -21,7 +21,8 @@ from transformers.models.bert import modeling_bert as bert
 
 from bsa_export.errors import AttentionError
 from bsa_export.hf.prenorm_config import BsaBertConfig
-from bsa_export.hf.rotary import rotary_angles, rotated
+from bsa_export.hf.rotary import rotary_angles
+from bsa_export.ops.rotary import rotated
 
 
 class RotarySelfAttention(bert.BertSelfAttention):

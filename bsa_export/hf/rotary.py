@@ -1,4 +1,4 @@
-"""Rotary positions of the first elements of each head, halves as in GPT-NeoX."""
+"""The angles of rotary positions; `ops.rotary` turns by them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,3 @@ def rotary_angles(positions: Tensor, rotary_dim: int, base: float, dtype: torch.
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device, dtype=wide) / rotary_dim
     angles = positions[:, None, :, None].to(wide) * base**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the first elements of each head, halves as in GPT-NeoX; the other elements pass.
-
-    Args:
-        x: `[batch, heads, seq, head_dim]`.
-        cos, sin: from `rotary_angles`.
-    """
-    half = cos.shape[-1]
-    first, second, other = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat([*turned, other], dim=-1)
