@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$(bash tests/install.sh)
 bash tests/material.sh "$bin/python"
-pytest=("$bin/python" -m pytest -n logical --maxprocesses 8 -m "slow or not slow")
+pytest=("$bin/python" -m pytest -m "slow or not slow")
 if [ $# -gt 0 ]; then
   exec "${pytest[@]}" "$@"
 fi

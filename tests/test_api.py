@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bsa_export
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +25,7 @@ def test_the_page_says_what_the_code_does():
     assert (ROOT / "docs" / "api.md").read_text() == make_api.page(), "run python docs/make_api.py"
 
 
+@pytest.mark.slow
 def test_convert_verify_load_and_back(minilm, tmp_path):
     import bsa_export as bsa
 

@@ -20,6 +20,8 @@ from sparse_folder import BLOCK, LONGEST, converted, dense_folder  # noqa: E402
 
 import bsa_export  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -95,8 +97,7 @@ def test_own_model_learns(run_example):
     assert losses[-1] < 0.7 * losses[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.gpu), 3])
 def test_train_deepspeed_saves_what_loads_and_converts(minilm, tmp_path, stage):
     """On the GPUs that there are, at most two; else on the CPU."""
     pytest.importorskip("deepspeed", exc_type=ImportError)

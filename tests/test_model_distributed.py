@@ -12,6 +12,8 @@ from sparse_folder import LONGEST, sparse_folder  # noqa: E402
 
 import bsa_export  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 
 

@@ -15,6 +15,8 @@ from sparse_folder import assert_as_good_as_dense, converted, layouts_in, masked
 import bsa_export  # noqa: E402
 from bsa_export.hf.stored_layout import StoredLayout  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def long_minilm(minilm, tmp_path_factory):

@@ -16,6 +16,8 @@ from support.tiny import dense_bert
 
 from bsa_export.version import PROJECT_URL, __version__
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
 

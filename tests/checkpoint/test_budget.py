@@ -12,6 +12,8 @@ from checkpoint_files import safetensors_bytes, torch_legacy, torch_zip
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.errors import BsaError
 
+pytestmark = pytest.mark.slow
+
 LIST = b"(" + b"K\x01" * 200_000 + b"l\x94"
 PAIRS = b"(" + b"K\x01K\x02\x86" * 100_000 + b"l\x94"
 STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x06tQ"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_models import save, tiny
 
+pytestmark = pytest.mark.slow
+
 CONVERT = Path(sys.executable).with_name("bsa-convert")
 
 

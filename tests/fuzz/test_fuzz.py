@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_no_case_is_a_finding():
     command = [sys.executable, str(Path(__file__).with_name("run.py")), "--cases", "2000"]

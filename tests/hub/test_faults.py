@@ -8,6 +8,8 @@ from hub_faults import Cut, LoseAnswer, Slow, Status
 
 from bsa_export.hub.errors import FULL, status_of
 
+pytestmark = pytest.mark.slow
+
 PUSH_REQUESTS = {
     "whoami": "GET /api/whoami-v2",
     "info": "GET /api/models/alice/model($| )",

@@ -10,6 +10,8 @@ from conftest import digests
 from hub_server import READER
 from safetensors.numpy import load, save
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("transformers", minversion="5.0")
 
 

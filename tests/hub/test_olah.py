@@ -11,6 +11,8 @@ import pytest
 from commands import Commands
 from conftest import digests
 
+pytestmark = pytest.mark.slow
+
 OLAH = os.environ.get("OLAH") or shutil.which("olah-cli")
 
 

@@ -26,8 +26,6 @@ MOST_REGISTERS = 255  # that a thread can have
     [
         ["90", "--quick"],
         pytest.param(["80"], marks=pytest.mark.slow),
-        pytest.param(["90"], marks=pytest.mark.slow),
-        pytest.param(["120"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )

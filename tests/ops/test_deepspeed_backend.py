@@ -194,6 +194,7 @@ def test_masks_may_lie_in_any_strides(package, device):
     assert _passes(inputs | {"rpe": columns, "attn_mask": inputs["attn_mask"][None, None, :1]})
 
 
+@pytest.mark.slow  # compiles C++
 @pytest.mark.parametrize("device", DEVICES)
 def test_packed_tables_change_the_work_and_not_the_result(package, device, monkeypatch):
     monkeypatch.setattr(deepspeed_backend, "_cache", deepspeed_backend._Cache())

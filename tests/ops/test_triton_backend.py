@@ -221,6 +221,7 @@ class TestCalls:
         assert sizes - {None} == {16 if dtype == "fp32" else 32}
 
 
+@pytest.mark.slow
 class TestTexts:
     """Texts one after another, without padding."""
 
