@@ -17,6 +17,8 @@ from bsa_export.hf.stored_layout import StoredLayout  # noqa: E402
 from bsa_export.ops import triton_backend  # noqa: E402
 from bsa_export.ops.schedule import ScheduleCache  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 AutoModelForMaskedLM = transformers.AutoModelForMaskedLM
 
 

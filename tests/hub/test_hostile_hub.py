@@ -8,6 +8,8 @@ from conftest import digests
 from hub_faults import Answer, Endless, Headers, Status
 from hub_server import WRITER, HubServer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def elsewhere(tmp_path):

@@ -130,6 +130,7 @@ class TestOperator:
             assert len(reads) == 2, "as it is, and transposed"
 
 
+@pytest.mark.slow
 class TestCalls:
     """What a call may ask for, and where it runs."""
 

@@ -46,6 +46,8 @@ from bsa_export.verify.whole_model import check_whole_model
 from bsa_export.verify.worker import INTERPRETED, Job, Worker
 from bsa_export.verify.worker import run as run_job
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = [field.name for field in dataclasses.fields(clean_cases(1)[0])]
 
 

@@ -26,6 +26,8 @@ from bsa_export.verify.run import run_checks as verify
 from bsa_export.verify.worker import Job
 from bsa_export.version import install_hint
 
+pytestmark = pytest.mark.slow
+
 TORCH = ["--backend", "torch", "--device", "cpu"]
 
 
