@@ -64,8 +64,9 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = gradients
+        cos, sin = ctx.saved_tensors
         gradient = gradient.transpose(1, 2).contiguous().transpose(1, 2)
-        return _turned(gradient, *ctx.saved_tensors, -1), None, None
+        return _turned(gradient, cos, sin, -1), None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
