@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from bsa_export.ops import triton_backend
+from bsa_export.ops import rotary, triton_backend
 from bsa_export.ops.launch import NO_OPTIONS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -88,11 +88,18 @@ def exchanges(ptx: str) -> tuple[int, int]:
     return len(sources), sources.count("mul.f32")
 
 
+def compile_rotary() -> None:
+    x = torch.zeros(1, 128, 2, 64, dtype=torch.float16).transpose(1, 2)
+    cos, sin = torch.zeros(2, 1, 1, 128, 16, dtype=torch.float16)
+    rotary._turned(x, cos, sin, 1)
+
+
 def main(capability: int, calls: list) -> None:
     driver.set_active(Compiler(capability))
     torch.cuda.device_of = lambda _: contextlib.nullcontext()
     triton_backend._multiplies_from_shared = lambda _: capability // 10 in (9, 10)
-    triton_backend.start = compile_it
+    triton_backend.start = rotary.start = compile_it
+    compile_rotary()
     for dtype, block, head_dim, masked, packed in calls:
         n = SEQ // block
         layout = torch.eye(n, dtype=torch.uint8)[None].repeat(2, 1, 1)
