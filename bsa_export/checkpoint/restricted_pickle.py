@@ -243,8 +243,7 @@ class _Machine:
                 raise _Malformed(f"it rebuilds more than {MAX_CALLS:,} tensors")
             return rebuild(args)
         if name in ("collections.OrderedDict", "collections.defaultdict"):
-            pairs = args[0] if args and isinstance(args[0], list) else []
-            return {_key(pair[0]): pair[1] for pair in pairs if isinstance(pair, (list, tuple)) and len(pair) == 2}
+            return _dict_of(args if name.endswith("OrderedDict") else args[1:])
         if name in _NEW and args and isinstance(args[0], Global):
             return self.new(args[0])
         return Unbuilt(name)
@@ -415,6 +414,18 @@ _PUSH_CONSTANT: dict[str, Callable[[], object]] = {
     "EMPTY_DICT": dict,
     "EMPTY_SET": list,
 }
+
+
+def _dict_of(args: tuple) -> dict:
+    """What `OrderedDict(*args)` holds: nothing, or a copy of a dict or of pairs."""
+    match args:
+        case ():
+            return {}
+        case (dict(items),):
+            return dict(items)
+        case ([*pairs],) if all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+            return {_key(key): value for key, value in pairs}
+    raise _Malformed("it makes a dict of what is not pairs")
 
 
 def _key(key: object) -> object:

@@ -276,6 +276,9 @@ BOMBS = {
     "digits without an end": b"\x80\x04I" + b"9" * 100_000 + b"\n.",
     "call of a number": opcodes(b"K\x01)R"),
     "dict with half a pair": opcodes(b"(K\x01d"),
+    "dict of two values": opcodes(named("collections", "OrderedDict"), b"]]\x86R"),
+    "dict of numbers": opcodes(named("collections", "OrderedDict"), b"](K\x01K\x02e\x85R"),
+    "defaultdict of a number": opcodes(named("collections", "defaultdict"), b"NK\x01\x86R"),
     "stack global of numbers": opcodes(b"K\x01K\x02\x93"),
 }
 
@@ -284,6 +287,14 @@ BOMBS = {
 def test_a_pickle_made_to_exhaust_is_refused(bomb):
     with pytest.raises(CheckpointError, match="its pickle cannot be read"):
         load(io.BytesIO(BOMBS[bomb]), "file", {}, id)
+
+
+def test_dicts_made_of_pairs_keep_all_of_them():
+    pairs = b"](" + text("a") + b"K\x01\x86" + text("b") + b"K\x02\x86e"
+    ordered = opcodes(named("collections", "OrderedDict"), pairs, b"\x85R")
+    default = opcodes(named("collections", "defaultdict"), b"N", pairs, b"\x86R")
+    for data in (ordered, default):
+        assert load(io.BytesIO(data), "file", {}, id) == {"a": 1, "b": 2}
 
 
 CLAIMS = {

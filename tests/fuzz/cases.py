@@ -259,7 +259,7 @@ def judge(kind: str, path: Path) -> dict[str, torch.Tensor] | None:
         if kind == "safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
         return None
     for _ in range(9):
