@@ -1,5 +1,6 @@
 """The file check: the safetensors library judges too, and files that the conversion did not write are named."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -78,3 +79,10 @@ def test_digests_are_those_of_the_recorded_files(folder):
     (folder / "2_Dense" / "config.json").write_text("{}")
     record = open_folder(folder).record
     assert integrity.digests(folder).keys() == {*record.files, "conversion.json"}
+
+
+def test_a_recorded_name_that_no_file_can_have_is_missing(folder):
+    record = json.loads((folder / "conversion.json").read_text())
+    record["files"]["a" * 300] = {"bytes": 1}
+    (folder / "conversion.json").write_text(json.dumps(record))
+    assert any("a" * 300 in fault and "missing" in fault for fault in integrity.check_file(folder).faults)

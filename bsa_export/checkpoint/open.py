@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -209,7 +210,7 @@ def _zero_folder(folder: Path) -> Checkpoint | None:
 
 
 def _is_complete(index: Path) -> bool:
-    return all((index.parent / name).is_file() for name in set(_weight_map(index).values()))
+    return all(os.path.isfile(index.parent / name) for name in set(_weight_map(index).values()))
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -390,7 +391,7 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _open_index(path: Path) -> Checkpoint:
     weight_map = _weight_map(path)
     shards = sorted(set(weight_map.values()))
-    missing = [name for name in shards if not (path.parent / name).is_file()]
+    missing = [name for name in shards if not os.path.isfile(path.parent / name)]
     if missing:
         raise CheckpointError(
             f"expected {len(shards)} shards",

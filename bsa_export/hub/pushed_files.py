@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -64,7 +65,7 @@ def folder_files(folder: Path) -> tuple[list[str], list[str]]:
                 where=folder,
                 hint="convert again",
             )
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise CheckpointError(
                 f"expected the files of its {CONVERSION_RECORD}", found=f"no {name}", where=folder, hint="convert again"
             )

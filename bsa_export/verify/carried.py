@@ -104,7 +104,7 @@ def expected_files(top: Path, encoder: Path) -> Iterator[tuple[str, Expected]]:
             yield name, Expected(top / name)
     if (top / MODULES).is_file():
         for path in module_paths(top / MODULES):
-            if path.parts and (top / path).is_dir() and (top / path).resolve() != encoder.resolve():
+            if path.parts and os.path.isdir(top / path) and (top / path).resolve() != encoder.resolve():
                 yield from _module_files(top, path)
 
 

@@ -225,6 +225,8 @@ def test_missing_shards(tmp_path, source):
     assert "lacks" in refused(tmp_path, source)
     index.write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
     assert "plain file name" in refused(tmp_path, index)
+    index.write_text(json.dumps({"weight_map": {"a": "a" * 300}}))
+    assert "1 missing" in refused(tmp_path, index)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
