@@ -98,7 +98,7 @@ def ways(source: Path, work: Path) -> dict[str, list[str]]:
     usual = [sys.executable, "-c", USUAL_WAY]
     return {
         "cp": ["cp", str(source), str(target / "copy.bin")],
-        "bsa-convert": [convert, str(source), str(target / "converted")],
+        "bsa-convert": [convert, str(source), str(target / "converted"), "--max-length", "512"],
         "bsa-convert --max-length 4096": [convert, str(source), str(target / "longer"), "--max-length", "4096"],
         "torch.load(mmap=True) + save_file": [*usual, str(source), str(target / "m.safetensors"), "mmap"],
         "torch.load + save_file": [*usual, str(source), str(target / "u.safetensors"), ""],
