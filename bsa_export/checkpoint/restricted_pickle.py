@@ -40,6 +40,7 @@ HARMLESS = frozenset(
         "pathlib": "Path PosixPath PurePath PurePosixPath PureWindowsPath WindowsPath",
         "torch": "Generator Tensor device dtype",
         "torch.nn.parameter": "Buffer Parameter",
+        "torch.serialization": "_get_layout",
         "torch.torch_version": "TorchVersion",
         "types": "SimpleNamespace",
         "typing": "Any",
@@ -242,6 +243,8 @@ class _Machine:
             if self.calls > MAX_CALLS:
                 raise _Malformed(f"it rebuilds more than {MAX_CALLS:,} tensors")
             return rebuild(args)
+        if name in self.rebuild:
+            raise _Malformed(f"it calls {name}, which is not a function")
         if name in ("collections.OrderedDict", "collections.defaultdict"):
             return _dict_of(args if name.endswith("OrderedDict") else args[1:])
         if name in _NEW and args and isinstance(args[0], Global):

@@ -53,7 +53,6 @@ _CONSTANTS = (
 _REFERRED_TO = (
     *(f"{module}.{name}Storage" for module in ("torch", "torch.cuda", "torch.storage") for name in _STORAGES),
     *(f"torch.{name}" for name in _CONSTANTS),
-    "torch.serialization._get_layout",
 )
 _REFUSED = tuple(
     f"torch._utils._rebuild_{name}"

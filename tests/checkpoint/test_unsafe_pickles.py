@@ -327,3 +327,10 @@ def test_a_list_that_holds_itself_is_no_danger(tmp_path):
     value.append(value)
     data = pickled({"loop": value, "state_dict": {"w": tensor(storage())}})
     assert list(open_checkpoint(torch_zip(tmp_path / "a.pt", data, {"0": bytes(24)})).tensors) == ["w"]
+
+
+@pytest.mark.parametrize("name", ["float16", "FloatStorage"])
+def test_a_name_that_is_no_function_is_not_called(tmp_path, name):
+    data = opcodes(b"}", text("w"), named("torch", name), b")Rs")
+    with pytest.raises(CheckpointError, match="not a function"):
+        open_checkpoint(torch_zip(tmp_path / "a.pt", data))
