@@ -117,8 +117,9 @@ def _zip_ranges(path: Path, file: io.BufferedReader) -> dict[str, FileRange]:
     """Entry -> its bytes. Every entry is stored uncompressed, inside the file, and overlaps no other.
 
     Its header says what the directory says: the name, that it is not compressed, and the CRC-32 of the bytes. The bytes
-    are compared with the CRC-32 where they are read (`dtypes.pieces`, `writer`), if one tensor takes the whole entry:
-    what is shared in parts, strided or not used is not. A CRC-32 of 0 means that there is none: torch can leave it out.
+    are compared with the CRC-32 where they are read (`dtypes.pieces`, `writer`), if one tensor fills the whole entry.
+    Storages that tensors share, that are strided or that are unused are not compared. A CRC-32 of 0 means that torch
+    did not write one.
     """
     size = os.fstat(file.fileno()).st_size
     try:

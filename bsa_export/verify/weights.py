@@ -332,8 +332,10 @@ def _misshapen(name: str, expected: tuple[str, tuple[int, ...]], found: Tensor) 
 
 
 def tiled_rows_fault(folder: ConvertedFolder) -> str | None:
-    """Without the source: the first position row that is not a repetition of the row one period before it, None if
-    there is none, or if the rows were not tiled."""
+    """Without the source: the first position row that differs from the row one period before it.
+
+    None if all rows repeat, or if the conversion did not tile them.
+    """
     positions = folder.record.positions if folder.record else None
     name = folder.prefix + POSITIONS
     row = folder.tensors.get(name)
