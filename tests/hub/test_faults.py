@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from conftest import digests
 from hub_faults import Cut, LoseAnswer, Slow, Status
+from hub_folders import digests
 
 from bsa_export.hub.errors import FULL, status_of
 

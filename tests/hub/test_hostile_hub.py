@@ -4,8 +4,8 @@ import json
 import time
 
 import pytest
-from conftest import digests
 from hub_faults import Answer, Endless, Headers, Status
+from hub_folders import digests
 from hub_server import WRITER, HubServer
 
 pytestmark = pytest.mark.slow

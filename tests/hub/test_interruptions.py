@@ -13,7 +13,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import digests
+from hub_folders import digests
 
 from bsa_export.converted import card as model_card
 

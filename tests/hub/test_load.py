@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import digests
+from hub_folders import digests
 from hub_server import READER
 from safetensors.numpy import load, save
 

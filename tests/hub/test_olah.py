@@ -9,7 +9,7 @@ import time
 
 import pytest
 from commands import Commands
-from conftest import digests
+from hub_folders import digests
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 from commands import Commands
-from conftest import converted, dense_bert, digests, mark_verified
 from hub_faults import Corrupt, Cut
+from hub_folders import converted, digests, mark_verified
 from hub_server import WRITER
 from safetensors.numpy import load_file, save_file
+from support.tiny import dense_bert
 
 
 def pull(bsa, folder, repo="alice/model", *options, **kwargs):

@@ -13,8 +13,8 @@ import termios
 import textwrap
 
 import pytest
-from conftest import converted, digests, forget_file, mark_verified, record_file
 from hub_faults import Status
+from hub_folders import converted, digests, forget_file, mark_verified, record_file
 from hub_server import READER, WRITER
 
 from bsa_export.converted import card as model_card

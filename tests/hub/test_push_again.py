@@ -3,8 +3,8 @@
 import os
 
 import pytest
-from conftest import mark_verified
 from hub_faults import First
+from hub_folders import mark_verified
 from test_push import in_folder, on_hub, push
 
 

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 from commands import Commands
-from conftest import digests
 from hub_faults import First, Redirect, Status
+from hub_folders import digests
 from hub_server import OTHER, READER, WRITER, HubServer
 
 from bsa_export.hub.errors import sentence
