@@ -8,7 +8,7 @@ import time
 import msgspec
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.numpy import save_file
 
 from bsa_export.converted import card as model_card
@@ -367,3 +367,11 @@ def test_a_folder_without_layouts_gets_a_sentence(folder):
     save_file({"x": np.zeros(1, np.float32)}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="expected stored layouts in its weights, found none"):
         model_card.write(folder)
+
+
+def test_the_form_that_transformers_leaves_unfilled_is_not_the_card_of_a_person():
+    described = model_card.UNFILLED_DESCRIPTION
+    text = str(ModelCard.from_template(ModelCardData(tags=["a"]), model_description=described))
+    assert not model_card.is_edited_text(text)
+    assert model_card.is_edited_text(text.replace("[More Information Needed]", "Alice", 1))
+    assert model_card.is_edited_text(model_card.UNFILLED_TITLE)

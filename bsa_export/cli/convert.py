@@ -159,6 +159,12 @@ def _mode_options(function: Callable[..., None]) -> Callable[..., None]:
     help="config.json, if it is not next to the weights.",
 )
 @click.option(
+    "--trained-from",
+    metavar="CONVERSION",
+    help="The converted folder or repository that SOURCE was trained from, whose source and license are kept. "
+    "[default: looked for in SOURCE and in the folders around it]",
+)
+@click.option(
     "--to-dense",
     is_flag=True,
     help="The way back: SOURCE is a converted folder, and TARGET becomes the dense checkpoint.",
@@ -214,10 +220,11 @@ def _convert(source: str, target: Path | None, as_json: bool, choices: dict[str,
     if choices["plot"]:
         pictures.check_picture(choices["plot"])
     found = find_source(source, progress=is_watched())
+    ancestor = choices["trained_from"] and find_source(choices["trained_from"], progress=is_watched())
     if target is None or choices["dry_run"]:
         if target is not None:
             AtomicFolder(target, overwrite=choices["overwrite"]).refuse_target()
-        _, planned, _ = convert.plan_source(found, options, choices["config_path"])
+        _, planned, _ = convert.plan_source(found, options, choices["config_path"], ancestor)
         content, lines = summary.plan_content(planned), summary.plan_lines(planned)
     else:
         with Progress() as progress:
@@ -226,6 +233,7 @@ def _convert(source: str, target: Path | None, as_json: bool, choices: dict[str,
                 target,
                 options,
                 config_path=choices["config_path"],
+                trained_from=ancestor,
                 max_shard_size=choices["max_shard_size"],
                 overwrite=choices["overwrite"],
                 progress=progress.begin(unit="B"),

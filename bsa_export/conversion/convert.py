@@ -12,21 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from bsa_export.bert.families import find_config, read_config
+from bsa_export.bert.families import encoder_prefix, find_config, read_config
 from bsa_export.checkpoint.atomic_folder import AtomicFolder
 from bsa_export.checkpoint.open import open_checkpoint
-from bsa_export.checkpoint.table import Checkpoint
+from bsa_export.checkpoint.table import Checkpoint, Tensor
 from bsa_export.checkpoint.writer import FileRecord, write_weights
-from bsa_export.conversion import carried_files
+from bsa_export.conversion import carried_files, lineage
 from bsa_export.conversion.carried_files import CarriedFiles
 from bsa_export.conversion.config_fields import BLOCK_SPARSE
+from bsa_export.conversion.lineage import Ancestor, find_ancestor, with_layouts
 from bsa_export.conversion.options import BARE, Options, parse_dtype, parse_length
 from bsa_export.conversion.plan import Plan, plan
 from bsa_export.conversion.resources import refuse_full_disk
 from bsa_export.conversion.source_folder import encoder_folder
 from bsa_export.converted import card
 from bsa_export.converted.names import CARD, CONFIG, CONVERSION_RECORD
-from bsa_export.converted.records import ConversionRecord, FileEntry, SourceEntry, to_json
+from bsa_export.converted.records import ConversionRecord, FileEntry, SourceEntry, Training, to_json
 from bsa_export.errors import CheckpointError, SparsityError
 from bsa_export.files import read_json, write_json
 from bsa_export.hub.source import Source, find_source
@@ -74,6 +75,7 @@ def convert(
     ignore_tensors: Sequence[str] = (),
     max_shard_size: int | None = None,
     config: str | Path | None = None,
+    trained_from: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Converted:
@@ -103,6 +105,8 @@ def convert(
         ignore_tensors: patterns of names, as in a shell; such tensors are left out.
         max_shard_size: bytes of a file of weights; one file unless given.
         config: the source's config.json, if it is not stored next to the weights.
+        trained_from: the conversion that the source was trained from: a folder, or a repository of the Hub. Unless
+            given, it is looked for in the source's folder and in the three folders around it.
         overwrite: whether an earlier conversion may be replaced.
         progress: called with (bytes written, bytes in all).
 
@@ -144,31 +148,43 @@ def convert(
         prefix=prefix,
         ignore_tensors=[ignore_tensors] if isinstance(ignore_tensors, str) else ignore_tensors,
     )
-    found = Source(source) if isinstance(source, Path) else find_source(source, progress=progress is not None)
+    watched = progress is not None
     return convert_source(
-        found,
+        _found(source, watched),
         Path(target),
         options,
         config_path=None if config is None else Path(config),
+        trained_from=None if trained_from is None else _found(trained_from, watched),
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         progress=progress,
     )
 
 
+def _found(source: str | Path, progress: bool) -> Source:
+    """What a caller names: a Path is one, and a str may be a repository of the Hub."""
+    return Source(source) if isinstance(source, Path) else find_source(source, progress=progress)
+
+
 def plan_source(
-    source: Source, options: Options, config_path: Path | None = None
+    source: Source, options: Options, config_path: Path | None = None, trained_from: Source | None = None
 ) -> tuple[Checkpoint, Plan, CarriedFiles]:
     """Opens a source and plans its conversion. Returns the checkpoint, the plan, and the files to carry over."""
     check_options(options)
     with source.named_errors():
-        return _plan_source(source, options, config_path)
+        return _plan_source(source, options, config_path, trained_from)
 
 
-def _plan_source(source: Source, options: Options, config_path: Path | None) -> tuple[Checkpoint, Plan, CarriedFiles]:
+def _plan_source(
+    source: Source, options: Options, config_path: Path | None, trained_from: Source | None
+) -> tuple[Checkpoint, Plan, CarriedFiles]:
     checkpoint = open_checkpoint(encoder_folder(source.path))
     config = read_config(config_path or find_config(checkpoint.folder))
-    planned = plan(checkpoint.tensors, config, options, where=source.path)
+    ancestor, missing = find_ancestor(trained_from, checkpoint, config, options.prefix)
+    tensors = checkpoint.tensors if ancestor is None else with_layouts(ancestor, checkpoint.tensors, options.prefix)
+    planned = plan(tensors, config, options, where=source.path)
+    if ancestor is not None:
+        planned = replace(planned, trained_from=_training(ancestor, tensors, planned))
     carried = carried_files.plan(
         source.path,
         checkpoint,
@@ -176,7 +192,7 @@ def _plan_source(source: Source, options: Options, config_path: Path | None) -> 
         planned.max_length,
         keep_card=planned.sparse_source and card.is_edited(_folder(source)),
     )
-    notes = [*planned.notes, *carried.notes()]
+    notes = [*planned.notes, *missing, *carried.notes()]
     files = {*carried.left_behind, *(file.source.name for file in carried.carried)}
     skipped = {entry.name: entry.why for entry in checkpoint.skipped if entry.name not in files}
     return (
@@ -184,6 +200,13 @@ def _plan_source(source: Source, options: Options, config_path: Path | None) -> 
         replace(planned, skipped=skipped, notes=notes),
         carried,
     )
+
+
+def _training(ancestor: Ancestor, tensors: Mapping[str, Tensor], planned: Plan) -> Training:
+    """What the training changed, by the names that the plan writes; before the plan rounds anything."""
+    left_out = planned.dropped.keys() | planned.tied.keys()
+    trained = {planned.renamed.get(name, name): row for name, row in tensors.items() if name not in left_out}
+    return lineage.training(ancestor, trained, encoder_prefix(trained))
 
 
 def check_options(options: Options) -> None:
@@ -222,6 +245,7 @@ def convert_source(
     options: Options = BARE,
     *,
     config_path: Path | None = None,
+    trained_from: Source | None = None,
     max_shard_size: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -230,8 +254,9 @@ def convert_source(
     started = time.perf_counter()
     folder = AtomicFolder(target, overwrite=overwrite)
     folder.refuse_target()
-    checkpoint, planned, carried = plan_source(source, options, config_path)
-    read = [path.resolve() for path in (checkpoint.folder, *checkpoint.files)]
+    checkpoint, planned, carried = plan_source(source, options, config_path, trained_from)
+    ancestor = [trained_from.path] if trained_from else []
+    read = [path.resolve() for path in (checkpoint.folder, *checkpoint.files, *ancestor)]
     if any(folder.target in (path, *path.parents) for path in read):
         raise CheckpointError("the target would replace the source", where=target, hint="choose another folder")
     refuse_full_disk(folder.target, planned.nbytes)
@@ -251,6 +276,8 @@ def conversion_record(
     planned: Plan, source: Source, source_files: list[Path], options: Options, files: Mapping[str, FileRecord]
 ) -> ConversionRecord:
     """The record of a conversion."""
+    training = planned.trained_from
+    former = None if training is None else training.record.origin.source.license
     return ConversionRecord(
         bsa_export=__version__,
         family=planned.family.name,
@@ -258,7 +285,7 @@ def conversion_record(
             path=_text(source.path.resolve().name),
             repo=source.repo,
             revision=source.revision,
-            license=card.source_license(_folder(source)),
+            license=card.source_license(_folder(source)) or former,
             files={_text(path.name): FileEntry(path.stat().st_size) for path in source_files},
             config=planned.source_config,
         ),
@@ -284,6 +311,7 @@ def conversion_record(
         not_finite={name: what for file in files.values() for name, what in file.not_finite.items()},
         files={name: FileEntry(file.bytes, file.sha256, file.checksum) for name, file in files.items()},
         versions={"python": platform.python_version(), "numpy": np.__version__},
+        trained_from=training,
     )
 
 

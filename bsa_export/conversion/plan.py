@@ -16,12 +16,13 @@ from bsa_export.bert.expected_tensors import compare, sparse_spec
 from bsa_export.bert.families import STORED_LAYOUT, TOKEN_TYPES, WORDS, Family
 from bsa_export.bert.misfits import refuse_misfits
 from bsa_export.bert.positions import extend
-from bsa_export.checkpoint.dtypes import DTYPES, TORCH_NAMES, cast, pieces, read
+from bsa_export.checkpoint.comparison import same_bytes
+from bsa_export.checkpoint.dtypes import DTYPES, TORCH_NAMES, cast, read
 from bsa_export.checkpoint.table import Computed, Tensor, tied
 from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE, taken_out
 from bsa_export.conversion.layouts import chosen_layouts, kept_layouts
 from bsa_export.conversion.options import BARE, Options
-from bsa_export.converted.records import Change, DropReason, Note, NoteKind, Positions, StoredBuffer
+from bsa_export.converted.records import Change, DropReason, Note, NoteKind, Positions, StoredBuffer, Training
 from bsa_export.errors import FamilyError
 from bsa_export.sparsity.configs import SparsityConfig, config_class_path
 from bsa_export.sparsity.facts import LayoutFacts, attention_flops, layout_facts
@@ -51,6 +52,7 @@ class Plan:
         removed_fields: fields of the source's config.json that are taken out.
         implied_config: fields of the new config.json that the source's tensors decided.
         buffers: source's name, one of `dropped` -> its values, which the way back needs.
+        trained_from: the earlier conversion that the source was trained from.
     """
 
     family: Family
@@ -73,6 +75,7 @@ class Plan:
     implied_config: dict[str, Any] = field(default_factory=dict)
     buffers: dict[str, StoredBuffer] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    trained_from: Training | None = None
 
     @property
     def copied(self) -> list[str]:
@@ -384,27 +387,9 @@ def _ties(written: Mapping[str, Tensor], encoder: Encoder) -> dict[str, str]:
         holder = f"{encoder.written_prefix}{holder[1:]}" if holder.startswith(".") else holder
         if name not in written or holder not in written:
             continue
-        if shared.get(name, name) == shared.get(holder, holder) or _same_bytes(written[name], written[holder]):
+        if shared.get(name, name) == shared.get(holder, holder) or same_bytes(written[name], written[holder]):
             ties[name] = holder
     return ties
-
-
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return all(a == b for a, b in zip(_regular(pieces(one)), _regular(pieces(other)), strict=True))
-
-
-def _regular(parts: Iterable[bytes | memoryview], size: int = 1 << 16) -> Iterator[bytes]:
-    """The same bytes in pieces of one size; the last one may be shorter."""
-    left = b""
-    for part in parts:
-        left += bytes(part)
-        whole = len(left) - len(left) % size
-        yield from (left[start : start + size] for start in range(0, whole, size))
-        left = left[whole:]
-    if left:
-        yield left
 
 
 def _zeros(dtype: str, shape: tuple[int, ...]) -> Tensor:

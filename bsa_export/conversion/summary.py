@@ -107,6 +107,7 @@ def plan_facts(planned: Plan) -> Lines:
             f"for {planned.max_length:,} tokens",
         ),
         *meaning(planned),
+        *training_lines(planned),
         *(("note", note.text) for note in planned.notes),
     ]
     if planned.skipped:
@@ -153,6 +154,29 @@ def meaning(planned: Plan) -> Lines:
     return [*lines, ("training", training)]
 
 
+def training_lines(planned: Plan) -> Lines:
+    """What the source was trained from, and what the training changed."""
+    training = planned.trained_from
+    if training is None:
+        return []
+    name = training.path if training.repo is None else f"{training.repo}@{training.revision or 'main'}"
+    former = training.record.origin.source
+    lines = [("trained from", f"{name}, a conversion of {former.repo or former.path}")]
+    counts = {"changed": training.changed, "added": training.added, "removed": training.removed}
+    what = [f"{_tensors(names)} {kind}" for kind, names in counts.items() if names] or ["nothing changed"]
+    if training.first_row is not None:
+        what.append(f"position embeddings from row {training.first_row:,} on")
+    same = len(planned.tensors) - len(training.changed) - len(training.added)
+    lines.append(("training", f"{', '.join(what)}; all other tensors ({same}) kept every bit"))
+    if training.changed and training.only_new_rows:
+        lines.append(("short inputs", "same outputs as before the training: only rows for later positions changed"))
+    return lines
+
+
+def _tensors(names: list[str]) -> str:
+    return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+
+
 def plan_content(planned: Plan) -> dict[str, Any]:
     """`plan_lines` for programs, with every name."""
     return {
@@ -181,6 +205,7 @@ def plan_content(planned: Plan) -> dict[str, Any]:
         "positions": to_json(planned.positions),
         "implied_config": planned.implied_config,
         "sparse_source": planned.sparse_source,
+        "trained_from": to_json(planned.trained_from),
         "skipped": planned.skipped,
         "notes": to_json(planned.notes),
     }

@@ -20,13 +20,13 @@ from bsa_export.checkpoint.table import Computed, FileRange, Tensor
 from bsa_export.checkpoint.writer import write_weights
 from bsa_export.conversion import carried_files
 from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
-from bsa_export.conversion.lengths import change_words
+from bsa_export.conversion.lengths import LENGTH_KEYS, change_words
 from bsa_export.conversion.options import parse_length
 from bsa_export.conversion.plan import buffer_values
 from bsa_export.conversion.resources import refuse_full_disk
 from bsa_export.conversion.summary import DROP_WORDS
 from bsa_export.converted.names import CONFIG, CONVERSION_RECORD
-from bsa_export.converted.records import ConversionRecord, DropReason, read_conversion
+from bsa_export.converted.records import ConversionRecord, DropReason, LengthChange, read_conversion
 from bsa_export.errors import CheckpointError, FamilyError, SparsityError
 from bsa_export.files import write_json
 from bsa_export.hub.source import find_source
@@ -73,8 +73,8 @@ def plan_dense(
     encoder = Encoder.find(tensors, config)
     family = FAMILIES[record.family] if record else encoder.family
     reserved, longest = encoder.reserved, encoder.longest
-    positions = record.positions if record else None
-    length = max_length or (min(record.source_length, longest) if record else longest)
+    positions = record.origin.positions if record else None
+    length = max_length or (min(record.origin.source_length, longest) if record else longest)
     if length > longest:
         raise FamilyError(
             f"expected at most the {longest:,} tokens that it reads", found=f"{length:,}", where="--max-length"
@@ -145,6 +145,20 @@ def _buffer(name: str, rows: int, record: ConversionRecord) -> Tensor:
     wide = np.array(stored.values, "<f8" if stored.dtype == "F64" else "<f4")
     row = Tensor("F64" if stored.dtype == "F64" else "F32", wide.shape, Computed(partial(iter, [wide.tobytes()])))
     return cast(name, row, stored.dtype)
+
+
+def former_lengths(record: ConversionRecord) -> list[LengthChange] | None:
+    """The lengths that the way back restores. None where the record is from before they were recorded.
+
+    A tokenizer that was saved after training states the new length under more names than the source did.
+    """
+    origin = record.origin
+    if origin.lengths is None or record.trained_from is None:
+        return origin.lengths
+    own, file = {(change.file, change.key) for change in origin.lengths}, "tokenizer_config.json"
+    before, after = str(origin.source_length), str(record.max_length)
+    saved = [LengthChange(file, (key,), before, after) for key in sorted(LENGTH_KEYS) if (file, (key,)) not in own]
+    return [*origin.lengths, *saved]
 
 
 def _cut(table: Tensor, rows: int) -> Tensor:
@@ -223,7 +237,7 @@ def to_dense(
         checkpoint.check_unchanged()
         write_json(staging / CONFIG, dense.config)
         longest = Encoder.find(checkpoint.tensors, config).longest
-        restore = record.lengths if record and dense.max_length == record.source_length else None
+        restore = former_lengths(record) if record and dense.max_length == record.origin.source_length else None
         carried = carried_files.plan(path, checkpoint, longest, dense.max_length, restore=restore)
         carried_files.write(carried, staging)
     dense.notes.extend(f"{change.file}: {change_words(change)}" for change in carried.changes)

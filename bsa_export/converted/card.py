@@ -54,6 +54,12 @@ MARK = re.compile(r"<!-- bsa_export wrote this card \(sha256 ([0-9a-f]{64})\); a
 UNVERIFIED_TAG = "unverified"
 PASSED_MARK = "<!-- bsa-verify: passed -->"
 MAX_CARD_BYTES = 16 << 20
+# Of the card that `transformers.utils.hub.create_and_tag_model_card` makes (transformers 5.24).
+UNFILLED_TITLE = "# Model Card for Model ID"
+UNFILLED_DESCRIPTION = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. "
+    "This model card has been automatically generated."
+)
 # PyYAML reads some 60 kB a second of the worst YAML. The metadata of cards with many results have 150 kB.
 MAX_METADATA_CHARACTERS = 256 << 10
 # Merge keys can double the metadata with each line, and tags name types: no card needs either.
@@ -117,12 +123,13 @@ def complete(
         verification = None
     layouts = _stored_layouts(folder) if layouts is None else layouts
     block = max(1, record.max_length // layouts[0].shape[-1])
-    interpolated = record.positions is not None and record.positions.interpolated
+    origin = record.origin
+    interpolated = origin.positions is not None and origin.positions.interpolated
     return render(
         record,
         verification,
         config,
-        facts=layout_facts(layouts, block, record.source_length, interpolated),
+        facts=layout_facts(layouts, block, origin.source_length, interpolated),
         repo=repo or folder.resolve().name,
         picture=next((name for name in PICTURES if (folder / name).is_file()), None),
         unverified=unverified,
@@ -171,10 +178,12 @@ def render(
         project_url=PROJECT_URL,
         names_attention=config.get("attn_implementation") == "block_sparse",
         record=record,
-        source=record.source,
+        origin=record.origin,
+        training=record.trained_from,
+        source=record.origin.source,
         repo=repo,
         parameters=[(name, _plain(value)) for name, value in record.sparsity.items() if name not in ("mode", "block")],
-        tensors={"added": record.added, "changed": record.changed, "dropped": record.dropped},
+        tensors=_tensors(record),
         picture=picture,
         auto_class=_head(config)[1],
         sentences=_has_sentences(record),
@@ -182,7 +191,7 @@ def render(
         unverified=unverified,
         passed_mark=PASSED_MARK,
         facts=facts,
-        longer=record.max_length > record.source_length,
+        longer=record.max_length > record.origin.source_length,
         versions=versions,
     )
     text += "\n"
@@ -198,9 +207,18 @@ def is_edited(folder: Path) -> bool:
 
 
 def is_edited_text(text: str) -> bool:
-    """Whether a card is not as `render` made it."""
+    """Whether a card is neither as `render` made it nor the form that transformers' push_to_hub leaves unfilled."""
     mark = MARK.search(text[-200:])
-    return mark is None or _sha256(text[: len(text) - len(mark[0])]) != mark[1]
+    if mark is not None:
+        return _sha256(text[: len(text) - len(mark[0])]) != mark[1]
+    return not (UNFILLED_TITLE in text and body(text) == _unfilled_form())
+
+
+def _unfilled_form() -> str:
+    """The body of the card that transformers makes for a repository without one."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return body(str(ModelCard.from_template(ModelCardData(), model_description=UNFILLED_DESCRIPTION)))
 
 
 def metadata(card: Path) -> dict[str, Any]:
@@ -298,6 +316,18 @@ def read_card(card: Path) -> str:
     return read_bytes(card, MAX_CARD_BYTES).decode("utf-8", "replace")
 
 
+def _tensors(record: ConversionRecord) -> dict[str, list[str]]:
+    """The names of tensors that are not copies of the source's, or of those of the conversion before a training."""
+    training = record.trained_from
+    if training is None:
+        return {"added": record.added, "changed": list(record.changed), "dropped": list(record.dropped)}
+    return {
+        "added by training": training.added,
+        "changed by training": training.changed,
+        "dropped by training": training.removed,
+    }
+
+
 def _metadata(record: ConversionRecord, verification: VerificationRecord | None, config: dict[str, Any]) -> str:
     """The YAML at the top. Of the Hub's relations (adapter, merge, quantized, finetune) the last is for new weights."""
     from huggingface_hub import ModelCardData
@@ -307,10 +337,11 @@ def _metadata(record: ConversionRecord, verification: VerificationRecord | None,
         tags.append("sentence-transformers")
     if verification is None or verification.verdict is not Verdict.PASSED:
         tags.append(UNVERIFIED_TAG)
-    source = record.source
+    source, training = record.source, record.trained_from
+    base_model = (training and training.repo) or record.origin.source.repo
     data = ModelCardData(
-        base_model=source.repo and printable(source.repo, 300),
-        base_model_relation="finetune" if source.repo else None,
+        base_model=base_model and printable(base_model, 300),
+        base_model_relation="finetune" if base_model else None,
         library_name="transformers",
         license=source.license and printable(source.license, 300),
         pipeline_tag="sentence-similarity" if _has_sentences(record) else _head(config)[0],

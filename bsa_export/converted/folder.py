@@ -64,8 +64,8 @@ class ConvertedFolder:
 
     @property
     def source_length(self) -> int:
-        """Tokens that the source read, as far as is known."""
-        return min(self.record.source_length, self.longest) if self.record else self.longest
+        """Tokens that the dense model read, as far as is known."""
+        return min(self.record.origin.source_length, self.longest) if self.record else self.longest
 
     @property
     def not_finite(self) -> dict[str, str]:

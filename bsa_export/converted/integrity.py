@@ -64,8 +64,8 @@ def check_file(folder: Path) -> Check:
         figures["digests"] = "none: there is no conversion.json"
     else:
         faults += [*_config_faults(opened, opened.record), *_record_faults(opened, opened.record)]
-        digest_faults, compared = _digest_faults(opened, opened.record)
-        faults += digest_faults
+        changed, compared = digest_faults(opened, opened.record)
+        faults += changed
         figures["digests"] = f"{compared} of {len(opened.record.files)} files"
         if unexpected := unexpected_files(opened.path, opened.record):
             figures[NOT_RECORDED] = some(unexpected, 5)
@@ -203,8 +203,8 @@ def _record_faults(opened: ConvertedFolder, record: ConversionRecord) -> list[st
     ]
 
 
-def _digest_faults(opened: ConvertedFolder, record: ConversionRecord) -> tuple[list[str], int]:
-    """Sizes and digests of the recorded files; how many had a digest to compare with."""
+def digest_faults(opened: ConvertedFolder, record: ConversionRecord) -> tuple[list[str], int]:
+    """What of the recorded files has another size or digest, a sentence each; and how many had a digest."""
     faults, compared = [], 0
     for name, expected in record.files.items():
         path = opened.path / name
@@ -291,8 +291,9 @@ def expected_layouts(opened: ConvertedFolder) -> tuple[list[np.ndarray] | None, 
     """
     sparsity, record, longest = opened.sparsity, opened.record, opened.longest
     if record is not None:
+        record = record.origin  # what was trained keeps the layouts of its conversion
         sparsity = recorded_sparsity(record, opened.heads)
-        if any(name in record.changed for name in map(opened.layout_name, range(opened.layers))):
+        if any(change.layout for change in record.changed.values()):
             return None, "no: they come from the source"
     if sparsity.mode == "custom":
         return None, "no: custom, no rule made them"

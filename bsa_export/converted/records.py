@@ -44,6 +44,7 @@ class NoteKind(str, Enum):
     LAYOUTS_REDRAWN = "layouts redrawn"
     LENGTHS_DIFFER = "lengths differ"
     IGNORED_TENSORS = "ignored tensors"
+    NO_ANCESTOR = "no ancestor"
     OTHER_ENCODER = "other encoder"
     CONFIG_FIELD = "config field"
     FREQUENCIES = "rotary frequencies"
@@ -187,6 +188,41 @@ class StoredBuffer:
 
 
 @dataclass(frozen=True)
+class Training:
+    """The conversion that a model was trained from, and what the training changed.
+
+    Attributes:
+        path: the name of the conversion's folder.
+        record: its conversion.json.
+        changed: written names of tensors with other values, or of another shape or dtype.
+        added: written names that the conversion does not have.
+        removed: the conversion's names that the trained model does not have.
+        first_row: the first row of the position embeddings that changed; None where none did, or there are none.
+        repo: its repository on the Hub, None if it did not come from there.
+        revision: the commit in that repository.
+    """
+
+    path: str
+    record: ConversionRecord
+    changed: list[str]
+    added: list[str]
+    removed: list[str]
+    first_row: int | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+    @property
+    def only_new_rows(self) -> bool:
+        """Whether nothing changed but position rows beyond those that the dense model has."""
+        positions = self.record.origin.positions
+        if self.added or self.removed or len(self.changed) > 1:
+            return False
+        if not self.changed:
+            return True
+        return positions is not None and self.first_row is not None and self.first_row >= positions.source_rows
+
+
+@dataclass(frozen=True)
 class ConversionRecord:
     """conversion.json. Names are those of tensors; `docs/records.md` shows an example.
 
@@ -207,6 +243,7 @@ class ConversionRecord:
         attn_implementation: what config.json names as the attention; None in records from before it did.
         files: what was written, the record and the card excepted from judgement.
         lengths: what changed in the files of the tokenizer and of sentence-transformers; None in records before 0.2.
+        trained_from: the earlier conversion, where the source is a model that was trained from one.
     """
 
     family: str
@@ -235,6 +272,7 @@ class ConversionRecord:
     attn_implementation: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     bsa_export: str = ""
+    trained_from: Training | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -247,9 +285,12 @@ class ConversionRecord:
                 raise ValueError("files: expected paths inside the folder")
 
     @property
-    def keeps_source_layouts(self) -> bool:
-        """Whether the layouts are those that the source stored, bit for bit."""
-        return any(change.layout for change in self.changed.values())
+    def origin(self) -> ConversionRecord:
+        """The record of the first conversion, which came before any training."""
+        record = self
+        while record.trained_from is not None:
+            record = record.trained_from.record
+        return record
 
 
 @dataclass(frozen=True)
@@ -374,6 +415,8 @@ def _today_conversion(content: Mapping[str, Any]) -> dict[str, Any]:
         today["dropped"] = {name: _old_reason(why) if isinstance(why, str) else why for name, why in dropped.items()}
     if isinstance(notes := today.get("notes"), list):
         today["notes"] = [{"kind": "other", "text": note} if isinstance(note, str) else note for note in notes]
+    if isinstance(training := today.get("trained_from"), Mapping) and isinstance(training.get("record"), Mapping):
+        today["trained_from"] = {**training, "record": _today_conversion(training["record"])}
     return today
 
 

@@ -83,7 +83,10 @@ def _not_converted(folder: Path) -> CheckpointError:
     hint = f"bsa-convert {folder} OUT converts a dense BERT; then push OUT"
     try:
         if "sparse_attention" in read_config(folder / CONFIG):
-            hint = f"training leaves it out: bsa-convert {folder} OUT makes the folder whole again; then push OUT"
+            hint = (
+                f"training leaves it out: bsa-convert {folder} OUT --trained-from CONVERSION makes the folder whole "
+                "again; then push OUT"
+            )
     except BsaError:
         pass
     return CheckpointError("expected a finished conversion", found=f"no {CONVERSION_RECORD}", where=folder, hint=hint)

@@ -30,6 +30,7 @@ from bsa_export.hub.source import find_source
 from bsa_export.text import some
 from bsa_export.verify.carried import unexpected_files
 from bsa_export.verify.documents import documents
+from bsa_export.verify.lineage import is_ancestor
 from bsa_export.verify.verification import BACKENDS, Verification, Wanted
 from bsa_export.verify.weights import check_weights, tiled_rows_fault
 from bsa_export.verify.worker import MODEL, Job, Worker
@@ -225,7 +226,8 @@ def _checks(wanted: Wanted, run: Verification, show: Callable[[str], Progress | 
             yield _without_source(folder)
         else:
             weights = check_weights(folder, wanted.source, wanted.config, show("weights"), wanted.source_name)
-            source = wanted.source if weights.passed else None
+            # The values before a training are not those that the model computes with.
+            source = wanted.source if weights.passed and not is_ancestor(folder, wanted.source) else None
             yield weights
         if reason is not None:
             yield from (skipped(kind, reason, part) for kind, part in _later(wanted)[1:])

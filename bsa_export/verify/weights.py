@@ -37,6 +37,7 @@ from bsa_export.converted.records import ConversionRecord
 from bsa_export.errors import BsaError
 from bsa_export.verify.bits import both, first_difference, rows_of
 from bsa_export.verify.carried import carried_faults
+from bsa_export.verify.lineage import check_lineage, is_ancestor
 from bsa_export.verify.names import ATTRIBUTES, expected_name
 from bsa_export.verify.rules import bits_of, is_interpolated, is_rounded, is_tiled
 
@@ -72,7 +73,18 @@ def check_weights(
     if folder.record is None:
         return result(Kind.WEIGHTS, ["there is no conversion.json, which says what was done to the source's tensors"])
     try:
+        if is_ancestor(folder, source):
+            return check_lineage(folder, source, progress)
         checkpoint = open_checkpoint(encoder_folder(source))
+        training = folder.record.trained_from
+        if training is not None and not any(map(STORED_LAYOUT.fullmatch, checkpoint.tensors)):
+            return result(
+                Kind.WEIGHTS,
+                [
+                    "the model was trained after its conversion: expected --source to name that conversion "
+                    f"({training.path}) or the folder that training wrote, found a dense model"
+                ],
+            )
         if other := _other_model(folder, checkpoint, config_path):
             return result(Kind.WEIGHTS, [f"this is not the source: {other}{_revision_hint(folder, source_name)}"])
         comparison = _Comparison(folder, checkpoint, progress)

@@ -1,0 +1,197 @@
+"""The conversion that a model was trained from: found, checked against the trained tensors, and compared with them.
+
+`save_pretrained` and Trainer write weights, config.json and tokenizer. What a conversion knew besides (the source, its
+license, the lengths before) is in the conversion's folder only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bsa_export.bert.families import POSITIONS, STORED_LAYOUT, encoder_prefix, encoder_prefixes
+from bsa_export.bert.other_models import in_encoder
+from bsa_export.checkpoint.comparison import first_difference, same_bytes
+from bsa_export.checkpoint.dtypes import read
+from bsa_export.checkpoint.table import Checkpoint, Tensor
+from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
+from bsa_export.converted.folder import ConvertedFolder, open_folder
+from bsa_export.converted.integrity import digest_faults
+from bsa_export.converted.names import CONVERSION_RECORD
+from bsa_export.converted.records import ConversionRecord, Note, NoteKind, Training, read_pull
+from bsa_export.errors import BsaError, CheckpointError
+from bsa_export.hub.source import Source
+
+FOLDERS_ABOVE = 3  # of the trained folder, in which the conversion is looked for: out/run/checkpoint-500
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """A conversion that a model may have been trained from: its folder with its record, and where it came from."""
+
+    folder: ConvertedFolder
+    record: ConversionRecord
+    repo: str | None
+    revision: str | None
+
+    def name_in(self, name: str, prefix: str) -> str:
+        """One of its names in a model whose encoder has another prefix, as a class with a head has."""
+        own = self.folder.prefix
+        inside = name.startswith(own) if own else in_encoder(name)
+        return prefix + name.removeprefix(own) if inside else name
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Its tensors by their names in a model whose encoder has that prefix."""
+        return {self.name_in(name, prefix): row for name, row in self.folder.tensors.items()}
+
+
+def open_ancestor(source: Source) -> Ancestor:
+    """Opens a conversion that the user names.
+
+    Raises:
+        BsaError: it is not a converted folder, or its weights are not those that its conversion.json is about.
+    """
+    with source.named_errors():
+        folder = open_folder(source.path)
+        if folder.record is None:
+            raise CheckpointError("expected a conversion", found=f"no {CONVERSION_RECORD}", where=source.path)
+        weights = {file.name for file in folder.checkpoint.files}
+        faults, _ = digest_faults(folder, folder.record)
+        if wrong := [fault for fault in faults if fault.partition(":")[0] in weights]:
+            raise CheckpointError(
+                "expected the conversion as it was before the training", found=wrong[0], where=source.path
+            )
+        pulled = read_pull(source.path)
+    repo, revision = (pulled.repo, pulled.commit) if pulled else (source.repo, source.revision)
+    return Ancestor(folder, folder.record, repo, revision)
+
+
+def nearest_ancestor(folder: Path) -> Ancestor | None:
+    """The conversion in the trained folder or in one of the folders around it; None if there is none that is whole."""
+    for place in islice((folder, *folder.resolve().parents), 1 + FOLDERS_ABOVE):
+        if (place / CONVERSION_RECORD).is_file():
+            try:
+                return open_ancestor(Source(place))
+            except BsaError:
+                continue
+    return None
+
+
+def find_ancestor(
+    named: Source | None, checkpoint: Checkpoint, config: Mapping[str, Any], prefix: str | None = None
+) -> tuple[Ancestor | None, list[Note]]:
+    """The conversion that a checkpoint was trained from.
+
+    Args:
+        named: the one that the user names.
+        checkpoint: the trained one.
+        config: content of its config.json.
+        prefix: which encoder is meant, where it holds several.
+
+    Returns:
+        The conversion, and a note where there should be one and none was found; None for what no conversion wrote.
+
+    Raises:
+        CheckpointError: the named one has other layouts.
+        BsaError: the named one cannot be opened.
+    """
+    if named is not None:
+        ancestor = open_ancestor(named)
+        if fault := _misfit(ancestor, checkpoint.tensors, config, prefix):
+            raise CheckpointError(
+                f"expected a model that was trained from {named.repo or named.path}",
+                found=fault,
+                where=checkpoint.folder,
+                hint="name the conversion that it was trained from with --trained-from",
+            )
+        return ancestor, []
+    if not _from_a_conversion(config):
+        return None, []
+    found = nearest_ancestor(checkpoint.folder)
+    if found is not None and _misfit(found, checkpoint.tensors, config, prefix) is None:
+        return found, []
+    text = (
+        "the conversion that this model was trained from was not found: name it with --trained-from, so that its "
+        "source, its license and the tokenizer's former lengths are recorded"
+    )
+    return None, [Note(NoteKind.NO_ANCESTOR, text)]
+
+
+def with_layouts(ancestor: Ancestor, tensors: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, with the conversion's layouts where training left them out."""
+    if any(STORED_LAYOUT.fullmatch(name) for name in tensors):
+        return dict(tensors)
+    encoder = encoder_prefix(tensors, prefix)
+    return {**tensors, **_layouts(ancestor.tensors(encoder))}
+
+
+def training(ancestor: Ancestor, tensors: Mapping[str, Tensor], written_prefix: str) -> Training:
+    """What the training changed. Reads all tensors of both.
+
+    Args:
+        ancestor: the conversion.
+        tensors: the trained ones, by their written names.
+        written_prefix: the encoder's.
+    """
+    before = ancestor.tensors(written_prefix)
+    positions = written_prefix + POSITIONS
+    common = (name for name in tensors if name in before and not STORED_LAYOUT.fullmatch(name))  # layouts are the same
+    changed = [name for name in common if not same_bytes(tensors[name], before[name])]
+    return Training(
+        path=ancestor.folder.path.resolve().name,
+        record=ancestor.record,
+        changed=changed,
+        added=[name for name in tensors if name not in before],
+        removed=[name for name in before if name not in tensors],
+        first_row=_first_row(tensors[positions], before[positions]) if positions in changed else None,
+        repo=ancestor.repo,
+        revision=ancestor.revision,
+    )
+
+
+def _first_row(one: Tensor, other: Tensor) -> int:
+    """The first row in which two tables differ."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return 0
+    at = first_difference(one, other)
+    assert at is not None
+    return at // (one.nbytes // one.shape[0])
+
+
+def _misfit(
+    ancestor: Ancestor, tensors: Mapping[str, Tensor], config: Mapping[str, Any], prefix: str | None
+) -> str | None:
+    """Why a checkpoint was not trained from a conversion: another model or other layouts; None if it may have been."""
+    for name in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if config.get(name) != ancestor.folder.config.get(name):
+            return f"{name} {config.get(name)!r}, and {ancestor.folder.config.get(name)!r} in the conversion"
+    if not encoder_prefixes(tensors):
+        return "no encoder of a BERT family"
+    stored = _layouts(tensors)
+    expected = _layouts(ancestor.tensors(encoder_prefix(tensors, prefix)))
+    if not stored:
+        return None
+    if stored.keys() != expected.keys():
+        return "layouts of other layers"
+    other = next((name for name, row in stored.items() if not _same_layout(row, expected[name])), None)
+    return other and f"another layout in {other}"
+
+
+def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: row for name, row in tensors.items() if STORED_LAYOUT.fullmatch(name)}
+
+
+def _same_layout(trained: Tensor, converted: Tensor) -> bool:
+    """Whether a layout is the same in any integer dtype that training frameworks store it in."""
+    if trained.dtype == converted.dtype:
+        return same_bytes(trained, converted)
+    return trained.shape == converted.shape and bool(((read(trained) != 0) == (read(converted) != 0)).all())
+
+
+def _from_a_conversion(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that this package wrote the model before it was trained."""
+    path = config.get("sparse_config_cls")
+    return config.get(ATTENTION) == BLOCK_SPARSE or (isinstance(path, str) and path.startswith("bsa_export."))

@@ -1,0 +1,137 @@
+"""The weights check of a trained model against the conversion that it was trained from. No torch.
+
+What can be judged: no tensor of the conversion is lost without a word, layouts stay, and what conversion.json lists as
+unchanged has the conversion's bits. What training changed is counted. The rules are stated here again, and nothing is
+imported from `conversion`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bsa_export.bert.families import POSITIONS
+from bsa_export.checkpoint.table import Tensor
+from bsa_export.converted.checks import Check, Kind, result
+from bsa_export.converted.folder import ConvertedFolder, open_folder
+from bsa_export.converted.records import ConversionRecord, Training, read_conversion
+from bsa_export.errors import BsaError
+from bsa_export.verify.bits import both, first_difference, rows_of
+from bsa_export.verify.rules import is_rounded
+
+LAYOUT = ".sparse_self_attention.master_layout"
+PARTS = ("embeddings.", "embeddings_project.", "encoder.", "pooler.")  # of an encoder without a prefix
+
+Progress = Callable[[int, int], None]
+
+
+def is_ancestor(folder: ConvertedFolder, source: Path) -> bool:
+    """Whether a source is a conversion, and the folder a model that was trained from one."""
+    if folder.record is None or folder.record.trained_from is None or not source.is_dir():
+        return False
+    return read_conversion(source) is not None
+
+
+def check_lineage(folder: ConvertedFolder, ancestor: Path, progress: Progress | None = None) -> Check:
+    """Compares a trained model with the conversion that its conversion.json names.
+
+    Args:
+        folder: the converted folder of the trained model.
+        ancestor: the folder of the conversion.
+        progress: called with (bytes compared, bytes in all).
+    """
+    assert folder.record is not None and folder.record.trained_from is not None
+    training = folder.record.trained_from
+    try:
+        before = open_folder(ancestor)
+        if before.record is None or before.record.files != training.record.files:
+            fault = "this is not the conversion that it was trained from: their conversion.json list other files"
+            return result(Kind.WEIGHTS, [fault])
+        comparison = _Comparison(folder, before, folder.record, training, progress)
+        faults = list(comparison.faults())
+        before.checkpoint.check_unchanged()
+    except BsaError as error:
+        return result(Kind.WEIGHTS, [str(error)])
+    figures: dict[str, object] = {"unchanged": comparison.unchanged, "changed by training": len(training.changed)}
+    figures |= {"added": len(training.added), "removed": len(training.removed)}
+    if training.first_row is not None:
+        figures["position rows from"] = training.first_row
+    return result(Kind.WEIGHTS, faults, {name: value for name, value in figures.items() if value})
+
+
+class _Comparison:
+    """The tensors of a trained model against those of its conversion."""
+
+    def __init__(
+        self,
+        folder: ConvertedFolder,
+        before: ConvertedFolder,
+        record: ConversionRecord,
+        training: Training,
+        progress: Progress | None,
+    ):
+        self.folder, self.record, self.training, self.progress = folder, record, training, progress
+        self.before = {_moved(name, before.prefix, folder.prefix): row for name, row in before.tensors.items()}
+        self.positions = folder.prefix + POSITIONS
+        self.unchanged = self.done = 0
+        self.total = sum(row.nbytes for row in folder.tensors.values())
+
+    def faults(self) -> Iterator[str]:
+        """What is not as it should be, a sentence each."""
+        now, training = self.folder.tensors, self.training
+        stated = {"added": set(training.added), "removed": set(training.removed)}
+        found = {"added": now.keys() - self.before.keys(), "removed": self.before.keys() - now.keys()}
+        for kind, names in found.items():
+            for name in sorted(names ^ stated[kind]):
+                yield f"{name}: it is {'' if name in names else 'not '}{kind}, and conversion.json says otherwise"
+        for name in sorted(name for name in found["removed"] if name.endswith(LAYOUT)):
+            yield f"{name}: lost: the conversion has it"
+        for name, row in now.items():
+            if name in self.before and (fault := self.compare(name, self.before[name], row)):
+                yield fault
+            self.done += row.nbytes
+            if self.progress:
+                self.progress(self.done, self.total)
+
+    def compare(self, name: str, before: Tensor, now: Tensor) -> str | None:
+        """What is wrong with a tensor that both have."""
+        same = self.is_same(name, before, now)
+        if name.endswith(LAYOUT):
+            return None if same else f"{name}: it is not the layout of the conversion"
+        if name not in self.training.changed:
+            self.unchanged += same
+            return (
+                None if same else f"{name}: conversion.json lists it as unchanged, and it differs from the conversion's"
+            )
+        if same and self.rounded_to(name) is None:
+            return f"{name}: conversion.json lists it as changed by training, and it has the conversion's bits"
+        if name == self.positions and (first := self.training.first_row):
+            return self.early_rows(name, before, now, first)
+        return None
+
+    def early_rows(self, name: str, before: Tensor, now: Tensor, first: int) -> str | None:
+        """Whether the position rows before the first one that changed are those of the conversion."""
+        if now.shape[1:] != before.shape[1:] or min(now.shape[0], before.shape[0]) < first:
+            return f"{name}: expected {first} rows as in the conversion, found {list(now.shape)}"
+        if self.is_same(name, rows_of(before, 0, first), rows_of(now, 0, first)):
+            return None
+        return f"{name}: conversion.json says that it changed from row {first} on, and earlier rows differ"
+
+    def is_same(self, name: str, before: Tensor, now: Tensor) -> bool:
+        """Whether a tensor has the conversion's bits, or those rounded as the second conversion was asked to."""
+        if now.shape != before.shape:
+            return False
+        if self.rounded_to(name) == now.dtype != before.dtype:
+            return all(is_rounded(one, other, before.dtype, now.dtype).all() for one, other in both(before, now))
+        return now.dtype == before.dtype and first_difference(before, now) is None
+
+    def rounded_to(self, name: str) -> str | None:
+        """The dtype that the second conversion rounded a tensor to."""
+        change = self.record.changed.get(name)
+        return change.dtype[1] if change and change.dtype else None
+
+
+def _moved(name: str, old: str, new: str) -> str:
+    """A name of an encoder with the prefix `old` as it is with `new`; names outside the encoder stay."""
+    inside = name.startswith(old) if old else name.startswith(PARTS)
+    return new + name.removeprefix(old) if inside else name

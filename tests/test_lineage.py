@@ -1,0 +1,247 @@
+"""A model that was trained after its conversion: made whole again, judged against its conversion, and taken back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.tiny import dense_bert
+
+import bsa_export
+from bsa_export.conversion.convert import convert_source
+from bsa_export.conversion.options import Options
+from bsa_export.conversion.to_dense import to_dense
+from bsa_export.converted.card import metadata
+from bsa_export.converted.folder import open_folder
+from bsa_export.converted.integrity import check_layout
+from bsa_export.converted.records import NoteKind, read_conversion
+from bsa_export.errors import BsaError
+from bsa_export.hub.source import Source
+from bsa_export.verify.weights import check_weights
+
+LENGTH, LONGEST = 64, 256
+POSITIONS = "bert.embeddings.position_embeddings.weight"
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+LAYOUT = "bert.encoder.layer.1.attention.self.sparse_self_attention.master_layout"
+RANDOM = {"mode": "bigbird", "parameters": {"num_random_blocks": 2, "num_sliding_window_blocks": 3}, "seed": 7}
+
+
+def conversion(place: Path, **options) -> Path:
+    source = dense_bert(place / "dense")
+    (source / "tokenizer_config.json").write_text(json.dumps({"model_max_length": LENGTH}))
+    out = place / "out"
+    convert_source(Source(source), out, Options(**{"max_length": LONGEST, "block": 16} | options))
+    return out
+
+
+def train(out: Path, trained: Path, change) -> Path:
+    """What `save_pretrained` writes after training: weights, config.json and tokenizer, and none of the records."""
+    trained.mkdir(parents=True)
+    weights = load_file(out / "model.safetensors")
+    change(weights)
+    save_file(weights, trained / "model.safetensors", {"format": "pt"})
+    for name in ("config.json", "vocab.txt", "tokenizer_config.json"):
+        shutil.copy(out / name, trained / name)
+    return trained
+
+
+def everything(weights) -> None:
+    for name, values in weights.items():
+        if values.dtype == np.float32:
+            weights[name] = values + np.float32(0.01)
+
+
+def new_rows(weights) -> None:
+    weights[POSITIONS][LENGTH + 3 :] += 1
+
+
+def whole(trained: Path, place: Path, ancestor: Path | None, **options) -> Path:
+    named = None if ancestor is None else Source(ancestor)
+    convert_source(Source(trained), place, Options(**options), trained_from=named)
+    return place
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    return conversion(tmp_path_factory.mktemp("conversion"))
+
+
+@pytest.fixture
+def trained(out, tmp_path) -> Path:
+    return train(out, tmp_path / "trained", everything)
+
+
+def test_source_license_and_layouts_of_the_conversion_are_kept(out, trained, tmp_path):
+    made = whole(trained, tmp_path / "made", out)
+    record, first = read_conversion(made), read_conversion(out)
+    assert record.trained_from.record == first == record.origin
+    assert record.source.license == "mit"
+    weights, before = (load_file(folder / "model.safetensors") for folder in (made, out))
+    floats = {name for name, values in weights.items() if values.dtype == np.float32}
+    assert set(record.trained_from.changed) == floats
+    assert record.trained_from.first_row == 0 and not record.trained_from.only_new_rows
+    assert all(np.array_equal(weights[name], before[name]) for name in weights.keys() - floats)
+    assert check_weights(open_folder(made), out).passed
+    assert check_weights(open_folder(made), trained).passed
+
+
+def test_random_layouts_are_judged_by_the_seed_of_the_conversion(tmp_path):
+    out = conversion(tmp_path, **RANDOM)
+    made = whole(train(out, tmp_path / "trained", everything), tmp_path / "made", out)
+    assert check_layout(made).figures["recomputed"].startswith("yes")
+
+
+def test_new_rows_alone_leave_all_else_bit_for_bit(out, tmp_path):
+    made = whole(train(out, tmp_path / "trained", new_rows), tmp_path / "made", out)
+    training = read_conversion(made).trained_from
+    assert (training.changed, training.first_row, training.only_new_rows) == ([POSITIONS], LENGTH + 3, True)
+    figures = check_weights(open_folder(made), out).figures
+    assert figures["changed by training"] == 1 and figures["position rows from"] == LENGTH + 3
+
+
+def test_rounding_afterwards_is_not_training(out, tmp_path):
+    made = whole(train(out, tmp_path / "trained", new_rows), tmp_path / "made", out, dtype="bf16")
+    assert read_conversion(made).trained_from.changed == [POSITIONS]
+    assert check_weights(open_folder(made), out).passed
+
+
+def claim(record, **fields) -> None:
+    record["trained_from"] |= fields
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda record: claim(record, changed=[]),
+        lambda record: claim(record, changed=[POSITIONS, QUERY]),
+        lambda record: claim(record, first_row=LENGTH + 4),
+        lambda record: claim(record, added=[QUERY]),
+        lambda record: claim(record, removed=["pooler.dense.weight"]),
+        lambda record: record["trained_from"]["record"]["files"].clear(),
+    ],
+)
+def test_a_false_record_fails(out, tmp_path, plant):
+    made = whole(train(out, tmp_path / "trained", new_rows), tmp_path / "made", out)
+    record = json.loads((made / "conversion.json").read_text())
+    plant(record)
+    (made / "conversion.json").write_text(json.dumps(record))
+    assert check_weights(open_folder(made), out).failed
+
+
+@pytest.mark.parametrize("name", [QUERY, LAYOUT])
+def test_a_tensor_that_changed_without_a_word_fails(out, tmp_path, name):
+    made = whole(train(out, tmp_path / "trained", new_rows), tmp_path / "made", out)
+    weights = load_file(made / "model.safetensors")
+    weights[name].flat[-1] += 1
+    save_file(weights, made / "model.safetensors", {"format": "pt"})
+    assert check_weights(open_folder(made), out).failed
+
+
+def test_a_lost_layout_comes_from_the_conversion(tmp_path):
+    out = conversion(tmp_path, **RANDOM)
+
+    def without_layouts(weights) -> None:
+        for name in [name for name in weights if name.endswith("master_layout")]:
+            del weights[name]
+
+    made = whole(train(out, tmp_path / "trained", without_layouts), tmp_path / "made", out)
+    weights, before = (load_file(folder / "model.safetensors") for folder in (made, out))
+    assert all(np.array_equal(weights[name], before[name]) for name in before)
+
+
+def test_the_conversion_is_found_in_the_folders_around_the_trained_one(out, tmp_path):
+    around = Path(shutil.copytree(out, tmp_path / "out"))
+    checkpoint = train(around, around / "run" / "checkpoint-2", everything)
+    made = whole(checkpoint, tmp_path / "made", None)
+    assert read_conversion(made).trained_from.path == "out"
+
+
+def test_the_conversion_of_another_model_around_it_is_not_taken(out, tmp_path):
+    other = conversion(tmp_path, mode="local")
+    made = whole(train(out, other / "trained", everything), tmp_path / "made", None)
+    record = read_conversion(made)
+    assert record.trained_from is None
+    assert NoteKind.NO_ANCESTOR in [note.kind for note in record.notes]
+
+
+@pytest.mark.parametrize("kind", ["other layouts", "other size", "overwritten", "dense"])
+def test_what_it_was_not_trained_from_is_refused(out, trained, tmp_path, kind):
+    ancestor = tmp_path / "ancestor"
+    if kind == "other layouts":
+        ancestor = conversion(tmp_path, mode="local")
+    elif kind == "dense":
+        dense_bert(ancestor)
+    else:
+        shutil.copytree(out, ancestor)
+    if kind == "other size":
+        config = json.loads((trained / "config.json").read_text())
+        (trained / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    elif kind == "overwritten":
+        shutil.copy(trained / "model.safetensors", ancestor / "model.safetensors")
+    with pytest.raises(BsaError):
+        whole(trained, tmp_path / "made", ancestor)
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_conversion_is_not_replaced_by_what_was_trained_from_it(out, trained, tmp_path):
+    ancestor = Path(shutil.copytree(out, tmp_path / "ancestor"))
+    with pytest.raises(BsaError):
+        convert_source(Source(trained), ancestor, trained_from=Source(ancestor), overwrite=True)
+    assert read_conversion(ancestor) == read_conversion(out)
+
+
+def test_the_card_names_the_repository_that_it_was_trained_from(out, trained, tmp_path):
+    ancestor = Path(shutil.copytree(out, tmp_path / "ancestor"))
+    pulled = {"repo": "alice/long-bert", "revision": "main", "commit": "0" * 40, "files": {}}
+    (ancestor / "pulled.json").write_text(json.dumps(pulled))
+    made = whole(trained, tmp_path / "made", ancestor)
+    stated = metadata(made / "README.md")
+    assert (stated["base_model"], stated["base_model_relation"]) == ("alice/long-bert", "finetune")
+    assert stated["license"] == "mit"
+
+
+def test_trained_twice(out, trained, tmp_path):
+    made = whole(trained, tmp_path / "made", out)
+    again = whole(train(made, tmp_path / "again", new_rows), tmp_path / "made again", made)
+    record = read_conversion(again)
+    assert record.trained_from.changed == [POSITIONS]
+    assert record.origin == read_conversion(out)
+    assert check_weights(open_folder(again), made).passed
+    assert check_weights(open_folder(again), out).failed  # two trainings ago
+
+
+def test_the_way_back_has_the_lengths_of_the_dense_source(out, trained, tmp_path):
+    (trained / "tokenizer_config.json").write_text(
+        json.dumps({"model_max_length": LONGEST, "max_length": LONGEST, "stride": LONGEST})
+    )
+    made = whole(trained, tmp_path / "made", out)
+    to_dense(made, tmp_path / "dense")
+    weights, values = load_file(tmp_path / "dense" / "model.safetensors"), load_file(trained / "model.safetensors")
+    assert np.array_equal(weights[POSITIONS], values[POSITIONS][:LENGTH])
+    assert np.array_equal(weights[QUERY], values[QUERY])
+    tokenizer = json.loads((tmp_path / "dense" / "tokenizer_config.json").read_text())
+    assert tokenizer == {"model_max_length": LENGTH, "max_length": LENGTH, "stride": LONGEST}
+
+
+def test_a_new_head_over_an_encoder_without_prefix(tmp_path):
+    """The class with a head puts the encoder's names behind a prefix."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    from sparse_folder import sparse_folder
+
+    out = sparse_folder(tmp_path, class_name="BertModel")
+    transformers.set_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(out, num_labels=3)
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight.add_(1)
+    model.save_pretrained(tmp_path / "trained")
+    made = whole(tmp_path / "trained", tmp_path / "made", out)
+    training = read_conversion(made).trained_from
+    assert training.changed == ["bert.encoder.layer.1.output.dense.weight"]
+    assert {name.partition(".")[0] for name in training.added} == {"classifier"}
+    assert training.removed == []
+    assert check_weights(open_folder(made), out).passed
+    loaded = bsa_export.load(made).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
