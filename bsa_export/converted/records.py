@@ -388,6 +388,8 @@ def _read(path: Path, kind: type[Record], today: Callable[[Mapping[str, Any]], A
         return msgspec.convert(today(content) if isinstance(content, Mapping) else content, kind)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"it is damaged ({error})", where=path, hint=hint) from None
+    except RecursionError:
+        raise CheckpointError("it is damaged (nested too deeply)", where=path, hint=hint) from None
 
 
 def _finite(value: Any) -> Any:
