@@ -91,7 +91,11 @@ def main() -> None:
     if choices.train == "positions":
         train_new_positions_only(model, first + choices.source_length)
     trainer = Trainer(
-        model, arguments, Packed(tokenizer.mask_token_id, first), [row for i, row in enumerate(rows) if i % 8]
+        model,
+        arguments,
+        Packed(tokenizer.mask_token_id, first),
+        [row for i, row in enumerate(rows) if i % 8],
+        processing_class=tokenizer,
     )
     found = []
     for train in (lambda: trainer.model.to(arguments.device), trainer.train):

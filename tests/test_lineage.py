@@ -98,7 +98,29 @@ def test_new_rows_alone_leave_all_else_bit_for_bit(out, tmp_path):
     training = read_conversion(made).trained_from
     assert (training.changed, training.first_row, training.only_new_rows) == ([POSITIONS], LENGTH + 3, True)
     figures = check_weights(open_folder(made), out).figures
-    assert figures["changed by training"] == 1 and figures["position rows from"] == LENGTH + 3
+    assert figures["changed by training"] == 1 and figures["first position rows unchanged"] == LENGTH + 3
+
+
+def test_a_trained_folder_without_a_tokenizer_gets_that_of_the_conversion(out, trained, tmp_path):
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (trained / name).unlink()
+    made = whole(trained, tmp_path / "made", out)
+    assert read_conversion(made).trained_from.files == ["tokenizer_config.json", "vocab.txt"]
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        assert (made / name).read_bytes() == (out / name).read_bytes()
+    assert check_weights(open_folder(made), trained).passed
+    assert check_weights(open_folder(made), out).passed
+    (made / "vocab.txt").write_text("others\n")
+    assert check_weights(open_folder(made), trained).failed
+    assert check_weights(open_folder(made), out).failed
+
+
+def test_a_tokenizer_of_its_own_is_kept(out, trained, tmp_path):
+    (trained / "tokenizer_config.json").unlink()
+    (trained / "vocab.txt").write_text("others\n")
+    made = whole(trained, tmp_path / "made", out)
+    assert (made / "vocab.txt").read_text() == "others\n"
+    assert not (made / "tokenizer_config.json").exists()
 
 
 def test_rounding_afterwards_is_not_training(out, tmp_path):

@@ -183,8 +183,6 @@ def _plan_source(
     ancestor, missing = find_ancestor(trained_from, checkpoint, config, options.prefix)
     tensors = checkpoint.tensors if ancestor is None else with_layouts(ancestor, checkpoint.tensors, options.prefix)
     planned = plan(tensors, config, options, where=source.path)
-    if ancestor is not None:
-        planned = replace(planned, trained_from=_training(ancestor, tensors, planned))
     carried = carried_files.plan(
         source.path,
         checkpoint,
@@ -192,6 +190,11 @@ def _plan_source(
         planned.max_length,
         keep_card=planned.sparse_source and card.is_edited(_folder(source)),
     )
+    if ancestor is not None:
+        kept = lineage.missing_files(ancestor, carried)
+        carried = replace(carried, carried=[*carried.carried, *kept])
+        training = _training(ancestor, tensors, planned)
+        planned = replace(planned, trained_from=replace(training, files=[file.name for file in kept]))
     notes = [*planned.notes, *missing, *carried.notes()]
     files = {*carried.left_behind, *(file.source.name for file in carried.carried)}
     skipped = {entry.name: entry.why for entry in checkpoint.skipped if entry.name not in files}

@@ -17,10 +17,12 @@ from bsa_export.bert.other_models import in_encoder
 from bsa_export.checkpoint.comparison import first_difference, same_bytes
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.table import Checkpoint, Tensor
+from bsa_export.conversion import carried_files
+from bsa_export.conversion.carried_files import CarriedFile, CarriedFiles
 from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
 from bsa_export.converted.folder import ConvertedFolder, open_folder
 from bsa_export.converted.integrity import digest_faults
-from bsa_export.converted.names import CONVERSION_RECORD
+from bsa_export.converted.names import CONVERSION_RECORD, LICENSES, TOKENIZER_FILES, matches
 from bsa_export.converted.records import ConversionRecord, Note, NoteKind, Training, read_pull
 from bsa_export.errors import BsaError, CheckpointError
 from bsa_export.hub.source import Source
@@ -150,6 +152,18 @@ def training(ancestor: Ancestor, tensors: Mapping[str, Tensor], written_prefix: 
         repo=ancestor.repo,
         revision=ancestor.revision,
     )
+
+
+def missing_files(ancestor: Ancestor, carried: CarriedFiles) -> list[CarriedFile]:
+    """The conversion's tokenizer and licenses, where the trained folder has none: `model.save_pretrained` writes
+    neither."""
+    there = {file.name for file in carried.carried}
+    length = ancestor.record.max_length
+    own = carried_files.plan(ancestor.folder.path, ancestor.folder.checkpoint, length, length).carried
+    wanted = [] if there & set(TOKENIZER_FILES) else list(TOKENIZER_FILES)
+    if not any(matches(name.upper(), LICENSES) for name in there):
+        wanted += [file.name for file in own if matches(file.name.upper(), LICENSES)]
+    return [file for file in own if file.name in wanted and file.name in ancestor.record.files]
 
 
 def _first_row(one: Tensor, other: Tensor) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 from bsa_export.conversion.convert import Converted
 from bsa_export.conversion.plan import Plan
 from bsa_export.converted.records import Change, DropReason, NoteKind, to_json
-from bsa_export.text import Lines, size
+from bsa_export.text import Lines, size, some
 
 MAX_NAMES = 8
 POSITION_WORDS = {"tile": "tiled", "interpolate": "interpolated"}
@@ -168,6 +168,8 @@ def training_lines(planned: Plan) -> Lines:
         what.append(f"position embeddings from row {training.first_row:,} on")
     same = len(planned.tensors) - len(training.changed) - len(training.added)
     lines.append(("training", f"{', '.join(what)}; all other tensors ({same}) kept every bit"))
+    if training.files:
+        lines.append(("", f"{some(training.files)} from the conversion, because the trained folder has none"))
     if training.changed and training.only_new_rows:
         lines.append(("short inputs", "same outputs as before the training: only rows for later positions changed"))
     return lines

@@ -198,6 +198,7 @@ class Training:
         added: written names that the conversion does not have.
         removed: the conversion's names that the trained model does not have.
         first_row: the first row of the position embeddings that changed; None where none did, or there are none.
+        files: names of the conversion's files that the trained folder lacks: its tokenizer, its license.
         repo: its repository on the Hub, None if it did not come from there.
         revision: the commit in that repository.
     """
@@ -208,6 +209,7 @@ class Training:
     added: list[str]
     removed: list[str]
     first_row: int | None = None
+    files: list[str] = field(default_factory=list)
     repo: str | None = None
     revision: str | None = None
 

@@ -10,7 +10,8 @@ other
 the
    source's values; where the model reads more tokens than the source, the lengths in it are the new length. An
    encoder that has a folder of its own moves to the top: modules.json has that path, and a class that exists today.
-4. No other tokenizer, module, weights or code is in the folder.
+4. A trained model may keep the tokenizer and license of its conversion, with the bytes that were recorded there.
+5. No other tokenizer, module, weights or code is in the folder.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -83,10 +85,25 @@ def carried_faults(folder: ConvertedFolder, source: Path, checkpoint: Checkpoint
                 yield f"{name}: its tensors are not those of the source"
         elif fault := _difference(name, file.source, path, length, encoder):
             yield f"{name}: {fault}"
+    yield from faults_of_kept_files(folder)
+    kept = folder.record.trained_from.files if folder.record.trained_from else []
     weights = {file.name for file in folder.checkpoint.files}
-    for name in unexpected_files(folder, {*expected, *weights}):
+    for name in unexpected_files(folder, {*expected, *weights, *kept}):
         if not _is_head(folder.path / name, top, checkpoint.folder):
             yield f"{name}: nothing in the source stands behind it"
+
+
+def faults_of_kept_files(folder: ConvertedFolder) -> Iterator[str]:
+    """What is wrong with the files of an earlier conversion that a trained model keeps."""
+    training = folder.record.trained_from if folder.record else None
+    if training is None:
+        return
+    for name in training.files:
+        path, recorded = folder.path / name, training.record.files.get(name)
+        if recorded is None or not path.is_file():
+            yield f"{name}: lost: conversion.json lists it as a file of the conversion before the training"
+        elif (path.stat().st_size, sha256(path.read_bytes()).hexdigest()) != (recorded.bytes, recorded.sha256):
+            yield f"{name}: it is not the file of the conversion before the training"
 
 
 def expected_files(top: Path, encoder: Path) -> Iterator[tuple[str, Expected]]:

@@ -17,6 +17,7 @@ from bsa_export.converted.folder import ConvertedFolder, open_folder
 from bsa_export.converted.records import ConversionRecord, Training, read_conversion
 from bsa_export.errors import BsaError
 from bsa_export.verify.bits import both, first_difference, rows_of
+from bsa_export.verify.carried import faults_of_kept_files
 from bsa_export.verify.rules import is_rounded
 
 LAYOUT = ".sparse_self_attention.master_layout"
@@ -48,14 +49,14 @@ def check_lineage(folder: ConvertedFolder, ancestor: Path, progress: Progress | 
             fault = "this is not the conversion that it was trained from: their conversion.json list other files"
             return result(Kind.WEIGHTS, [fault])
         comparison = _Comparison(folder, before, folder.record, training, progress)
-        faults = list(comparison.faults())
+        faults = [*comparison.faults(), *faults_of_kept_files(folder)]
         before.checkpoint.check_unchanged()
     except BsaError as error:
         return result(Kind.WEIGHTS, [str(error)])
     figures: dict[str, object] = {"unchanged": comparison.unchanged, "changed by training": len(training.changed)}
     figures |= {"added": len(training.added), "removed": len(training.removed)}
-    if training.first_row is not None:
-        figures["position rows from"] = training.first_row
+    if training.first_row:
+        figures["first position rows unchanged"] = training.first_row
     return result(Kind.WEIGHTS, faults, {name: value for name, value in figures.items() if value})
 
 
