@@ -5,8 +5,8 @@
 `docs.jsonl` has a `text` in each line. Documents are packed into one row; each attends to itself only
 (`cu_seq_lens_q`). `--train positions` changes nothing but the position rows beyond the source's length, so what the
 model answers to shorter texts stays the same, bit for bit; `--train all` changes everything. The loss on held-out
-documents is printed before and after. All of transformers' TrainingArguments are options: `--bf16`, `--deepspeed
-zero2.json`; several GPUs by `torchrun`.
+documents is printed before and after, by place in the document. All TrainingArguments are options: `--bf16`,
+`--deepspeed zero2.json`; several GPUs by `torchrun`. `bsa-convert trained/ made/ --trained-from out/` is the next step.
 """
 
 import json
@@ -14,35 +14,26 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+from transformers.data.data_collator import DataCollatorWithFlattening
 
 import bsa_export  # noqa: F401  (registers the attention that the model's config.json names)
 
 SHARE = 0.15  # of the tokens is masked
 
 
-class Packed:
-    """Collates documents into one row: `input_ids`, `labels`, `position_ids` and where each document begins."""
+class Packed(DataCollatorWithFlattening):
+    """Collates documents into one row and masks tokens: `labels` are -100 elsewhere."""
 
     def __init__(self, mask_token: int, first_position: int, seed: int = 0):
-        self.mask_token, self.first_position = mask_token, first_position
-        self.generator = torch.Generator().manual_seed(seed)
+        super().__init__(return_flash_attn_kwargs=True, position_ids_start=first_position)
+        self.mask_token, self.generator = mask_token, torch.Generator().manual_seed(seed)
 
     def __call__(self, rows: list[dict]) -> dict:
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        ids = torch.cat([torch.tensor(row["input_ids"]) for row in rows])
-        masked = torch.rand(len(ids), generator=self.generator) < SHARE
-        places = torch.cat([torch.arange(length) for length in lengths.tolist()])
-        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        longest = int(lengths.max())
-        return {
-            "input_ids": ids.masked_fill(masked, self.mask_token)[None],
-            "labels": ids.masked_fill(~masked, -100)[None],
-            "position_ids": (places + self.first_position)[None],
-            "cu_seq_lens_q": ends,
-            "cu_seq_lens_k": ends,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
+        batch = super().__call__(rows)
+        ids = batch["input_ids"]  # [1, tokens]
+        masked = torch.rand(ids.shape, generator=self.generator) < SHARE
+        hidden = {"input_ids": ids.masked_fill(masked, self.mask_token), "labels": ids.masked_fill(~masked, -100)}
+        return {**batch, **hidden}
 
 
 def train_new_positions_only(model, first_new: int) -> None:
@@ -54,17 +45,18 @@ def train_new_positions_only(model, first_new: int) -> None:
 
 
 @torch.no_grad()
-def losses(model, rows: list[dict], collate: Packed, source_length: int) -> tuple[float, float]:
-    """Mean loss in nats of masked tokens within the source's length, and beyond it."""
-    near, far = [], []
+def losses(model, rows: list[dict], collate: Packed, bounds: list[int]) -> list[float]:
+    """Mean loss in nats of the masked tokens from each bound to the next; nan where no document is as long."""
+    lost, place = [], []
     for row in rows:
         batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in collate([row]).items()}
         labels = batch.pop("labels")[0]
-        lost = torch.nn.functional.cross_entropy(model(**batch).logits[0].float(), labels, reduction="none")
-        place = torch.arange(len(labels), device=labels.device)
-        near.append(lost[(labels >= 0) & (place < source_length)])
-        far.append(lost[(labels >= 0) & (place >= source_length)])
-    return float(torch.cat(near).mean()), float(torch.cat(far).mean())
+        masked = labels >= 0
+        logits = model(**batch).logits[0, masked].float()
+        lost.append(torch.nn.functional.cross_entropy(logits, labels[masked], reduction="none").cpu())
+        place.append(masked.nonzero()[:, 0].cpu())
+    values, part = torch.cat(lost), torch.bucketize(torch.cat(place), torch.tensor(bounds[1:]), right=True)
+    return [float(values[part == number].mean()) for number in range(len(bounds) - 1)]
 
 
 @dataclass
@@ -81,30 +73,26 @@ def main() -> None:
     arguments.remove_unused_columns = False
     tokenizer = AutoTokenizer.from_pretrained(choices.model)
     model = AutoModelForMaskedLM.from_pretrained(choices.model)
-    first = (
-        getattr(model.base_model.embeddings, "padding_idx", -1) + 1
-    )  # RoBERTa's positions start behind the padding's
+    first = getattr(model.base_model.embeddings, "padding_idx", -1) + 1  # RoBERTa's positions start behind the padding
     with open(choices.documents, encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
-    rows = [tokenizer(text, truncation=True, max_length=choices.length, return_attention_mask=False) for text in texts]
-    rows = [{"input_ids": row["input_ids"]} for row in rows]
+    rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True, max_length=choices.length)["input_ids"]]
+    training, held_out = [row for i, row in enumerate(rows) if i % 8], rows[::8]
     if choices.train == "positions":
         train_new_positions_only(model, first + choices.source_length)
-    trainer = Trainer(
-        model,
-        arguments,
-        Packed(tokenizer.mask_token_id, first),
-        [row for i, row in enumerate(rows) if i % 8],
-        processing_class=tokenizer,
-    )
-    found = []
-    for train in (lambda: trainer.model.to(arguments.device), trainer.train):
-        train()
-        check = Packed(tokenizer.mask_token_id, first, seed=1)
-        found.append(losses(trainer.model.eval(), rows[::8], check, choices.source_length))
+    packed = Packed(tokenizer.mask_token_id, first)
+    trainer = Trainer(model, arguments, packed, training, processing_class=tokenizer)
+    trainer.model.to(arguments.device)
+
+    bounds = [0, choices.source_length]
+    while bounds[-1] < choices.length:
+        bounds.append(min(2 * bounds[-1], choices.length))
+    before = losses(trainer.model.eval(), held_out, Packed(tokenizer.mask_token_id, first, seed=1), bounds)
+    trainer.train()
+    after = losses(trainer.model.eval(), held_out, Packed(tokenizer.mask_token_id, first, seed=1), bounds)
     trainer.save_model(arguments.output_dir)
-    for what, old, new in zip(("within", "beyond"), *found, strict=True):
-        print(f"{what} {choices.source_length} tokens: loss {old:.4f} before, {new:.4f} after")
+    for start, end, old, new in zip(bounds, bounds[1:], before, after, strict=False):
+        print(f"tokens {start} to {end - 1}: loss {old:.4f} before, {new:.4f} after")
 
 
 if __name__ == "__main__":
