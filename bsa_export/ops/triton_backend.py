@@ -22,7 +22,7 @@ _NO_TRITON = unusable(descriptors=True)
 if _NO_TRITON is None or TYPE_CHECKING:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from bsa_export.ops import triton_kernels as kernels
+    from bsa_export.ops import triton_forward, triton_gradients
     from bsa_export.ops.triton_masks import key_mask_kernel
 
 P = ParamSpec("P")
@@ -444,7 +444,7 @@ class _Call:
         if schedule.slots:
             keys, weights = visible or (partial, partial)
             start(
-                kernels.sum_kernel,
+                triton_gradients.sum_kernel,
                 len(schedule.splits) * sequences,
                 target=target,
                 partial=partial,
@@ -525,7 +525,7 @@ def _forward(
         partial = call.partial(lse, sequences, call.size, call.padded)
         partial_lse = lse.new_empty(2, sequences, schedule.slots, call.size) if schedule.slots else lse
         start(
-            kernels.forward_kernel,
+            triton_forward.forward_kernel,
             len(schedule.items) * sequences,
             call.options,
             q=query,
@@ -550,7 +550,7 @@ def _forward(
         )
         if schedule.slots:
             start(
-                kernels.combine_kernel,
+                triton_forward.combine_kernel,
                 len(schedule.splits) * sequences,
                 out=out,
                 lse=lse,
@@ -576,7 +576,7 @@ def _zero_outside(cu_seqlens: Tensor, *targets: Tensor) -> None:
     for target in targets:
         _, heads, seq, head_dim = target.shape
         start(
-            kernels.outside_kernel,
+            triton_forward.outside_kernel,
             -(-seq // ROWS) * heads,
             target=target,
             cu_seqlens=cu_seqlens,
@@ -648,7 +648,7 @@ def _query_gradient(
         partial = call.partial(lse, sequences, call.size, call.padded)
         residual = call.partial(lse, sequences, call.size)
         start(
-            kernels.query_gradient_kernel,
+            triton_gradients.query_gradient_kernel,
             len(schedule.items) * sequences,
             call.options,
             q=query,
@@ -695,7 +695,7 @@ def _visible_keys(
     keys = max(call.unit, elements // call.padded)
     constants = {name: call.common[name] for name in ("UNIT", "PADDED", "VARLEN")}
     start(
-        kernels.key_sums_kernel,
+        triton_gradients.key_sums_kernel,
         -(-call.longest // keys) * call.heads * sequences,
         {"num_warps": warps},
         k=key,
@@ -715,7 +715,7 @@ def _visible_keys(
         **constants,
     )
     start(
-        kernels.visible_keys_kernel,
+        triton_gradients.visible_keys_kernel,
         len(schedule.items) * sequences,
         {"num_warps": 1},
         sums=sums,
@@ -755,7 +755,7 @@ def _key_gradient(
     for bounds, sequences in call.groups():
         partial_key, partial_value = (call.partial(lse, sequences, call.size, call.padded) for _ in range(2))
         start(
-            kernels.key_gradient_kernel,
+            triton_gradients.key_gradient_kernel,
             len(schedule.items) * sequences,
             call.options,
             q=query,
@@ -791,7 +791,7 @@ def _operator(
     query: Tensor, key: Tensor, value: Tensor, layout: Tensor, mask: Tensor | None,
     cu_seqlens: Tensor | None, longest: int, block: int, scale: float, site: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out, statistics of the rows, float32 `[1, batch, heads, seq]`, or `[3, ...]` with a mask; triton_kernels.py
+    """(out, statistics of the rows, float32 `[1, batch, heads, seq]`, or `[3, ...]` with a mask; triton_forward.py
     lists them)."""
     return _forward(query, key, value, layout, mask, cu_seqlens, longest, block, scale, site)
 

@@ -1,7 +1,7 @@
 """Where a program of the fused kernels finds what it works on, and how it reads and writes it: items, rows, columns,
 tiles.
 
-What a sequence is, and the prefixes of names: `triton_kernels.py`.
+What a sequence is, and the prefixes of names: `triton_forward.py`.
 """
 
 import triton

@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bsa_export.ops import triton_kernels
+from bsa_export.ops import triton_forward
 
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
-SOURCES = Path(triton_kernels.__file__).parent.glob("triton_*.py")
+SOURCES = Path(triton_forward.__file__).parent.glob("triton_*.py")
 KERNELS = {name for path in SOURCES for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)}
 MOST_SPILLED = 1024  # bytes a thread; a tile that does not fit at all spills thousands
 MOST_REGISTERS = 255  # that a thread can have

@@ -1,0 +1,68 @@
+"""What the fused kernels do with a tile of scores: the scores of a step, sums and products that threads share.
+
+The prefixes of names: `triton_forward.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from bsa_export.ops.triton_tiles import step_mask
+
+# Arguments whose value must not cause another compilation.
+ANY_VALUE = ["batch", "heads", "seq", "slots", "sequences", "units"]
+
+# Parts of a row's sum that are kept apart until the end: of this many columns a tensor core gives each thread its own,
+# so that no step pays for exchanging them.
+PARTS: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def rounded(b_products):
+    """Products, each rounded before anything is added to it. Where threads exchange them for a sum, a thread would else
+    add another's to its own unrounded one: each would get another sum, and which of them is used would be chance."""
+    return b_products + 0.0
+
+
+@triton.jit
+def part_sums(b_tile, SIZE: tl.constexpr):
+    """The sums of rows in parts, `[SIZE, PARTS]`."""
+    return tl.sum(tl.reshape(b_tile, [SIZE, SIZE // PARTS, PARTS]), 1)
+
+
+@triton.jit
+def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
+    """`b_sum + b_left @ b_right`. In float32 the product is summed on its own first (an imprecise accumulator, which
+    only fp8 has, keeps the compiler from joining the sums): one sum over all steps loses a digit, and delta, which
+    comes from the output, too."""
+    if PRECISION == "ieee":
+        return b_sum + tl.dot(b_left, b_right, input_precision=PRECISION, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(b_left, b_right, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def scores(
+    b_q,
+    b_k,
+    p_bias,
+    bit_masks,
+    i_step,
+    o_c,
+    length,
+    scale,
+    SIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    BIASED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores `[SIZE, SIZE]` of queries (rows) and keys (columns), -inf where there is none; in units of log2 if BIASED,
+    else still without `scale`."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if BIASED:
+        b_s = b_s * scale + tl.load(p_bias + o_c)[None, :]
+    elif MASKED:
+        b_s = tl.where((o_c < length)[None, :], b_s, float("-inf"))
+    if MASKED and UNIT < SIZE:
+        b_s = tl.where(step_mask(bit_masks, i_step, SIZE, UNIT), b_s, float("-inf"))
+    return b_s
