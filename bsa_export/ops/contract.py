@@ -49,6 +49,7 @@ class Backend(Protocol):
         attn_mask: Tensor | None,
         rpe: Tensor | None,
         scale: float,
+        window: tuple[int, int] | None = None,
     ) -> Tensor:
         """Attention `[batch, heads, seq, head_dim]`, differentiable in query, key and value.
 
@@ -57,6 +58,7 @@ class Backend(Protocol):
             layout: `[heads or 1, n, n]` integer or bool, `n = ceil(seq / block)`.
             key_padding_mask: float32 `[batch, seq]`.
             attn_mask, rpe: float32, broadcast to `[batch, heads, seq, seq]`.
+            window: tokens to the left and to the right of a query, at least 0, that it attends to; None: no limit.
         """
         ...
 
@@ -74,6 +76,7 @@ class VarlenBackend(Backend, Protocol):
         cu_seqlens: Tensor,
         longest: int,
         scale: float,
+        window: tuple[int, int] | None = None,
     ) -> Tensor:
         """Attention `[1, heads, tokens, head_dim]` of sequences that begin at `cu_seqlens`, int32 `[sequences + 1]`."""
         ...

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bsa_export.ops import deepspeed_kernels as kernels
+from bsa_export.ops import window as windows
 from bsa_export.ops.deepspeed_kernels import packed_tables
 from bsa_export.ops.triton_version import unusable
 
@@ -98,9 +99,15 @@ def attend(
     attn_mask: Tensor | None,
     rpe: Tensor | None,
     scale: float,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
-    """See `reference.attend`. As DeepSpeed's `SparseSelfAttention` does it: scores, softmax in place, context."""
+    """See `reference.attend`. As DeepSpeed's `SparseSelfAttention` does it: scores, softmax in place, context. A
+    window is a part of its `attn_mask`."""
     batch, heads, seq, _ = query.shape
+    if window is not None:
+        position = torch.arange(seq, device=query.device)
+        in_window = windows.mask(position, position, window)
+        attn_mask = in_window if attn_mask is None else attn_mask + in_window
     operators = _cache.get(layout, heads, block, query.device)
     assert operators is not None, "refuses() comes first"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bsa_export.errors import AttentionError
+from bsa_export.ops import window as windows
 from bsa_export.ops.contract import Backend, VarlenBackend
 
 # Where each backend lives, the fastest first. `auto` takes the first that can; `deepspeed` runs only when it is named.
@@ -72,6 +73,7 @@ def block_sparse_attention(
     attn_mask: Tensor | None = None,
     rpe: Tensor | None = None,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
     dropout_p: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
@@ -98,6 +100,8 @@ def block_sparse_attention(
         attn_mask: `[seq, seq]`, or any shape that broadcasts to `[batch, heads, seq, seq]`.
         rpe: relative position embedding, added to the scores, shaped as `attn_mask`.
         scale: what the scores are multiplied by before anything is added; `head_dim ** -0.5` unless given.
+        window: tokens to the left and to the right of a query, as in FlashAttention. Query i attends to key j only if
+            the layout keeps its block and `i - left <= j <= i + right`. -1 is no limit on that side.
         dropout_p: must be 0, because probabilities have no dropout, as in DeepSpeed.
         backend: `auto` (the fastest that can), `triton`, `torch`, `reference` or `deepspeed`.
 
@@ -125,6 +129,7 @@ def block_sparse_attention(
                 attn_mask=attn_mask,
                 rpe=rpe,
                 scale=scale,
+                window=window,
                 backend=backend,
             )
     _check(query, key, value, layout, block)
@@ -137,13 +142,14 @@ def block_sparse_attention(
     }
     if (keys := masks["key_padding_mask"]) is not None:
         masks["key_padding_mask"] = keys.expand(batch, seq)
+    limits = windows.checked(window, seq)
     if query.numel() == 0:
         return query + key + value  # nothing, whose gradients are nothing too
     scale = head_dim**-0.5 if scale is None else scale
     n = -(-seq // block)
     layout = layout[:, :n, :n]
     module = _choose(backend, query, key, value, layout, block, masks, scale)
-    return module.attend(query, key, value, layout, block, **masks, scale=scale)
+    return module.attend(query, key, value, layout, block, **masks, scale=scale, window=limits)
 
 
 def block_sparse_attention_varlen(
@@ -156,6 +162,7 @@ def block_sparse_attention_varlen(
     max_seqlen: int,
     *,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """`block_sparse_attention` of packed sequences: of any lengths, one after another, without padding between them.
@@ -166,7 +173,8 @@ def block_sparse_attention_varlen(
 
     Args:
         query, key, value: `[1, heads, tokens, head_dim]`, the tokens of all sequences.
-        layout, block, scale, backend: as in `block_sparse_attention`; each sequence starts at the layout's top left.
+        layout, block, scale, window, backend: as in `block_sparse_attention`; each sequence starts at the layout's top
+            left.
         cu_seqlens: int32 `[sequences + 1]` on the query's device, where each sequence begins, and the end of the last,
             as in flash-attn's varlen functions: ascending, within the tokens. The fused kernel does not wait for the
             GPU to check that.
@@ -197,6 +205,7 @@ def block_sparse_attention_varlen(
     if not 0 <= max_seqlen <= tokens:
         message = f"expected at most the {tokens:,} tokens of query"
         raise AttentionError(message, found=max_seqlen, where="max_seqlen")
+    limits = windows.checked(window, max_seqlen)
     if query.numel() == 0 or len(cu_seqlens) == 1 or max_seqlen == 0:
         return torch.cat([(query + key + value)[:, :, :0], query.new_zeros(query.shape)], dim=2)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -205,7 +214,8 @@ def block_sparse_attention_varlen(
     module = _choose(backend, query, key, value, layout[:, :n, :n], block, masks, scale)
     if module is _loaded["triton"]:
         varlen = cast(VarlenBackend, module)
-        return varlen.attend_varlen(query, key, value, layout[:, :n, :n], block, cu_seqlens, max_seqlen, scale)
+        layout = layout[:, :n, :n]
+        return varlen.attend_varlen(query, key, value, layout, block, cu_seqlens, max_seqlen, scale, limits)
     bounds = cu_seqlens.tolist()
     lengths = [end - begin for begin, end in pairwise(bounds)]
     if min(bounds[0], *lengths, tokens - bounds[-1]) < 0 or max(lengths) > max_seqlen:
@@ -216,7 +226,7 @@ def block_sparse_attention_varlen(
     for begin, end in pairwise(bounds):
         one = slice(begin, end)
         q, k, v = query[:, :, one], key[:, :, one], value[:, :, one]
-        outputs.append(block_sparse_attention(q, k, v, layout, block, scale=scale, backend=backend))
+        outputs.append(block_sparse_attention(q, k, v, layout, block, scale=scale, window=window, backend=backend))
     return torch.cat([outside[0], *outputs, outside[1]], dim=2)
 
 

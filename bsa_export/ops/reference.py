@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bsa_export.ops import window as windows
+
 
 def unavailable() -> str | None:
     """None: it runs wherever PyTorch does."""
@@ -42,6 +44,7 @@ def attend(
     attn_mask: Tensor | None = None,
     rpe: Tensor | None = None,
     scale: float,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention over the kept blocks, by a dense score matrix: plain PyTorch, differentiable.
 
@@ -55,6 +58,7 @@ def attend(
         key_padding_mask: added to the scores, `[batch, seq]`.
         attn_mask, rpe: added to the scores, broadcast to `[batch, heads, seq, seq]`.
         scale: what the scores are multiplied by.
+        window: tokens to the left and to the right of a query that it attends to.
     Returns:
         `[batch, heads, seq, head_dim]`.
     """
@@ -67,6 +71,9 @@ def attend(
     for mask in (attn_mask, rpe):
         if mask is not None:
             scores = scores + mask
+    if window is not None:
+        position = torch.arange(seq, device=query.device)
+        scores = scores + windows.mask(position, position, window)
     scores = scores.masked_fill(~kept, float("-inf"))
     empty = scores.isneginf().all(-1, keepdim=True)
     # Filled before the softmax too: the gradient of a softmax over nothing is NaN.

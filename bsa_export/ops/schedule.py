@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from bsa_export.ops import window as windows
+
 # Columns of `Schedule.items`; the kernels read them by position.
 ITEM_FIELDS = ("head", "tile", "begin", "end_full_run", "end_full", "end_run", "end", "slot", "lowest_unit")
 # Columns of `Schedule.splits`.
@@ -58,9 +60,9 @@ class Schedule:
     Attributes:
         items: int32 `[n_items, 9]`, `ITEM_FIELDS`. Steps `[begin, end_full_run)` and `[end_full, end_run)` read
             consecutive columns. Steps `[begin, end_full)` keep all that they read, `[end_full, end)` need a mask.
-            Columns ascend within `[begin, end_full_run)` and within `[end_full_run, end_full)`, and over all steps
-            where a tile is one unit. `slot` is -1, or where the partial result of a shared row is stored. `lowest_unit`
-            is the first unit that the item reads.
+            Columns ascend within `[begin, end_full_run)` and within `[end_full_run, end_full)`; where a tile is one
+            unit also within `[end_full, end)`, and without a window over all steps. `slot` is -1, or where the partial
+            result of a shared row is stored. `lowest_unit` is the first unit that the item reads.
         row_indices: int32 `[n_tiles, tile.units]`, the unit rows of each tile.
         column_indices: int32 `[n_steps + 1, tile.units]`, the units of a step, repeated where a step is not full. The
             last row is not a step: loops read ahead.
@@ -95,19 +97,24 @@ def build_schedule(
     device: torch.device,
     transposed: bool = False,
     sequences: int = 1,
+    window: tuple[int, int] | None = None,
 ) -> Schedule:
     """Makes the work list of `layout` (bool `[heads, n, n]`, `n = ceil(seq / block)`), on `device`; of its transpose if
     `transposed`, as the gradients of keys and values need it: rows are then key blocks. Of the `sequences` that run
-    side by side it knows how much there is to do while a long row is worked on.
+    side by side it knows how much there is to do while a long row is worked on. Units that have no key in the `window`
+    of a query are left out, and those that have others too need a mask.
     """
     across = tile.units
     kept, head_of = _distinct_heads(layout)
     if transposed:
         kept = torch.from_numpy(kept).mT.contiguous().numpy()
+        window = window and window[::-1]
     units = -(-seq // tile.unit)
     if block > tile.unit:
         times = block // tile.unit
         kept = kept.repeat(times, axis=1).repeat(times, axis=2)[:, :units, :units]
+    if window is not None:
+        kept = windows.kept_within(kept, tile.unit, window)
     rows = _rows_of_tiles(kept, across)
     n_tiles = rows.shape[1]
 
@@ -128,6 +135,8 @@ def build_schedule(
     is_full = row_bits == full if across == 1 else row_bits == full.reshape(-1)[row_id]
     if seq % tile.unit:
         is_full &= unit != units - 1
+    if window is not None:
+        is_full &= _is_within(window, rows, row_id, unit, units, tile)
     in_run, in_full_run = _runs(flat, unit, is_full, across)
     # 0 full and consecutive, 1 full, 2 consecutive, 3 neither: the order of the steps of a row
     kind = np.where(in_run, np.where(in_full_run, 0, 2), np.where(is_full, 1, 3))
@@ -137,7 +146,7 @@ def build_schedule(
         n_scattered = np.bincount(row_id[scattered], minlength=len(kept) * n_tiles)
         rank = np.arange(len(scattered)) - (n_scattered.cumsum() - n_scattered)[row_id[scattered]]
         kind[scattered[rank < (n_scattered % across)[row_id[scattered]]]] = 3
-    if across > 1 or seq % tile.unit:
+    if across > 1 or seq % tile.unit or window is not None:
         order = np.argsort(row_id * 4 + kind, kind="stable")
         unit, row_bits, kind, row_id = unit[order], row_bits[order], kind[order], row_id[order]
 
@@ -189,6 +198,16 @@ def _runs(flat: np.ndarray, unit: np.ndarray, is_full: np.ndarray, across: int) 
     first = place - place_in_run % across  # of the group
     in_run = place_in_run - place_in_run % across + across <= np.bincount(i_run)[i_run]
     return in_run, np.bincount(first[is_full], minlength=len(flat))[first] == across
+
+
+def _is_within(
+    window: tuple[int, int], rows: np.ndarray, row_id: np.ndarray, unit: np.ndarray, units: int, tile: Tile
+) -> np.ndarray:
+    """Whether all rows of the tile `row_id` have all columns of the unit `unit` in their window."""
+    left, right = window
+    lowest, highest = rows.min(2).reshape(-1)[row_id], np.where(rows < units, rows, -1).max(2).reshape(-1)[row_id]
+    farthest_left, farthest_right = highest - unit, unit - lowest
+    return (farthest_left * tile.unit + tile.unit - 1 <= left) & (farthest_right * tile.unit + tile.unit - 1 <= right)
 
 
 def _distinct_heads(layout: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -261,8 +280,8 @@ def _items(
 
 
 class ScheduleCache:
-    """Schedules by (layout, block, units, tile, device, sequences): those used last, up to `most_bytes`. Threads may
-    share it.
+    """Schedules by (layout, block, units, tile, device, sequences, window): those used last, up to `most_bytes`.
+    Threads may share it.
 
     A layout is known again by its storage, as long as that lives and was not written to since (its version changed);
     looking it up synchronises nothing. Any other is read. Layouts are not kept alive, and equal ones share a schedule.
@@ -287,6 +306,7 @@ class ScheduleCache:
         transposed: bool,
         sequences: int = 1,
         site: str = "",
+        window: tuple[int, int] | None = None,
     ) -> Schedule:
         """The schedule of `layout[:, :n, :n]`, of its transpose if `transposed`; built at the first call.
 
@@ -297,7 +317,7 @@ class ScheduleCache:
         """
         # All lengths that end in the same unit, with it or within it, have one schedule.
         sequences = 1 << max(sequences, 1).bit_length() - 1
-        options = (block, -(-seq // tile.unit), seq % tile.unit != 0, tile, device, transposed, sequences)
+        options = (block, -(-seq // tile.unit), seq % tile.unit != 0, tile, device, transposed, sequences, window)
         # A reference to a storage, weak too, keeps its address from becoming another's.
         storage = layout.untyped_storage()
         where = (storage._cdata, layout.data_ptr(), layout.shape, layout.stride(), layout.dtype, layout.device)
@@ -312,7 +332,7 @@ class ScheduleCache:
                 content = (sha256(np.packbits(host).tobytes()).digest(), host.shape, *options)
                 schedule = self._schedules.get(content)
                 if schedule is None:
-                    schedule = build_schedule(host, block, seq, tile, device, transposed, sequences)
+                    schedule = build_schedule(host, block, seq, tile, device, transposed, sequences, window)
                     self._add(content, schedule)
                 if version is not None:
                     self._remember(key, (StorageWeakRef(storage), version, content))

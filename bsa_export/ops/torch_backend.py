@@ -8,7 +8,7 @@ its meaning. The backward pass recomputes the probabilities: nothing but the inp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from bsa_export.ops import window as windows
 from bsa_export.ops.contract import second_derivative
 
 # Block rows computed together are cut at this many tokens: the backward pass holds their scores.
@@ -66,9 +67,10 @@ def attend(
     attn_mask: Tensor | None,
     rpe: Tensor | None,
     scale: float,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """See `reference.attend`."""
-    return torch_attention(query, key, value, layout, block, key_padding_mask, attn_mask, rpe, scale)
+    return torch_attention(query, key, value, layout, block, key_padding_mask, attn_mask, rpe, scale, window)
 
 
 class _Operand:
@@ -92,10 +94,18 @@ class _Operand:
 
 
 class _Masks:
-    """What is added to the scores: `keys [batch, seq]` or None, and `pairs`, each `[batch, heads, seq, seq]`."""
+    """What is added to the scores: `keys [batch, seq]` or None, `pairs`, each `[batch, heads, seq, seq]`, and -inf
+    outside of the `window`."""
 
-    def __init__(self, query: Tensor, key_padding_mask: Tensor | None, *pair_masks: Tensor | None):
+    def __init__(
+        self,
+        query: Tensor,
+        window: Sequence[int] | None,
+        key_padding_mask: Tensor | None,
+        *pair_masks: Tensor | None,
+    ):
         self.query = query
+        self.window = None if window is None else (window[0], window[1])
         self.keys = key_padding_mask
         batch, heads, seq, _ = query.shape
         self.pairs = [mask.expand(batch, heads, seq, seq) for mask in pair_masks if mask is not None]
@@ -167,6 +177,14 @@ class _Windows:
         if masks.keys is not None:
             keys = masks.keys[self.sequences, self.column : self._stop(self.column, self.columns)]
             added.append(keys.unfold(1, self.columns, self.step)[:, None, :, None, :])
+        if masks.window is not None:
+            left, right = masks.window
+            if self.column < self.row + self.rows - 1 - left or self.column + self.columns - 1 > self.row + right:
+                rows, columns = (
+                    torch.arange(start, start + size, device=masks.query.device)
+                    for start, size in ((self.row, self.rows), (self.column, self.columns))
+                )
+                added.append(windows.mask(rows, columns, masks.window)[None, None, None])
         return self._without_one(sum(added[1:], added[0])) if added else None
 
 
@@ -201,7 +219,7 @@ class _Gather:
     def bias(self, masks: _Masks) -> Tensor | None:
         keys = masks.keys_in_blocks(self.block)
         bias = None if keys is None else keys[:, self.columns % self.n].flatten(2)[:, :, None]
-        if masks.pairs:
+        if masks.pairs or masks.window is not None:
             last = masks.query.shape[2] - 1
             within = torch.arange(self.block, device=self.rows.device)
             tokens, keys = (
@@ -209,17 +227,24 @@ class _Gather:
                 for x in (self.rows, self.columns)
             )
             where = (slice(None), self.rows[:, :1, None] // self.n, tokens[:, :, None], keys[:, None, :])
-            for mask in masks.pairs:
-                bias = mask[where] if bias is None else bias + mask[where]
+            added = [mask[where] for mask in masks.pairs]
+            if masks.window is not None:
+                added.append(windows.mask(tokens, keys, masks.window)[None])
+            for one in added:
+                bias = one if bias is None else bias + one
         return bias
 
 
-def _parts(query: Tensor, layout: Tensor, block: int, way: str) -> Iterator[_Windows | _Gather]:
+def _parts(
+    query: Tensor, layout: Tensor, block: int, way: str, window: tuple[int, int] | None = None
+) -> Iterator[_Windows | _Gather]:
     """Cuts the work of a way, `forward` or `backward`. Block rows that keep nothing are in no part."""
     batch, heads, seq, head_dim = query.shape
     n = layout.shape[1]
     most = CPU_PART_BYTES[way] if query.device.type == "cpu" else PART_BYTES
     kept = layout.ne(0).cpu().numpy()
+    if window is not None:
+        kept = windows.kept_within(kept, block, window)
     if (kept == kept[:1]).all():
         kept = kept[:1].copy()
         runs = _runs(kept[0], seq, block)
@@ -328,14 +353,15 @@ def torch_attention(
     attn_mask: Tensor | None,
     rpe: Tensor | None,
     scale: float,
+    window: Sequence[int] | None,
 ) -> Tensor:
     """`attend` as an operator, so that torch.compile takes it whole."""
     batch, heads, seq, head_dim = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
-    masks = _Masks(query, key_padding_mask, attn_mask, rpe)
+    masks = _Masks(query, window, key_padding_mask, attn_mask, rpe)
     q, k, v = (_Operand(x, block) for x in (query, key, value))
     output = _Operand(query.new_zeros(batch, heads, layout.shape[1] * block, head_dim), block)
-    for part in _parts(query, layout, block, "forward"):
+    for part in _parts(query, layout, block, "forward", masks.window):
         b_q, b_k, b_v = (x.to(dtype) for x in (part.take_rows(q), part.take_columns(k), part.take_columns(v)))
         bias, empty = _without_empty(part.bias(masks))
         bias = bias if bias is None else bias.to(dtype).expand(*b_q.shape[:3], b_k.shape[2])
@@ -367,17 +393,18 @@ def torch_attention_backward(
     attn_mask: Tensor | None,
     rpe: Tensor | None,
     scale: float,
+    window: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
     batch, heads, seq, head_dim = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
-    masks = _Masks(query, key_padding_mask, attn_mask, rpe)
+    masks = _Masks(query, window, key_padding_mask, attn_mask, rpe)
     q, k, v, do = (_Operand(x, block) for x in (query, key, value, grad_output))
     shape = (batch, heads, layout.shape[1] * block, head_dim)
     dq, dk, dv = (_Operand(query.new_zeros(shape, dtype=dtype), block) for _ in range(3))
     # backward() may be called where autocast would cast the products
     with torch.autocast(query.device.type, enabled=False):
-        for part in _parts(query, layout, block, "backward"):
+        for part in _parts(query, layout, block, "backward", masks.window):
             b_q, b_do = (part.take_rows(x).to(dtype) for x in (q, do))  # [batch, G, rows, head_dim]
             b_k, b_v = (part.take_columns(x).to(dtype) for x in (k, v))  # [batch, G, columns, head_dim]
             bias, empty = _without_empty(part.bias(masks))
@@ -400,14 +427,15 @@ def _(grad_output: Tensor, query: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, layout, ctx.block, *masks, ctx.scale = inputs
+    query, key, value, layout, ctx.block, *masks, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(query, key, value, layout, *masks)
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     query, key, value, layout, *masks = ctx.saved_tensors
-    gradients = torch_attention_backward(grad_output, query, key, value, layout, ctx.block, *masks, ctx.scale)
-    return *gradients, *[None] * 6
+    options = (*masks, ctx.scale, ctx.window)
+    gradients = torch_attention_backward(grad_output, query, key, value, layout, ctx.block, *options)
+    return *gradients, *[None] * 7
 
 
 torch_attention.register_autograd(_backward, setup_context=_save)

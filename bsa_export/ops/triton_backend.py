@@ -4,7 +4,7 @@ graphs know."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from itertools import count
@@ -25,6 +25,7 @@ if _NO_TRITON is None or TYPE_CHECKING:
     from bsa_export.ops import triton_forward, triton_gradients
     from bsa_export.ops.triton_masks import key_mask_kernel
 
+Window = Sequence[int] | None
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -199,10 +200,11 @@ def attend(
     attn_mask: Tensor | None = None,
     rpe: Tensor | None = None,
     scale: float,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """`[batch, heads, seq, head_dim]`, in the strides of the query."""
     mask = None if key_padding_mask is None else key_padding_mask.detach().contiguous()
-    return _attend(query, key, value, layout, mask, None, query.shape[2], block, scale)
+    return _attend(query, key, value, layout, mask, None, query.shape[2], block, scale, window)
 
 
 def attend_varlen(
@@ -214,6 +216,7 @@ def attend_varlen(
     cu_seqlens: Tensor,
     longest: int,
     scale: float,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention of packed sequences, without padding between them: `[1, heads, tokens, head_dim]`.
 
@@ -221,7 +224,7 @@ def attend_varlen(
         cu_seqlens: int32 `[sequences + 1]`, where each sequence begins, and the end of the last.
         longest: tokens of the longest sequence.
     """
-    return _attend(query, key, value, layout, None, cu_seqlens, longest, block, scale)
+    return _attend(query, key, value, layout, None, cu_seqlens, longest, block, scale, window)
 
 
 @_constant
@@ -240,10 +243,11 @@ def _attend(
     longest: int,
     block: int,
     scale: float,
+    window: Window,
 ) -> Tensor:
     if scale <= 0:  # the kernels scale a row's largest score after they found it, and what is masked, which is -inf
         query, scale = (-query, -scale) if scale else (query * 0, 1.0)
-    inputs = (query, key, value, layout, mask, cu_seqlens, longest, block, scale)
+    inputs = (query, key, value, layout, mask, cu_seqlens, longest, block, scale, window)
     # The operator is for torch.compile: calling it costs more time on the CPU than a short input on the GPU.
     if torch.compiler.is_compiling():
         return _operator(*inputs, _site())[0]
@@ -262,15 +266,16 @@ def _warm_up(
     longest: int,
     block: int,
     scale: float,
+    window: Window,
 ) -> None:
     """Compiles the kernels of a forward and backward pass, all at once, where a call is the first of its kind."""
-    kind = (query.dtype, query.shape[-1], block, mask is None, cu_seqlens is None, query.device)
+    kind = (query.dtype, query.shape[-1], block, mask is None, cu_seqlens is None, window, query.device)
     if kind in _warm or query.device.type != "cuda":
         return
     _warm.add(kind)
     with warmup(query.device):
-        out, lse = _forward(query, key, value, layout, mask, cu_seqlens, longest, block, scale)
-        _backward(out, query, key, value, layout, mask, cu_seqlens, out, lse, longest, block, scale)
+        out, lse = _forward(query, key, value, layout, mask, cu_seqlens, longest, block, scale, window)
+        _backward(out, query, key, value, layout, mask, cu_seqlens, out, lse, longest, block, scale, window)
 
 
 class _Attention(torch.autograd.Function):
@@ -355,13 +360,19 @@ class _Tiles(TensorDescriptor if _NO_TRITON is None else object):  # type: ignor
 
 @cache
 def _constants(
-    shape: Launch, dtype: torch.dtype, head_dim: int, block: int, biased: bool, varlen: bool
+    shape: Launch,
+    dtype: torch.dtype,
+    head_dim: int,
+    block: int,
+    biased: bool,
+    varlen: bool,
+    window: tuple[int, int] | None,
 ) -> tuple[Tile, dict[str, Any], dict[str, Any], dict[str, Any]]:
     """How the scores are cut, the constants of all kernels of a call, those of its main kernel only, and how that
     one is compiled."""
     tile = shape.tile(block)
     common = {"SIZE": tile.size, "UNIT": tile.unit, "DIM": head_dim, "PADDED": _padded(head_dim), "VARLEN": varlen}
-    main = {"BIASED": biased, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+    main = {"BIASED": biased, "WINDOW": window, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
     options: dict[str, Any] = {
         "num_warps": shape.warps,
         "num_stages": shape.stages,
@@ -384,19 +395,23 @@ class _Call:
         cu_seqlens: Tensor | None,
         longest: int,
         block: int,
+        window: Window,
         site: str,
     ):
         if layout.shape[0] != query.shape[1]:
             layout = layout.expand(query.shape[1], -1, -1)
         self.batch, self.heads, self.seq, self.head_dim = query.shape
         self.biased = mask is not None
+        self.window = None if window is None else (window[0], window[1])
         shape = launch(kernel, query.dtype, self.head_dim, block, query.device)
         tile, self.common, self.constants, self.options = _constants(
-            shape, query.dtype, self.head_dim, block, self.biased, cu_seqlens is not None
+            shape, query.dtype, self.head_dim, block, self.biased, cu_seqlens is not None, self.window
         )
         self.size, self.unit, self.padded = tile.size, tile.unit, self.common["PADDED"]
         side_by_side = self.batch * self.seq // longest
-        self.schedule = _schedules.get(layout, block, longest, tile, query.device, kernel == "key", side_by_side, site)
+        self.schedule = _schedules.get(
+            layout, block, longest, tile, query.device, kernel == "key", side_by_side, site, self.window
+        )
         self.longest, self.cu_seqlens = longest, cu_seqlens
 
     def tiles(self, **tensors: Tensor) -> dict[str, _Tiles]:
@@ -461,6 +476,7 @@ class _Call:
                 slots=schedule.slots,
                 factor=factor,
                 CENTERED=residual is not None,
+                WINDOWED=residual is not None and self.window is not None,
                 **self.common,
             )
 
@@ -509,6 +525,7 @@ def _forward(
     longest: int,
     block: int,
     scale: float,
+    window: Window = None,
     site: str = "",
 ) -> tuple[Tensor, Tensor]:
     """(out, statistics); see the operator."""
@@ -518,7 +535,7 @@ def _forward(
     if cu_seqlens is not None:
         _zero_outside(cu_seqlens, out)
     query, key, value = _aligned(query), _aligned(key), _aligned(value)
-    call = _Call("forward", query, layout, mask, cu_seqlens, longest, block, site)
+    call = _Call("forward", query, layout, mask, cu_seqlens, longest, block, window, site)
     schedule = call.schedule
     read_mask = _read_mask(mask, lse)
     for bounds, sequences in call.groups():
@@ -610,6 +627,7 @@ def _backward(
     longest: int,
     block: int,
     scale: float,
+    window: Window = None,
     site: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value."""
@@ -621,9 +639,9 @@ def _backward(
     query, key, value, d_out = _aligned(query), _aligned(key), _aligned(value), _aligned(d_out)
     delta = torch.empty_like(lse[0])
     read_mask = _read_mask(mask, lse)
-    call = _Call("query", query, layout, mask, cu_seqlens, longest, block, site)
+    call = _Call("query", query, layout, mask, cu_seqlens, longest, block, window, site)
     _query_gradient(call, query, key, value, out, d_out, read_mask, lse, delta, scale, d_query)
-    call = _Call("key", query, layout, mask, cu_seqlens, longest, block, site)
+    call = _Call("key", query, layout, mask, cu_seqlens, longest, block, window, site)
     _key_gradient(call, query, key, value, d_out, read_mask, lse, delta, scale, d_key, d_value)
     return d_query, d_key, d_value
 
@@ -644,8 +662,11 @@ def _query_gradient(
     """Writes `d_query`, and `delta` for `_key_gradient`."""
     schedule = call.schedule
     for bounds, sequences in call.groups():
-        (visible, weights), partial_visible = _visible_keys(call, key, lse, read_mask, bounds, sequences)
         partial = call.partial(lse, sequences, call.size, call.padded)
+        if call.window is None:
+            (visible, weights), partial_visible = _visible_keys(call, key, lse, read_mask, bounds, sequences)
+        else:  # the kernel computes the mean of the keys itself, and writes that of shared rows
+            visible, weights = partial_visible = torch.empty_like(partial), lse
         residual = call.partial(lse, sequences, call.size)
         start(
             triton_gradients.query_gradient_kernel,
@@ -789,11 +810,11 @@ def _key_gradient(
 @torch.library.custom_op("bsa_export::block_sparse_attention", mutates_args=())
 def _operator(
     query: Tensor, key: Tensor, value: Tensor, layout: Tensor, mask: Tensor | None,
-    cu_seqlens: Tensor | None, longest: int, block: int, scale: float, site: str,
+    cu_seqlens: Tensor | None, longest: int, block: int, scale: float, window: Sequence[int] | None, site: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(out, statistics of the rows, float32 `[1, batch, heads, seq]`, or `[3, ...]` with a mask; triton_forward.py
     lists them)."""
-    return _forward(query, key, value, layout, mask, cu_seqlens, longest, block, scale, site)
+    return _forward(query, key, value, layout, mask, cu_seqlens, longest, block, scale, window, site)
 
 
 @_operator.register_fake
@@ -805,9 +826,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, mask: Tensor | 
 def _backward_operator(
     d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, layout: Tensor,
     mask: Tensor | None, cu_seqlens: Tensor | None, out: Tensor, lse: Tensor, longest: int, block: int,
-    scale: float, site: str,
+    scale: float, window: Sequence[int] | None, site: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward(d_out, query, key, value, layout, mask, cu_seqlens, out, lse, longest, block, scale, site)
+    return _backward(d_out, query, key, value, layout, mask, cu_seqlens, out, lse, longest, block, scale, window, site)
 
 
 @_backward_operator.register_fake
@@ -822,7 +843,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _gradients(ctx: Any, d_out: Tensor, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
     gradients = backward(d_out, *ctx.saved_tensors, *ctx.options)
-    return *gradients, *[None] * 7
+    return *gradients, *[None] * 8
 
 
 _backward_operator.register_autograd(second_derivative)

@@ -73,6 +73,7 @@ def _forward_step(
     k_tiles,
     v_tiles,
     place,
+    o_m,
     p_bias,
     bit_masks,
     i_step,
@@ -86,11 +87,14 @@ def _forward_step(
     BIASED: tl.constexpr,
     RUN: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`b_acc`, `b_max` and `b_sum` after one more step of keys."""
     b_k = load_step(keys, k_tiles, place, o_c, i_unit, SIZE, UNIT, DIM, PADDED, RUN)
-    b_s = scores(b_q, b_k, p_bias, bit_masks, i_step, o_c, place[3], scale, SIZE, UNIT, BIASED, MASKED, PRECISION)
+    b_s = scores(
+        b_q, b_k, p_bias, bit_masks, i_step, o_m, o_c, place[3], scale, SIZE, UNIT, BIASED, MASKED, WINDOW, PRECISION
+    )
     b_max, b_alpha = _next_maximum(b_s, b_max, scale, BIASED, MASKED)
     b_p = _probabilities(b_s, b_max, scale, BIASED, MASKED)
     b_sum = b_sum * b_alpha[:, None] + part_sums(b_p, SIZE)
@@ -157,12 +161,13 @@ def forward_kernel(
     PADDED: tl.constexpr,
     BIASED: tl.constexpr,
     VARLEN: tl.constexpr,
+    WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out `[batch, heads, seq, DIM]`, lse the rows' statistics; `partial` float32 `[sequences, slots, SIZE,
     PADDED]`."""
     (i_head, i_tile, begin, end_full_run, end_full, end_run, end, slot, i_seq, i_b, o_seq, length, beyond) = work_item(
-        items, row_indices, column_indices, cu_seqlens, sequences, seq, SIZE, UNIT, VARLEN
+        items, row_indices, column_indices, cu_seqlens, sequences, seq, SIZE, UNIT, VARLEN, WINDOW
     )
     if beyond:
         return
@@ -178,8 +183,10 @@ def forward_kernel(
     b_acc = tl.zeros([SIZE, PADDED], tl.float32)
     b_max = tl.full([SIZE], float("-inf"), tl.float32)
     b_sum = tl.zeros([SIZE, PARTS], tl.float32)
+    # Packed sequences with a window: steps that do not end within a sequence pass through the loop of masked ones.
+    CUT: tl.constexpr = VARLEN and UNIT == SIZE and WINDOW is not None
     first, last, live, start = split_steps(
-        column_indices, spans, i_b, begin, end_full_run, end_full, seq, SIZE, UNIT, BIASED
+        column_indices, spans, i_b, begin, end_full_run, end_full, length, SIZE, UNIT, BIASED, CUT
     )
     if first < last:
         # The scores of a step are computed in the one before it: the copies that they need arrive during its softmax.
@@ -210,7 +217,7 @@ def forward_kernel(
         b_acc = add_product(b_acc, b_p.to(b_v.dtype), b_v, PRECISION)
     if UNIT < SIZE:
         first_apart, last_apart, live_apart, start_apart = split_steps(
-            column_indices, spans, i_b, end_full_run, end_full, end_run, seq, SIZE, UNIT, BIASED
+            column_indices, spans, i_b, end_full_run, end_full, end_run, length, SIZE, UNIT, BIASED
         )
         o_next = step_columns(column_indices, first_apart, SIZE, UNIT)
         for i_step in range(first_apart, last_apart):
@@ -225,6 +232,7 @@ def forward_kernel(
                 k_tiles,
                 v_tiles,
                 place,
+                o_m,
                 p_bias,
                 bit_masks,
                 i_step,
@@ -238,10 +246,12 @@ def forward_kernel(
                 BIASED=False,
                 RUN=False,
                 MASKED=VARLEN,
+                WINDOW=WINDOW,
                 PRECISION=PRECISION,
             )
-    for i_masked in tl.range(start, end_run, num_stages=1 if UNIT == SIZE and not BIASED else None):
-        i_step = masked_step(i_masked, first, last, live, end_full, BIASED)
+    FEW: tl.constexpr = UNIT == SIZE and not BIASED and WINDOW is None
+    for i_masked in tl.range(start, end_run, num_stages=1 if FEW else None):
+        i_step = masked_step(i_masked, first, last, live, end_full, BIASED or CUT)
         i_unit = step_unit(column_indices, i_step, SIZE, UNIT)
         b_acc, b_max, b_sum = _forward_step(
             b_q,
@@ -253,6 +263,7 @@ def forward_kernel(
             k_tiles,
             v_tiles,
             place,
+            o_m,
             p_bias,
             bit_masks,
             i_step,
@@ -266,6 +277,7 @@ def forward_kernel(
             BIASED=BIASED,
             RUN=not VARLEN,
             MASKED=True,
+            WINDOW=WINDOW,
             PRECISION=PRECISION,
         )
     if UNIT < SIZE:
@@ -282,6 +294,7 @@ def forward_kernel(
                 k_tiles,
                 v_tiles,
                 place,
+                o_m,
                 p_bias,
                 bit_masks,
                 i_step,
@@ -295,6 +308,7 @@ def forward_kernel(
                 BIASED=BIASED,
                 RUN=False,
                 MASKED=True,
+                WINDOW=WINDOW,
                 PRECISION=PRECISION,
             )
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from bsa_export.ops.triton_masks import masked_step, span_of_rows, split_steps
-from bsa_export.ops.triton_scores import ANY_VALUE, PARTS, add_product, part_sums, rounded, scores
+from bsa_export.ops.triton_scores import ANY_VALUE, PARTS, add_product, in_window, part_sums, rounded, scores
 from bsa_export.ops.triton_tiles import (
     first_unit,
     load_rows,
@@ -176,11 +176,13 @@ def _query_gradient_step(
     b_delta,
     b_dq,
     b_residual,
+    b_mean,
     keys,
     values,
     k_tiles,
     v_tiles,
     place,
+    o_m,
     p_bias,
     bit_masks,
     i_step,
@@ -194,12 +196,16 @@ def _query_gradient_step(
     BIASED: tl.constexpr,
     RUN: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`b_dq` and `b_rest` after one more step of keys."""
+    """`b_dq` and `b_residual` after one more step of keys; with a window also `b_mean`, that of the keys under their
+    probabilities."""
     b_k = load_step(keys, k_tiles, place, o_c, i_unit, SIZE, UNIT, DIM, PADDED, RUN)
     b_v = load_step(values, v_tiles, place, o_c, i_unit, SIZE, UNIT, DIM, PADDED, RUN)
-    b_s = scores(b_q, b_k, p_bias, bit_masks, i_step, o_c, place[3], scale, SIZE, UNIT, BIASED, MASKED, PRECISION)
+    b_s = scores(
+        b_q, b_k, p_bias, bit_masks, i_step, o_m, o_c, place[3], scale, SIZE, UNIT, BIASED, MASKED, WINDOW, PRECISION
+    )
     b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
     if BIASED:
         b_p = tl.exp2((b_s - b_max[:, None]) - b_log[:, None])
@@ -208,7 +214,9 @@ def _query_gradient_step(
     b_ds = b_p * (b_dp - b_delta[:, None])
     if PRECISION == "ieee":
         b_ds = rounded(b_ds)  # without tensor cores threads exchange them for the sums of rows
-    return add_product(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION), b_residual + part_sums(b_ds, SIZE)
+    if WINDOW is not None:
+        b_mean = add_product(b_mean, b_p.to(b_k.dtype), b_k, PRECISION)
+    return add_product(b_dq, b_ds.to(b_k.dtype), b_k, PRECISION), b_residual + part_sums(b_ds, SIZE), b_mean
 
 
 @triton.jit(do_not_specialize=ANY_VALUE)
@@ -268,6 +276,7 @@ def query_gradient_kernel(
     PADDED: tl.constexpr,
     BIASED: tl.constexpr,
     VARLEN: tl.constexpr,
+    WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """d_q, and delta = sum(out * d_out) per row, float32 `[batch, heads, seq]`, for the kernel of keys and values.
@@ -278,9 +287,13 @@ def query_gradient_kernel(
     their spread. Only keys that the row attends to may count, since others may be of any size. Their sums come from
     `visible_keys_kernel`: here every program would wait for them, there so many run at once that none matters. The
     parts of a shared row leave residuals that are not rounding errors: `sum_kernel` adds them up first.
+
+    With a window the rows of a unit attend to different keys. The mean of the keys is then computed here, under their
+    probabilities, for which a step costs one product more; that of the parts of shared rows is stored in `visible`,
+    float32 `[sequences, slots, SIZE, PADDED]`.
     """
     (i_head, i_tile, begin, end_full_run, end_full, end_run, end, slot, i_seq, i_b, o_seq, length, beyond) = work_item(
-        items, row_indices, column_indices, cu_seqlens, sequences, seq, SIZE, UNIT, VARLEN
+        items, row_indices, column_indices, cu_seqlens, sequences, seq, SIZE, UNIT, VARLEN, WINDOW
     )
     if beyond:
         return
@@ -307,13 +320,16 @@ def query_gradient_kernel(
 
     b_dq = tl.zeros([SIZE, PADDED], tl.float32)
     b_residual = tl.zeros([SIZE, PARTS], tl.float32)
+    b_mean = tl.zeros([SIZE, PADDED], tl.float32)
+    # Packed sequences with a window: steps that do not end within a sequence pass through the loop of masked ones.
+    CUT: tl.constexpr = VARLEN and UNIT == SIZE and WINDOW is not None
     first, last, live, start = split_steps(
-        column_indices, spans, i_b, begin, end_full_run, end_full, seq, SIZE, UNIT, BIASED
+        column_indices, spans, i_b, begin, end_full_run, end_full, length, SIZE, UNIT, BIASED, CUT
     )
     i_next = step_unit(column_indices, first, SIZE, UNIT)
     for i_step in range(first, last):
         i_unit, i_next = i_next, step_unit(column_indices, i_step + 1, SIZE, UNIT)
-        b_dq, b_residual = _query_gradient_step(
+        b_dq, b_residual, b_mean = _query_gradient_step(
             b_q,
             b_do,
             b_max=b_lse,
@@ -321,11 +337,13 @@ def query_gradient_kernel(
             b_delta=b_delta,
             b_dq=b_dq,
             b_residual=b_residual,
+            b_mean=b_mean,
             keys=keys,
             values=values,
             k_tiles=k_tiles,
             v_tiles=v_tiles,
             place=place,
+            o_m=o_m,
             p_bias=p_bias,
             bit_masks=bit_masks,
             i_step=i_step,
@@ -339,16 +357,17 @@ def query_gradient_kernel(
             BIASED=False,
             RUN=True,
             MASKED=False,
+            WINDOW=WINDOW,
             PRECISION=PRECISION,
         )
     if UNIT < SIZE:
         first_apart, last_apart, live_apart, start_apart = split_steps(
-            column_indices, spans, i_b, end_full_run, end_full, end_run, seq, SIZE, UNIT, BIASED
+            column_indices, spans, i_b, end_full_run, end_full, end_run, length, SIZE, UNIT, BIASED
         )
         o_next = step_columns(column_indices, first_apart, SIZE, UNIT)
         for i_step in range(first_apart, last_apart):
             o_c, o_next = o_next, step_columns(column_indices, i_step + 1, SIZE, UNIT)
-            b_dq, b_residual = _query_gradient_step(
+            b_dq, b_residual, b_mean = _query_gradient_step(
                 b_q,
                 b_do,
                 b_max=b_lse,
@@ -356,11 +375,13 @@ def query_gradient_kernel(
                 b_delta=b_delta,
                 b_dq=b_dq,
                 b_residual=b_residual,
+                b_mean=b_mean,
                 keys=keys,
                 values=values,
                 k_tiles=k_tiles,
                 v_tiles=v_tiles,
                 place=place,
+                o_m=o_m,
                 p_bias=p_bias,
                 bit_masks=bit_masks,
                 i_step=i_step,
@@ -374,12 +395,14 @@ def query_gradient_kernel(
                 BIASED=False,
                 RUN=False,
                 MASKED=VARLEN,
+                WINDOW=WINDOW,
                 PRECISION=PRECISION,
             )
-    for i_masked in tl.range(start, end_run, num_stages=1 if UNIT == SIZE and not BIASED else None):
-        i_step = masked_step(i_masked, first, last, live, end_full, BIASED)
+    FEW: tl.constexpr = UNIT == SIZE and not BIASED and WINDOW is None
+    for i_masked in tl.range(start, end_run, num_stages=1 if FEW else None):
+        i_step = masked_step(i_masked, first, last, live, end_full, BIASED or CUT)
         i_unit = step_unit(column_indices, i_step, SIZE, UNIT)
-        b_dq, b_residual = _query_gradient_step(
+        b_dq, b_residual, b_mean = _query_gradient_step(
             b_q,
             b_do,
             b_max,
@@ -387,11 +410,13 @@ def query_gradient_kernel(
             b_delta,
             b_dq,
             b_residual,
+            b_mean,
             keys,
             values,
             k_tiles,
             v_tiles,
             place,
+            o_m,
             p_bias,
             bit_masks,
             i_step,
@@ -405,13 +430,14 @@ def query_gradient_kernel(
             BIASED=BIASED,
             RUN=not VARLEN,
             MASKED=True,
+            WINDOW=WINDOW,
             PRECISION=PRECISION,
         )
     if UNIT < SIZE:
         for i_masked in tl.range(start_apart, end, num_stages=1):
             i_step = masked_step(i_masked, first_apart, last_apart, live_apart, end_run, BIASED)
             o_c = step_columns(column_indices, i_step, SIZE, UNIT)
-            b_dq, b_residual = _query_gradient_step(
+            b_dq, b_residual, b_mean = _query_gradient_step(
                 b_q,
                 b_do,
                 b_max,
@@ -419,11 +445,13 @@ def query_gradient_kernel(
                 b_delta,
                 b_dq,
                 b_residual,
+                b_mean,
                 keys,
                 values,
                 k_tiles,
                 v_tiles,
                 place,
+                o_m,
                 p_bias,
                 bit_masks,
                 i_step,
@@ -437,23 +465,30 @@ def query_gradient_kernel(
                 BIASED=BIASED,
                 RUN=False,
                 MASKED=True,
+                WINDOW=WINDOW,
                 PRECISION=PRECISION,
             )
     b_residual = tl.sum(b_residual, 1)
     if slot < 0:
-        o_row = i_tile + tl.arange(0, 1) if UNIT == SIZE else o_m // UNIT
-        m_row = o_row * UNIT < length
-        o_visible = i_head.to(tl.int64) * units + first_unit(i_seq, o_seq, seq, UNIT, VARLEN) + o_row
-        b_visible = tl.load(
-            visible + o_visible[:, None] * PADDED + tl.arange(0, PADDED)[None, :], mask=m_row[:, None], other=0.0
-        )
-        b_weight = tl.load(visible_weights + o_visible, mask=m_row, other=0.0)
-        b_dq = _centered(b_dq, b_residual, b_visible, b_weight) * grad_scale
+        if WINDOW is not None:
+            b_dq -= b_residual[:, None] * b_mean
+        else:
+            o_row = i_tile + tl.arange(0, 1) if UNIT == SIZE else o_m // UNIT
+            m_row = o_row * UNIT < length
+            o_visible = i_head.to(tl.int64) * units + first_unit(i_seq, o_seq, seq, UNIT, VARLEN) + o_row
+            b_visible = tl.load(
+                visible + o_visible[:, None] * PADDED + tl.arange(0, PADDED)[None, :], mask=m_row[:, None], other=0.0
+            )
+            b_weight = tl.load(visible_weights + o_visible, mask=m_row, other=0.0)
+            b_dq = _centered(b_dq, b_residual, b_visible, b_weight)
+        b_dq = b_dq * grad_scale
         store_tile(q_gradients, d_q_tiles, b_dq, place, i_tile, o_m, SIZE, UNIT, DIM, PADDED, VARLEN)
     else:
         o_slot = (i_seq.to(tl.int64) * slots + slot) * SIZE + tl.arange(0, SIZE)
         tl.store(partial + o_slot[:, None] * PADDED + tl.arange(0, PADDED)[None, :], b_dq)
         tl.store(partial_residual + o_slot, b_residual)
+        if WINDOW is not None:
+            tl.store(visible + o_slot[:, None] * PADDED + tl.arange(0, PADDED)[None, :], b_mean)
 
 
 @triton.jit
@@ -472,6 +507,7 @@ def _key_gradient_step(
     o_stats,
     plane,
     place,
+    o_m,
     bit_masks,
     i_step,
     i_unit,
@@ -484,6 +520,7 @@ def _key_gradient_step(
     BIASED: tl.constexpr,
     RUN: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """`b_dk` and `b_dv` after one more step of queries."""
@@ -504,6 +541,8 @@ def _key_gradient_step(
         b_p = tl.exp2(b_s - b_max[:, None])
     if MASKED and UNIT < SIZE:
         b_p = tl.where(tl.trans(step_mask(bit_masks, i_step, SIZE, UNIT)), b_p, 0.0)
+    if MASKED:
+        b_p = in_window(b_p, o_c, o_m, 0.0, WINDOW)
     b_dv = add_product(b_dv, tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v) if PRECISION == "ieee" else b_v, input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[:, None])
@@ -566,11 +605,12 @@ def key_gradient_kernel(
     PADDED: tl.constexpr,
     BIASED: tl.constexpr,
     VARLEN: tl.constexpr,
+    WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """d_k and d_v; the tiles are key rows and the steps query columns, from the schedule of the transposed layout."""
     (i_head, i_tile, begin, end_full_run, end_full, end_run, end, slot, i_seq, i_b, o_seq, length, beyond) = work_item(
-        items, row_indices, column_indices, cu_seqlens, sequences, seq, SIZE, UNIT, VARLEN
+        items, row_indices, column_indices, cu_seqlens, sequences, seq, SIZE, UNIT, VARLEN, WINDOW
     )
     if beyond:
         return
@@ -592,6 +632,13 @@ def key_gradient_kernel(
     # Where the loops of steps that the mask changes begin and end: of consecutive queries `[begin, runs)`, of any
     # `[masked, end)`.
     end_biased_run, masked = begin, end_full
+    # Packed sequences with a window: steps that do not end within a sequence pass through the loop of masked ones.
+    CUT: tl.constexpr = VARLEN and UNIT == SIZE and WINDOW is not None
+    first, last, live_steps, start = split_steps(
+        column_indices, spans, i_b, begin, end_full_run, end_full, length, SIZE, UNIT, False, CUT
+    )
+    if CUT:
+        end_full_run, masked = last, start
     if BIASED:
         plain, live = span_of_rows(spans, i_b, o_m, length)
         if not live:
@@ -623,6 +670,7 @@ def key_gradient_kernel(
             o_stats=o_stats,
             plane=plane,
             place=place,
+            o_m=o_m,
             bit_masks=bit_masks,
             i_step=i_step,
             i_unit=i_unit,
@@ -635,6 +683,7 @@ def key_gradient_kernel(
             BIASED=False,
             RUN=True,
             MASKED=False,
+            WINDOW=WINDOW,
             PRECISION=PRECISION,
         )
     if UNIT < SIZE:
@@ -656,6 +705,7 @@ def key_gradient_kernel(
                 o_stats=o_stats,
                 plane=plane,
                 place=place,
+                o_m=o_m,
                 bit_masks=bit_masks,
                 i_step=i_step,
                 i_unit=0,
@@ -668,6 +718,7 @@ def key_gradient_kernel(
                 BIASED=False,
                 RUN=False,
                 MASKED=VARLEN,
+                WINDOW=WINDOW,
                 PRECISION=PRECISION,
             )
     b_bias = b_none
@@ -691,6 +742,7 @@ def key_gradient_kernel(
                 o_stats,
                 plane,
                 place,
+                o_m,
                 bit_masks,
                 i_step,
                 i_unit,
@@ -703,9 +755,11 @@ def key_gradient_kernel(
                 BIASED=True,
                 RUN=True,
                 MASKED=False,
+                WINDOW=WINDOW,
                 PRECISION=PRECISION,
             )
-    for i_step in tl.range(masked, end, num_stages=None if BIASED else 1):
+    for i_masked in tl.range(masked, end, num_stages=None if BIASED or WINDOW is not None else 1):
+        i_step = masked_step(i_masked, first, last, live_steps, end_full, CUT)
         i_unit = step_unit(column_indices, i_step, SIZE, UNIT)
         o_c = step_columns(column_indices, i_step, SIZE, UNIT)
         b_dk, b_dv = _key_gradient_step(
@@ -723,6 +777,7 @@ def key_gradient_kernel(
             o_stats,
             plane,
             place,
+            o_m,
             bit_masks,
             i_step,
             i_unit,
@@ -735,6 +790,7 @@ def key_gradient_kernel(
             BIASED=BIASED,
             RUN=UNIT == SIZE and not VARLEN,
             MASKED=True,
+            WINDOW=WINDOW,
             PRECISION=PRECISION,
         )
     if slot < 0:
@@ -772,9 +828,11 @@ def sum_kernel(
     PADDED: tl.constexpr,
     VARLEN: tl.constexpr,
     CENTERED: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """Adds the partial gradients of one shared row of tiles, in the order of their slots, and multiplies them by
-    `factor`; with CENTERED, those of queries, whose residual is subtracted."""
+    `factor`; with CENTERED, those of queries, whose residual is subtracted. WINDOWED, `partial_visible` are the parts
+    of the mean of the keys."""
     i_head, i_tile, slot, n, i_seq, i_b, o_seq, length = shared_row(splits, cu_seqlens, sequences, seq, VARLEN)
     o_m = tl.arange(0, SIZE)
     o_dim = tl.arange(0, PADDED)
@@ -787,8 +845,11 @@ def sum_kernel(
         b_acc += tl.load(partial + o_slot[:, None] * PADDED + o_dim[None, :])
         if CENTERED:
             b_residual += tl.load(partial_residual + o_slot)
-            b_visible += tl.load(partial_visible + (o_slot // UNIT)[:, None] * PADDED + o_dim[None, :])
-            b_weight += tl.load(partial_weights + o_slot // UNIT)
+            if WINDOWED:
+                b_visible += tl.load(partial_visible + o_slot[:, None] * PADDED + o_dim[None, :])
+            else:
+                b_visible += tl.load(partial_visible + (o_slot // UNIT)[:, None] * PADDED + o_dim[None, :])
+                b_weight += tl.load(partial_weights + o_slot // UNIT)
     if CENTERED:
         b_acc = _centered(b_acc, b_residual, b_visible, b_weight)
     o_row = o_seq + row_offsets(row_indices, i_tile, SIZE, UNIT)

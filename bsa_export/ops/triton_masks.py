@@ -52,22 +52,28 @@ def split_steps(
     begin,
     end,
     masked,
-    seq,
+    length,
     SIZE: tl.constexpr,
     UNIT: tl.constexpr,
     BIASED: tl.constexpr,
+    CUT: tl.constexpr = False,
 ):
     """What a key mask makes of the steps `[begin, end)`, whose columns ascend: `[first, last)` are plain. Those before
     and behind them, up to `live`, pass through the loop of masked steps, which has its own from `masked` on: with them
     it begins at `start`, see `masked_step`. Those of keys that all are removed are left out. Without a mask, not
-    BIASED, all are plain."""
+    BIASED, all are plain, but if the end of the sequence may CUT them: it is then as if a mask removed what is behind
+    `length`."""
     first, last, live, start = begin, end, end, masked
+    if CUT:
+        last = begin + steps_below(column_indices, begin, end, length - SIZE + 1, SIZE, UNIT)
+        live = begin + steps_below(column_indices, begin, end, length, SIZE, UNIT)
+        start = masked - (live - last)
     if not BIASED:
         return first, last, live, start
     p_span = spans + i_b * 4
     plain, plain_end = tl.load(p_span), tl.load(p_span + 1)
     o_live, o_live_end = tl.load(p_span + 2), tl.load(p_span + 3)
-    if (plain > 0) | (plain_end < seq):
+    if (plain > 0) | (plain_end < length):
         LAST: tl.constexpr = SIZE // UNIT - 1
         first_live = begin + steps_below(column_indices, begin, end, o_live - UNIT + 1, SIZE, UNIT, LAST)
         live = tl.maximum(begin + steps_below(column_indices, begin, end, o_live_end, SIZE, UNIT), first_live)
@@ -89,10 +95,10 @@ def span_of_rows(spans, i_b, o_m, length):
 
 
 @triton.jit
-def masked_step(i_step, first, last, live, masked, BIASED: tl.constexpr):
+def masked_step(i_step, first, last, live, masked, MOVED: tl.constexpr):
     """The step that comes at `i_step` of the loop of masked ones: before its own what `split_steps` left to it, `[last,
-    live)` and, at the beginning, the steps before `first`."""
-    if not BIASED:
+    live)` and, at the beginning, the steps before `first`; all its own, if it left none, not MOVED."""
+    if not MOVED:
         return i_step
     i_early = i_step - (masked - (live - last))
     return tl.where(i_step >= masked, i_step, tl.where(i_early >= 0, last + i_early, first + i_early))

@@ -41,12 +41,24 @@ def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def in_window(b_tile, o_query, o_key, nothing, WINDOW: tl.constexpr):
+    """`b_tile`, of queries (rows) and keys (columns), with `nothing` outside of the window."""
+    if WINDOW is None:
+        return b_tile
+    else:
+        o_query = o_query[:, None]
+        m_window = (o_key[None, :] >= o_query - WINDOW[0]) & (o_key[None, :] <= o_query + WINDOW[1])
+        return tl.where(m_window, b_tile, nothing)
+
+
+@triton.jit
 def scores(
     b_q,
     b_k,
     p_bias,
     bit_masks,
     i_step,
+    o_m,
     o_c,
     length,
     scale,
@@ -54,6 +66,7 @@ def scores(
     UNIT: tl.constexpr,
     BIASED: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Scores `[SIZE, SIZE]` of queries (rows) and keys (columns), -inf where there is none; in units of log2 if BIASED,
@@ -65,4 +78,6 @@ def scores(
         b_s = tl.where((o_c < length)[None, :], b_s, float("-inf"))
     if MASKED and UNIT < SIZE:
         b_s = tl.where(step_mask(bit_masks, i_step, SIZE, UNIT), b_s, float("-inf"))
+    if MASKED:
+        b_s = in_window(b_s, o_m, o_c, float("-inf"), WINDOW)
     return b_s

@@ -44,6 +44,7 @@ def work_item(
     SIZE: tl.constexpr,
     UNIT: tl.constexpr,
     VARLEN: tl.constexpr,
+    WINDOW: tl.constexpr = None,
 ):
     """What this program does, (head, tile, begin, end_full_run, end_full, end_run, end, slot), where its sequence is
     stored, (sequence, row of the batch, first token, length), and whether there is nothing to do, as the sequence ends
@@ -65,8 +66,13 @@ def work_item(
             # Full steps of consecutive columns read tiles, also of the next sequence: those that do not end within this
             # one need a mask. A tile of several units has its steps in another order than their columns, so that only
             # all of them can be left out.
-            end_full_run = begin + steps_below(column_indices, begin, end_full_run, length - SIZE + 1, SIZE, UNIT)
-            if UNIT == SIZE:
+            # With a window other steps need a mask, too: where a tile is one unit, `split_steps` leaves these to them.
+            if UNIT < SIZE or WINDOW is None:
+                end_full_run = begin + steps_below(column_indices, begin, end_full_run, length - SIZE + 1, SIZE, UNIT)
+            if UNIT == SIZE and WINDOW is not None:
+                end = end_full + steps_below(column_indices, end_full, end, length, SIZE, UNIT)
+                end_run = end
+            elif UNIT == SIZE:
                 end_full = end_full_run
                 end = begin + steps_below(column_indices, begin, end, length, SIZE, UNIT)
                 end_run = end

@@ -31,6 +31,7 @@ class Case:
     strides: str = "contiguous"
     alike: bool = False
     apart: int = 0
+    window: tuple[int, int] | None = None
 
     @property
     def seq(self) -> int:
@@ -74,6 +75,22 @@ def cases() -> list[Case]:
         *(replace(plain, apart=a, dtype=t, pattern="all", padding="bool") for t in DTYPES for a in (3, 1000)),
         *(replace(plain, apart=3, block=b, blocks=n, pattern="halves") for b, n in ((16, 6), (64, 4), (128, 2))),
         *(replace(plain, apart=3, padding="finite", pattern=p) for p in ("all", "windowed")),
+        *(replace(plain, window=w, dtype=t, pattern="all") for w in ((20, 20), (0, 3), (-1, 5)) for t in DTYPES),
+        *(
+            replace(plain, window=(70, 30), block=b, blocks=4, short=7, pattern=p)
+            for b in (64, 128)
+            for p in ("all", "random")
+        ),
+        *(replace(plain, window=(40, 10), padding=p, pattern="random", short=3) for p in padding),
+        *(
+            replace(plain, window=(20, 90), padding=p, pattern="all", block=b, blocks=5)
+            for p in ("left", "both")
+            for b in (32, 64)
+        ),
+        replace(plain, window=(9, 30), attn_mask="heads", rpe="heads", short=3, dtype="fp32"),
+        replace(plain, window=(9, 30), attn_mask="bool", pattern="random"),
+        *(replace(plain, window=(5, 5), pattern=p) for p in ("one", "windowed")),
+        *(replace(plain, window=(64, r), alike=True, pattern="all", block=b) for r in (64, 0) for b in (16, 64)),
         replace(plain, batch=1, heads=1),
         replace(plain, batch=3, heads=4, pattern="variable", block=32),
     ]
@@ -180,6 +197,8 @@ def make_inputs(case: Case, seed: int, device: str) -> dict:
         inputs["key_padding_mask"] = padding.to(device)
     seq = case.seq
     mask_shape = (case.batch, case.heads, seq, seq) if "heads" in (case.attn_mask, case.rpe) else (seq, seq)
+    if case.window is not None:
+        inputs["window"] = case.window
     if case.attn_mask != "none":
         kept = torch.rand(mask_shape, generator=generator) < 0.8
         inputs["attn_mask"] = (kept if case.attn_mask == "bool" else _added(kept)).to(device)
@@ -189,6 +208,17 @@ def make_inputs(case: Case, seed: int, device: str) -> dict:
         ]
         inputs["rpe"] = normal(*rpe_shape).to(device, DTYPES[case.dtype])
     return inputs
+
+
+def within(seq: int, window: tuple[int, int], device: str | torch.device = "cpu") -> torch.Tensor:
+    """bool `[seq, seq]`: which keys (columns) are in the window of a query (row), from the distance of the tokens."""
+    at = torch.arange(seq, device=device)
+    to_the_right = at[None, :] - at[:, None]
+    inside = torch.ones(seq, seq, dtype=torch.bool, device=device)
+    for side, distance in zip(window, (-to_the_right, to_the_right), strict=True):
+        if side >= 0:
+            inside &= distance <= side
+    return inside
 
 
 def _added(kept: torch.Tensor, removed: float = float("-inf")) -> torch.Tensor:

@@ -26,18 +26,23 @@ from bsa_export.ops import rotary, triton_backend
 from bsa_export.ops.launch import NO_OPTIONS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SHOWN = ("SIZE", "KEYS", "UNIT", "DIM", "BIASED", "VARLEN", "CENTERED", "PRECISION", "maxnreg")
-# dtype, block, head_dim, whether keys are masked, whether sequences are packed; every launch of the table.
+SHOWN = ("SIZE", "KEYS", "UNIT", "DIM", "BIASED", "VARLEN", "WINDOW", "CENTERED", "PRECISION", "maxnreg")
+# dtype, block, head_dim, whether keys are masked, whether sequences are packed, window; every launch of the table.
 CALLS = [
-    (torch.float16, 64, 64, False, False),
-    (torch.float16, 128, 128, False, False),
-    (torch.bfloat16, 64, 128, True, False),
-    (torch.float16, 16, 64, False, True),
-    (torch.float32, 64, 64, False, False),
-    (torch.float32, 64, 128, False, False),
+    (torch.float16, 64, 64, False, False, None),
+    (torch.float16, 128, 128, False, False, None),
+    (torch.bfloat16, 64, 128, True, False, None),
+    (torch.float16, 16, 64, False, True, None),
+    (torch.float32, 64, 64, False, False, None),
+    (torch.float32, 64, 128, False, False, None),
+    (torch.bfloat16, 64, 64, False, True, (64, 64)),
+    (torch.bfloat16, 64, 64, True, False, (64, 64)),
+    (torch.float16, 16, 64, False, True, (64, 0)),
+    (torch.float16, 128, 128, False, False, (64, 64)),
+    (torch.float32, 64, 64, False, False, (64, 64)),
 ]
-# For a quick look, one call: every kernel but the one for tokens outside of packed sequences.
-QUICK = [(torch.float16, 64, 64, True, False)]
+# For a quick look: every kernel but the one for tokens outside of packed sequences, and those that a window changes.
+QUICK = [(torch.float16, 64, 64, True, False, None), (torch.bfloat16, 64, 64, False, False, (64, 64))]
 SEQ = 4096  # long enough for rows that are shared out
 
 
@@ -100,7 +105,7 @@ def main(capability: int, calls: list) -> None:
     triton_backend._multiplies_from_shared = lambda _: capability // 10 in (9, 10)
     triton_backend.start = rotary.start = compile_it
     compile_rotary()
-    for dtype, block, head_dim, masked, packed in calls:
+    for dtype, block, head_dim, masked, packed, window in calls:
         n = SEQ // block
         layout = torch.eye(n, dtype=torch.uint8)[None].repeat(2, 1, 1)
         layout[:, 0], layout[:, :, 0] = 1, 1  # a global block, whose row is shared out
@@ -108,8 +113,8 @@ def main(capability: int, calls: list) -> None:
         bias = torch.zeros(1, SEQ) if masked else None
         offsets = torch.tensor([0, 100, SEQ], dtype=torch.int32) if packed else None
         inputs = (query, key, value, layout, bias, offsets)
-        out, lse = triton_backend._forward(*inputs, SEQ, block, 0.125)
-        triton_backend._backward(d_out, *inputs, out, lse, SEQ, block, 0.125)
+        out, lse = triton_backend._forward(*inputs, SEQ, block, 0.125, window)
+        triton_backend._backward(d_out, *inputs, out, lse, SEQ, block, 0.125, window)
 
 
 if __name__ == "__main__":

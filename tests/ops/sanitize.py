@@ -16,6 +16,9 @@ CASES = [
     Case(block=32, blocks=20, short=9, pattern="random", padding="both"),
     Case(block=64, blocks=8, short=37, pattern="all", padding="left"),
     Case(dtype="fp32", blocks=5, short=3),
+    Case(pattern="random", window=(20, 3), short=5, padding="bool"),
+    Case(pattern="all", window=(64, 64), block=64, blocks=8, short=37),
+    Case(pattern="bigbird", window=(64, -1), block=64, blocks=36, batch=1),
 ]
 TEXTS_BLOCKS = (16, 64)
 
@@ -28,7 +31,7 @@ def run(case: Case) -> None:
     torch.autograd.grad(output, list(leaves.values()), grad)
 
 
-def run_texts(block: int) -> None:
+def run_texts(block: int, window: tuple[int, int] | None) -> None:
     generator = torch.Generator().manual_seed(0)
     layout = (torch.rand(2, 10, 10, generator=generator) < 0.4).to(torch.uint8)
     layout[:, 0] = layout[:, :, 0] = 1
@@ -36,7 +39,7 @@ def run_texts(block: int) -> None:
     offsets = torch.tensor([0, *lengths]).cumsum(0).to("cuda", torch.int32)
     shape = (3, 1, 2, sum(lengths) + 9, 64)  # tokens of no text behind the last
     inputs = torch.randn(shape, generator=generator).to("cuda", torch.float16).requires_grad_()
-    output = block_sparse_attention_varlen(*inputs, layout.cuda(), block, offsets, max(lengths))
+    output = block_sparse_attention_varlen(*inputs, layout.cuda(), block, offsets, max(lengths), window=window)
     output.sum().backward()
 
 
@@ -44,9 +47,10 @@ def main() -> None:
     for case in CASES:
         run(case)
     for block in TEXTS_BLOCKS:
-        run_texts(block)
+        for window in (None, (block, block)):
+            run_texts(block, window)
     torch.cuda.synchronize()
-    print(f"ran {len(CASES) + len(TEXTS_BLOCKS)} cases")
+    print(f"ran {len(CASES) + 2 * len(TEXTS_BLOCKS)} cases")
 
 
 if __name__ == "__main__":

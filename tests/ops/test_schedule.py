@@ -22,9 +22,9 @@ CPU = torch.device("cpu")
 BEGIN, END, SLOT = map(ITEM_FIELDS.index, ("begin", "end", "slot"))
 
 
-def visited(made, heads: int, units: int, tile: Tile, seq: int) -> np.ndarray:
+def visited(made, heads: int, units: int, tile: Tile, seq: int, plain: np.ndarray | None = None) -> np.ndarray:
     """How often each (head, unit row, unit column) is computed, int `[heads, units, units]`, as the kernels read a
-    made."""
+    made. With a window, `plain` are the pairs of units that need no mask."""
     counts = np.zeros((heads, units + tile.units, units + tile.units), int)
     across = tile.units
     for item in made.items.tolist():
@@ -32,8 +32,12 @@ def visited(made, heads: int, units: int, tile: Tile, seq: int) -> np.ndarray:
         rows = made.row_indices[fields["tile"]].tolist() if across > 1 else [fields["tile"]]
         columns = made.column_indices[fields["begin"] : fields["end"]]
         assert fields["lowest_unit"] == (columns.min().item() if columns.numel() else 0)
-        ascending = made.column_indices[fields["begin"] : fields["end" if across == 1 else "end_full_run"], 0]
-        assert torch.equal(ascending, ascending.sort().values)
+        spans = [("begin", "end_full_run")]
+        if across == 1:
+            spans = [("begin", "end")] if plain is None else [*spans, ("end_full", "end")]
+        for first, last in spans:
+            ascending = made.column_indices[fields[first] : fields[last], 0]
+            assert torch.equal(ascending, ascending.sort().values)
         apart = made.column_indices[fields["end_full_run"] : fields["end_full"]].reshape(-1)
         assert torch.equal(apart, apart.sort().values)
         if across == 1:
@@ -49,6 +53,7 @@ def visited(made, heads: int, units: int, tile: Tile, seq: int) -> np.ndarray:
                     if step < fields["end_full"]:
                         assert kept or row >= units, "steps without a mask keep all that they read"
                         assert (column + 1) * tile.unit <= seq
+                        assert plain is None or row >= units or plain[row, column]
                     if kept:
                         counts[fields["head"], row, column] += 1
     assert not counts[:, units:].any()
@@ -79,6 +84,24 @@ def test_every_kept_block_is_visited_once(layout, block, size, transposed, data)
     times = block // tile.unit
     expected = layout.repeat(times, axis=1).repeat(times, axis=2)[:, :units, :units]
     np.testing.assert_array_equal(visited(made, len(layout), units, tile, seq), expected)
+
+
+@settings(max_examples=150)
+@given(layouts(), st.sampled_from([16, 64, 128]), st.sampled_from([32, 64]), st.booleans(), st.data())
+def test_a_window_leaves_the_units_with_a_pair_of_tokens_in_it(layout, block, size, transposed, data):
+    tile = Tile(size, min(block, size))
+    seq = layout.shape[1] * block - data.draw(st.integers(0, block - 1))
+    left, right = (data.draw(st.integers(0, 3 * block)) for _ in range(2))
+    made = build_schedule(layout, block, seq, tile, CPU, transposed, window=(left, right))
+    units, times = -(-seq // tile.unit), block // tile.unit
+    at = np.arange(units * tile.unit)
+    inside = (at[None, :] >= at[:, None] - left) & (at[None, :] <= at[:, None] + right)
+    kept = layout.repeat(times, axis=1).repeat(times, axis=2)[:, :units, :units]
+    if transposed:
+        inside, kept = inside.T, kept.transpose(0, 2, 1)
+    inside = inside.reshape(units, tile.unit, units, tile.unit)
+    found = visited(made, len(layout), units, tile, seq, plain=inside.all((1, 3)))
+    np.testing.assert_array_equal(found, kept & inside.any((1, 3)))
 
 
 def test_every_row_has_an_item_even_without_a_kept_block():
@@ -180,6 +203,13 @@ class TestCache:
             for layout, blocks, transposed in product(layouts, range(1, 26), (False, True)):
                 cache.get(layout[:, :blocks, :blocks], 64, blocks * 64, Tile(64, 64), CPU, transposed)
         assert len(reads) == 24 * 25 * 2
+
+    def test_windows_do_not_mix(self):
+        cache, layout = ScheduleCache(), torch.ones(1, 2, 2, dtype=torch.uint8)
+        options = (layout, 64, 128, Tile(64, 64), CPU, False, 1, "")
+        made = [cache.get(*options, window) for window in (None, (0, 0), (0, 64), (0, 0))]
+        assert made[1] is made[3]
+        assert [len(one.bit_masks) for one in made] == [4, 2, 3, 2]
 
     def test_it_keeps_what_was_used_last_within_its_bytes(self):
         layouts = [torch.eye(4, dtype=torch.uint8)[None].roll(i, 2) for i in range(3)]

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from attention_cases import Case, cases, make_inputs
+from attention_cases import Case, cases, make_inputs, within
 
 from bsa_export.errors import AttentionError
 from bsa_export.ops import backends, block_sparse_attention
@@ -40,6 +40,13 @@ INTERPRETED = {
         Case(pattern="windowed", apart=30, padding="finite", head_dim=32),
         Case(pattern="halves", apart=3, blocks=6, heads=1, batch=1),
         Case(pattern="halves", apart=30, block=64, blocks=4, heads=1, batch=1),
+        Case(pattern="all", window=(20, 20), dtype="fp32", head_dim=16, heads=1, short=5),
+        Case(pattern="all", window=(0, 3), head_dim=16, heads=1),
+        Case(pattern="random", window=(-1, 5), blocks=12, head_dim=16, heads=1, padding="both"),
+        Case(pattern="one", window=(5, 5), head_dim=16, padding="additive"),
+        Case(pattern="all", window=(64, 64), block=64, blocks=4, short=37, head_dim=16, heads=1, padding="left"),
+        Case(pattern="all", window=(64, 0), block=64, blocks=3, heads=1, batch=1, alike=True),
+        Case(pattern="random", window=(100, 40), block=128, blocks=2, short=65, head_dim=128, heads=1, batch=1),
         Case(strides="bert", blocks=3, head_dim=16, padding="bool", short=3),
         Case(strides="packed", blocks=3, head_dim=16, padding="bool", short=3),
         Case(strides="columns", blocks=3, head_dim=16, padding="bool", short=3),
@@ -56,6 +63,7 @@ INTERPRETED = {
         Case(pattern="windowed", block=32, blocks=3, heads=1, batch=1),
         Case(pattern="random", block=64, blocks=2, heads=1, batch=1),
         Case(pattern="all", block=128, blocks=1, heads=1, batch=1, head_dim=144),
+        Case(pattern="random", window=(9, 3), blocks=3, padding="bool", attn_mask="bool", head_dim=16, heads=1),
     ],
 }  # fmt: skip
 
@@ -111,8 +119,21 @@ def _needs(backend: str) -> None:
 
 
 def _judge(backend: str, inputs: dict) -> dict[str, Errors]:
-    """By the rule; plain PyTorch keeps the probabilities in the dtype that the backend keeps them in."""
+    """By the rule; plain PyTorch keeps the probabilities in the dtype that the backend keeps them in, and a window is
+    a mask to it."""
     attention = partial(block_sparse_attention, backend=backend)
+    if "window" in inputs:
+        inputs = dict(inputs)
+        window, mask = inputs.pop("window"), inputs.get("attn_mask")
+        inside = within(inputs["query"].shape[2], window, inputs["query"].device)
+        if mask is None:
+            inputs["attn_mask"] = inside
+        else:
+            inputs["attn_mask"] = mask & inside if mask.dtype == torch.bool else mask.masked_fill(~inside, -torch.inf)
+
+        def attention(**called):
+            return block_sparse_attention(**called | {"attn_mask": mask}, window=window, backend=backend)
+
     return judge(attention, inputs, plain_beside(backend))
 
 

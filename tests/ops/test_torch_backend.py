@@ -16,13 +16,14 @@ PATTERNS = ["windowed", "bigbird", "fixed", "random", "all"]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_how_the_work_is_cut_does_not_show(pattern, monkeypatch):
+@pytest.mark.parametrize("window", [None, (20, 9)])
+def test_how_the_work_is_cut_does_not_show(pattern, window, monkeypatch):
     monkeypatch.setattr(torch_backend, "CPU_PART_BYTES", {"forward": 1, "backward": 1})
     monkeypatch.setattr(torch_backend, "MAX_ROW_TOKENS", 40)
     inputs = make_inputs(
         Case(pattern=pattern, padding="bool", short=3, dtype="fp32", head_dim=16), seed=0, device="cpu"
     )
-    errors = judge(partial(block_sparse_attention, backend="torch"), inputs)
+    errors = judge(partial(block_sparse_attention, backend="torch"), inputs | {"window": window})
     assert all(e.passed for e in errors.values()), errors
 
 

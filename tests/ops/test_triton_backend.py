@@ -61,11 +61,11 @@ def attend(*inputs, layout, block=16, **options):
 class TestOperator:
     """Through Triton's interpreter too: what torch.compile sees is the same."""
 
-    @pytest.mark.parametrize("biased", [False, True])
-    def test_passes_the_checks_of_torch_library(self, biased):
+    @pytest.mark.parametrize(("biased", "window"), [(False, None), (True, None), (False, (20, 3))])
+    def test_passes_the_checks_of_torch_library(self, biased, window):
         inputs = tensors((1, 2, 40, 16))
         bias = torch.zeros(1, 40) if biased else None
-        arguments = (*inputs, layout_of("fixed", 64)[:, :3, :3], bias, None, 40, 16, 0.25, "here")
+        arguments = (*inputs, layout_of("fixed", 64)[:, :3, :3], bias, None, 40, 16, 0.25, window, "here")
         checks = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(torch.ops.bsa_export.block_sparse_attention.default, arguments, test_utils=checks)
 
@@ -367,12 +367,14 @@ class TestOnAGpu:
         out = attend(*inputs, layout=layout, block=64, **options)
         return out, *torch.autograd.grad(out, inputs, grad)
 
-    def test_gives_the_same_bits_twice(self):
+    @pytest.mark.parametrize("window", [None, (100, 64)])
+    def test_gives_the_same_bits_twice(self, window):
         inputs, layout = self.inputs()
         grad = torch.randn(self.shape, device="cuda", dtype=torch.float16)
-        first = self.step(inputs, layout, grad)
+        first = self.step(inputs, layout, grad, window=window)
         for _ in range(20):
-            assert all(torch.equal(a, b) for a, b in zip(first, self.step(inputs, layout, grad), strict=True))
+            again = self.step(inputs, layout, grad, window=window)
+            assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
     @pytest.mark.parametrize("padded", [False, True])
     def test_never_waits_for_the_gpu_after_the_first_call(self, padded):
