@@ -148,16 +148,19 @@ def dense(q, k, v, grad, kept, dtype, in_half=False) -> dict[str, torch.Tensor]:
     return dict(zip(NAMES, (out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))), strict=True))
 
 
-def check(attention, inputs, grad, layout, block, in_half=False) -> None:
+def check(attention, inputs, grad, layout, block, in_half=False, window=None) -> None:
     """Raises AssertionError unless result and gradients are right by the rule of `verify.tolerance`, where the
     gradient of the result is that of some rows and 0 elsewhere: rows of the first, the middle and the last block, and
-        others."""
+        others. `window` is (left, right), in tokens."""
     batch, heads, seq, _ = inputs[0].shape
     part = CHECKED_ROWS // 4
     rows = [torch.arange(start, min(start + part, seq)) for start in (0, seq // 2, max(0, seq - part))]
     rows = torch.cat([*rows, torch.randperm(seq, generator=torch.Generator().manual_seed(0))[:part]]).unique()
     rows = rows.to(grad.device)
     kept = layout.bool().expand(heads, -1, -1)[:, rows // block].repeat_interleave(block, 2)[:, :, :seq]
+    if window is not None:
+        to_the_right = torch.arange(seq, device=rows.device) - rows[:, None]
+        kept = kept & (to_the_right >= -window[0]) & (to_the_right <= window[1])
 
     some = torch.zeros_like(grad)
     some[-1:, :, rows] = grad[-1:, :, rows]
