@@ -20,7 +20,7 @@ MOST_KINDS = 4096
 T = TypeVar("T")
 NO_OPTIONS: Mapping[str, Any] = {}
 # Values that are their own kind: Triton may compile a kernel again for another one.
-_PLAIN = frozenset((int, bool, str))
+_PLAIN = frozenset((int, bool, str, tuple))
 # Types of which all values are of one kind; others are added by `one_kind`.
 _TYPED: set[type] = {float}
 

@@ -95,14 +95,16 @@ def test_runs_at_once_what_was_compiled_for_a_launch_of_its_kind():
         ({"n": 16}, WARPS),
         ({"scale": 1}, WARPS),
         ({"SIZE": 32}, WARPS),
+        ({"WINDOW": (64, 0)}, WARPS),
         ({}, {"num_warps": 8}),
     ],
-    ids=["dtype", "alignment", "integer", "integer for a number", "constant", "warps"],
+    ids=["dtype", "alignment", "integer", "integer for a number", "constant", "tuple", "warps"],
 )
 def test_a_launch_of_another_kind_is_left_to_triton(changed, options):
-    kernel = Kernel()
-    start(kernel, 3, WARPS, **VALUES)
-    start(kernel, 3, options, **VALUES | changed)
+    kernel = Kernel("x", "n", "scale", "SIZE", "WINDOW")
+    values = VALUES | {"WINDOW": (64, 64)}
+    start(kernel, 3, WARPS, **values)
+    start(kernel, 3, options, **values | changed)
     assert len(kernel.ran) == 2 and not kernel.ran_at_once
 
 

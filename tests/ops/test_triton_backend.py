@@ -414,6 +414,8 @@ class TestOnAGpu:
             for _ in range(2):
                 self.step(inputs, layout, grad)
                 self.step(inputs, layout, grad, key_padding_mask=padding, scale=1)
+                for window in ((64, 64), (20, -1)):
+                    self.step(inputs, layout, grad, window=window)
                 self.step(strided, layout, grad)
                 out = block_sparse_attention_varlen(*row, layout, 64, offsets, seq, backend="triton")
                 torch.autograd.grad(out, row, grad[:1])
