@@ -8,7 +8,8 @@ for each length, one document holds the passkey of the person that is asked for;
 
     python tests/benchmarks/long_documents.py MODEL --qmsum qmsum.jsonl.gz --device cuda
 
-MODEL is the dense model's folder; it is converted to --max-length tokens first.
+MODEL is the dense model's folder; it is converted to --max-length tokens first, unless --converted names a folder.
+Texts are tokenized once for all methods. The time per document is the model's, with the batching around it.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
+from torch.nn.utils.rnn import pad_sequence
 
 import bsa_export  # noqa: F401  (registers the attention)
 
@@ -41,14 +44,14 @@ FILLER = (
 )
 SYLLABLES = ("ba", "den", "fi", "gor", "hal", "ki", "lo", "mar", "ne", "pol", "ri", "san", "tu", "ver", "wil", "za")
 
-Vectors = list[Tensor]  # of each document `[chunks, size]`, normalised
+Vectors = list[Tensor]  # of each document `[chunks, hidden]`, normalised
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--converted", type=Path, help="a conversion that is there already")
-    parser.add_argument("--qmsum", type=Path)
+    parser.add_argument("--qmsum", type=Path, help="QMSum, or another file of that form")
     parser.add_argument("--passkey", action="store_true")
     parser.add_argument("--max-length", type=int, default=32768)
     parser.add_argument(
@@ -70,66 +73,66 @@ class Encoder:
         self.tokenizer, self.device, self.batch_tokens = self.model.tokenizer, device, batch_tokens
         self.longest = self.model[0].auto_model.config.max_position_embeddings
 
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    def tokenize(self, texts: list[str]) -> list[Tensor]:
+        """The token ids of each text, int64 `[tokens]`, without special tokens."""
+        rows = self.tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        return [torch.tensor(row, dtype=torch.long) for row in rows]
 
     @torch.no_grad()
-    def hidden(self, sequences: Sequence[list[int]]) -> list[Tensor]:
-        """The last hidden states of each sequence, float32 `[tokens, size]` with its special tokens."""
-        first, last = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+    def encode(self, texts: Sequence[Tensor], size: int | None = None) -> Vectors:
+        """Normalised vectors of each text, float32 `[1, hidden]` on the CPU, in passes of up to `batch_tokens` tokens.
+
+        With `size` (late chunking) they are `[chunks, hidden]`: each is the mean of `size` tokens.
+        """
+        first, last = (torch.tensor([end]) for end in (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id))
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         found: dict[int, Tensor] = {}
         while order:
-            longest = len(sequences[order[0]]) + 2
-            batch, order = order[: max(1, self.batch_tokens // longest)], order[max(1, self.batch_tokens // longest) :]
-            ids = torch.zeros(len(batch), longest, dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, number in enumerate(batch):
-                tokens = [first, *sequences[number], last]
-                ids[row, : len(tokens)] = torch.tensor(tokens)
-                mask[row, : len(tokens)] = 1
-            states = (
-                self.model[0].auto_model(ids.to(self.device), attention_mask=mask.to(self.device)).last_hidden_state
-            )
-            for row, number in enumerate(batch):
-                found[number] = states[row, : len(sequences[number]) + 2].float()
-        return [found[number] for number in range(len(sequences))]
-
-    def pooled(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Normalised vectors `[sequences, size]`, on the CPU."""
-        groups = [sequences[start : start + 512] for start in range(0, len(sequences), 512)]
-        pooled = [torch.stack([states.mean(0) for states in self.hidden(group)]) for group in groups]
-        return normalize(torch.cat(pooled), dim=-1).cpu()
+            fit = max(1, self.batch_tokens // (len(texts[order[0]]) + 2))
+            batch, order = order[:fit], order[fit:]
+            rows = [torch.cat([first, texts[i], last]) for i in batch]
+            lengths = torch.tensor([len(row) for row in rows], device=self.device)
+            ids = pad_sequence(rows, batch_first=True).to(self.device)  # [batch, longest]
+            mask = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
+            states = self.model[0].auto_model(ids, attention_mask=mask.long()).last_hidden_state
+            vectors = chunk_means(states, mask, size or ids.shape[1]).cpu()  # [batch, chunks, hidden]
+            for number, row, chunks in zip(batch, rows, vectors, strict=True):
+                found[number] = chunks[: -(-len(row) // size) if size else 1]
+        return [found[number] for number in range(len(texts))]
 
 
-def pieces(ids: list[int], size: int) -> list[list[int]]:
-    return [ids[start : start + size] for start in range(0, max(len(ids), 1), size)]
+def chunk_means(states: Tensor, mask: Tensor, size: int) -> Tensor:
+    """Normalised means of every `size` real tokens, float32 `[batch, chunks, hidden]`; mask `[batch, tokens]`."""
+    batch, tokens, hidden = states.shape
+    more = -tokens % size
+    states = pad(states.masked_fill(~mask[..., None], 0), (0, 0, 0, more)).view(batch, -1, size, hidden)
+    counts = pad(mask, (0, more)).view(batch, -1, size).sum(2)
+    return normalize(states.sum(2, dtype=torch.float32) / counts.clamp(min=1)[..., None], dim=-1)
 
 
-def truncated(encoder: Encoder, size: int) -> Callable[[list[str]], Vectors]:
-    return lambda texts: list(encoder.pooled([encoder.ids(text)[: size - 2] for text in texts])[:, None])
+@dataclass(frozen=True)
+class Method:
+    """A way to make vectors of tokenized documents, and the model that embeds the queries for it."""
+
+    encoder: Encoder
+    vectors: Callable[[list[Tensor]], Vectors]
 
 
-def chunked(encoder: Encoder, size: int, mean: bool) -> Callable[[list[str]], Vectors]:
-    def vectors(texts: list[str]) -> Vectors:
-        parts = [pieces(encoder.ids(text), size - 2) for text in texts]
-        flat = encoder.pooled([part for one in parts for part in one]).split([len(one) for one in parts])
+def truncated(encoder: Encoder, size: int) -> Method:
+    return Method(encoder, lambda documents: encoder.encode([ids[: size - 2] for ids in documents]))
+
+
+def chunked(encoder: Encoder, size: int, mean: bool) -> Method:
+    def vectors(documents: list[Tensor]) -> Vectors:
+        parts = [ids.split(size - 2) for ids in documents]
+        flat = torch.cat(encoder.encode([part for one in parts for part in one])).split([len(one) for one in parts])
         return [normalize(chunks.mean(0, keepdim=True), dim=-1) if mean else chunks for chunks in flat]
 
-    return vectors
+    return Method(encoder, vectors)
 
 
-def late(encoder: Encoder, size: int, longest: int) -> Callable[[list[str]], Vectors]:
-    """One pass over a document; its tokens are pooled chunk by chunk afterwards."""
-
-    def vectors(texts: list[str]) -> Vectors:
-        found = []
-        for text in texts:
-            states = encoder.hidden([encoder.ids(text)[: longest - 2]])[0]
-            found.append(normalize(torch.stack([part.mean(0) for part in states.split(size)]), dim=-1).cpu())
-        return found
-
-    return vectors
+def late(encoder: Encoder, size: int, longest: int) -> Method:
+    return Method(encoder, lambda documents: encoder.encode([ids[: longest - 2] for ids in documents], size))
 
 
 def bm25(documents: list[str], queries: list[str], k1: float = 1.2, b: float = 0.75) -> Tensor:
@@ -153,10 +156,19 @@ def similarities(documents: Vectors, queries: Tensor) -> Tensor:
     return torch.stack([(queries @ chunks.T).amax(1) for chunks in documents], dim=1)
 
 
-def ndcg_at_10(scores: Tensor, right: Tensor) -> float:
-    """nDCG@10 in percent, where one document is right for each query; `right` int64 `[queries]`."""
-    rank = (scores > scores.gather(1, right[:, None])).sum(1)
+def ranks(scores: Tensor, right: Tensor) -> Tensor:
+    """How many documents score higher than the right one, for each query; `right` int64 `[queries]`."""
+    return (scores > scores.gather(1, right[:, None])).sum(1)
+
+
+def ndcg_at_10(rank: Tensor) -> float:
+    """nDCG@10 in percent, where one document is right for each query."""
     return float((1 / (rank + 2.0).log2()).where(rank < 10, torch.zeros(())).mean() * 100)
+
+
+def mrr(rank: Tensor) -> float:
+    """Mean reciprocal rank."""
+    return float((1 / (rank + 1.0)).mean())
 
 
 def qmsum(path: Path, most: int | None) -> tuple[list[str], list[str], Tensor]:
@@ -195,57 +207,77 @@ def main() -> None:
             subprocess.run(["bsa-convert", options.model, folder, "--max-length", str(options.max_length)], check=True)
         dense = Encoder(options.model, options.device, options.batch_tokens)
         sparse = Encoder(folder, options.device, options.batch_tokens)
-        methods: dict[str, Callable[[list[str]], Vectors]] = {}
+        longest = min(options.max_length, sparse.longest)
+        methods: dict[str, Method] = {}
         for size in options.chunks:
             methods[f"truncated at {size}"] = truncated(dense, size)
             methods[f"chunks of {size}, mean"] = chunked(dense, size, mean=True)
             methods[f"chunks of {size}, best"] = chunked(dense, size, mean=False)
-        methods["converted, one vector"] = truncated(sparse, options.max_length)
+        methods["converted, one vector"] = truncated(sparse, longest)
         for size in options.chunks:
-            methods[f"converted, late chunks of {size}"] = late(sparse, size, options.max_length)
+            methods[f"converted, late chunks of {size}"] = late(sparse, size, longest)
         where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        print(f"{where}, torch {torch.__version__}", flush=True)
+        print(f"{where}, torch {torch.__version__}; the converted model reads {longest:,} tokens", flush=True)
         if options.qmsum:
-            run_qmsum(options, dense, methods)
+            run_qmsum(options, methods)
         if options.passkey:
-            run_passkey(options, dense, methods)
+            run_passkey(options, methods)
 
 
-def run_qmsum(options: argparse.Namespace, dense: Encoder, methods: dict[str, Callable[[list[str]], Vectors]]) -> None:
-    documents, queries, right = qmsum(options.qmsum, options.documents)
-    print(f"\nQMSum: {len(documents)} documents, {len(queries)} queries\n")
-    print("| | nDCG@10 | ms a document | peak memory, MiB |\n|---|---|---|---|")
-    asked = dense.pooled([dense.ids(query)[: dense.longest - 2] for query in queries])
-    for name, vectors in methods.items():
-        vectors(documents[:2])  # what is compiled or cached at a first call
+def tokenized(encoder: Encoder, texts: list[str]) -> tuple[list[Tensor], float]:
+    """The texts' tokens, once for all methods, and the seconds that it took."""
+    started = time.perf_counter()
+    return encoder.tokenize(texts), time.perf_counter() - started
+
+
+def asked(methods: dict[str, Method], queries: list[str]) -> dict[Encoder, Tensor]:
+    """Each model's vectors of the queries, `[queries, size]`."""
+    encoders = {method.encoder for method in methods.values()}
+    return {encoder: torch.cat(truncated(encoder, 512).vectors(encoder.tokenize(queries))) for encoder in encoders}
+
+
+def run_qmsum(options: argparse.Namespace, methods: dict[str, Method]) -> None:
+    texts, queries, right = qmsum(options.qmsum, options.documents)
+    documents, seconds = tokenized(next(iter(methods.values())).encoder, texts)
+    questions = asked(methods, queries)
+    tokens = sum(map(len, documents)) / len(texts)
+    print(f"\n{options.qmsum.name}: {len(texts)} documents of {tokens:,.0f} tokens, {len(queries)} queries")
+    print(f"tokenization, once for all methods: {1000 * seconds / len(texts):.1f} ms per document\n")
+    print("| | nDCG@10 | MRR | ms per document | peak memory, MiB |\n|---|---|---|---|---|")
+    for name, method in methods.items():
+        method.vectors(documents[:2])  # what is compiled or cached at a first call
         if options.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        found = vectors(documents)
+        found = method.vectors(documents)
         seconds = time.perf_counter() - started
         peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else 1024 * usage()
-        score = ndcg_at_10(similarities(found, asked), right)
-        print(f"| {name} | {score:.1f} | {1000 * seconds / len(documents):.1f} | {peak / 2**20:,.0f} |", flush=True)
+        rank = ranks(similarities(found, questions[method.encoder]), right)
+        figures = f"{ndcg_at_10(rank):.1f} | {mrr(rank):.3f} | {1000 * seconds / len(texts):.1f}"
+        print(f"| {name} | {figures} | {peak / 2**20:,.0f} |", flush=True)
     started = time.perf_counter()
-    score = ndcg_at_10(bm25(documents, queries), right)
-    print(f"| BM25 | {score:.1f} | {1000 * (time.perf_counter() - started) / len(documents):.1f} | |", flush=True)
+    rank = ranks(bm25(texts, queries), right)
+    seconds = time.perf_counter() - started
+    print(f"| BM25 | {ndcg_at_10(rank):.1f} | {mrr(rank):.3f} | {1000 * seconds / len(texts):.1f} | |", flush=True)
 
 
-def run_passkey(
-    options: argparse.Namespace, dense: Encoder, methods: dict[str, Callable[[list[str]], Vectors]]
-) -> None:
-    print("\nPasskey: accuracy in percent, by tokens of a document\n")
+def run_passkey(options: argparse.Namespace, methods: dict[str, Method]) -> None:
+    columns: dict[str, list[float]] = {name: [] for name in (*methods, "BM25")}
+    spent, count = 0.0, 0
+    for length in options.lengths:
+        texts, queries, right = (part[: options.documents] for part in passkey(length))
+        documents, seconds = tokenized(next(iter(methods.values())).encoder, texts)
+        spent, count = spent + seconds, count + len(texts)
+        questions = asked(methods, queries)
+        for name, method in methods.items():
+            rank = ranks(similarities(method.vectors(documents), questions[method.encoder]), right)
+            columns[name].append(100 * float((rank == 0).float().mean()))
+        columns["BM25"].append(100 * float((ranks(bm25(texts, queries), right) == 0).float().mean()))
+    print("\nPasskey: accuracy in percent, by tokens of a document")
+    print(f"tokenization, once for all methods: {1000 * spent / count:.1f} ms per document\n")
     print(f"| | {' | '.join(f'{length:,}' for length in options.lengths)} | mean |")
     print("|---|" + "---|" * (len(options.lengths) + 1))
-    tasks = [passkey(length) for length in options.lengths]
-    for name, vectors in [*methods.items(), ("BM25", None)]:
-        hits = []
-        for documents, queries, right in tasks:
-            if vectors is None:
-                scores = bm25(documents, queries)
-            else:
-                scores = similarities(vectors(documents), dense.pooled([dense.ids(query) for query in queries]))
-            hits.append(100 * float((scores.argmax(1) == right).float().mean()))
+    for name, hits in columns.items():
         print(f"| {name} | {' | '.join(f'{hit:.0f}' for hit in hits)} | {sum(hits) / len(hits):.1f} |", flush=True)
 
 
