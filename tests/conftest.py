@@ -1,13 +1,17 @@
-"""What all tests share: Ctrl-C, the GPU mark, Triton's interpreter where no GPU is, and the real models."""
+"""What all tests share: Ctrl-C, the GPU mark, Triton's interpreter where no GPU is, real models, how examples run."""
 
 import os
+import runpy
 import signal
+import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 from hypothesis import settings
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
+EXAMPLES = CACHE.parent / "examples"
 
 # Under `nohup` and `&` in a script, SIGINT is ignored, and child processes inherit that.
 # A test that interrupts one would wait in vain.
@@ -72,3 +76,31 @@ def english_mlm() -> Path:
     return _model_folder(
         Path(os.environ.get("BSA_ENGLISH_MLM", "english-mlm-512")), "$BSA_ENGLISH_MLM names its folder"
     )
+
+
+@pytest.fixture
+def run_example(monkeypatch, capsys):
+    """Runs an example in this process, where torch and transformers are imported, and returns what it prints."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two threads wait for each other on a busy machine
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def chapters(tmp_path_factory) -> dict[str, Path]:
+    """Chapters of Python's reference manual, which comes with Python: topic -> a file of 1,500 words or more."""
+    folder = tmp_path_factory.mktemp("chapters")
+    files = {name: folder / f"{name}.txt" for name in ("attribute-access", "customization", "debugger", "typesmapping")}
+    for name, file in files.items():
+        file.write_text(topics[name], encoding="utf-8")
+    return files

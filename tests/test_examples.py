@@ -3,12 +3,10 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
 
@@ -23,32 +21,6 @@ import bsa_export  # noqa: E402
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-
-
-@pytest.fixture
-def run_example(monkeypatch, capsys):
-    """Runs an example in this process, where torch and transformers are imported, and returns what it prints."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # two threads wait for each other on a busy machine
-
-    def run(name: str, *arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        capsys.readouterr()
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
-
-    yield run
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def chapters(tmp_path_factory):
-    """Chapters of Python's reference manual, which comes with Python: topic -> a file of 1,500 words or more."""
-    folder = tmp_path_factory.mktemp("chapters")
-    files = {name: folder / f"{name}.txt" for name in ("attribute-access", "customization", "debugger", "typesmapping")}
-    for name, file in files.items():
-        file.write_text(topics[name], encoding="utf-8")
-    return files
 
 
 def test_long_document_embedding_finds_a_neighbour_for_each_chapter(run_example, minilm, chapters, tmp_path):
