@@ -5,6 +5,10 @@ and `heldout.jsonl` (`{"name", "text"}` a line). The folder is converted by the 
 of the tokens, chosen once, become [MASK]; every row is scored on the same ones. Documents are cut into windows of the
 row's length, [CLS] and [SEP] included, remainders too. The judge is dense attention over all keys under a mask that is
 expanded from the layouts stored in the converted file: plain torch, in float32; no code of this package runs.
+
+`--layout='--mode local --num-sliding-window-blocks 9'` compares other layouts: options of bsa-convert, repeatable.
+`--edges` prints the loss by the distance from the edge of an aligned window of the source's length.
+tests/benchmarks/antibodies.py makes such a FOLDER for AntiBERTy.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -37,6 +42,8 @@ def parse(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--converted", type=Path, help="a conversion that is there already")
     parser.add_argument("--max-length", type=int, default=16384)
+    parser.add_argument("--layout", action="append", help="options of bsa-convert; by default none")
+    parser.add_argument("--edges", action="store_true", help="also the loss by distance from an aligned window's edge")
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[512, 4096, 16384], help="of windows of the converted model"
     )
@@ -46,11 +53,13 @@ def parse(argv=None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.model is None:
         parser.error("--model or $BSA_ENGLISH_MLM is needed")
+    if options.converted and options.layout:
+        parser.error("--layout makes conversions; it does not apply to --converted")
     return options
 
 
-def convert(source: Path, target: Path, max_length: int) -> None:
-    command = ["bsa-convert", str(source), str(target), "--max-length", str(max_length)]
+def convert(source: Path, target: Path, max_length: int, layout: str) -> None:
+    command = ["bsa-convert", str(source), str(target), "--max-length", str(max_length), *shlex.split(layout)]
     print("$ " + " ".join([*command[:1], source.name, target.name, *command[3:]]), flush=True)
     subprocess.run(command, check=True)
 
@@ -83,16 +92,27 @@ def windows(documents, length: int, first: int, last: int):
 
 
 @torch.inference_mode()
-def loss(model, documents, length: int, first: int, last: int) -> tuple[float, int]:
-    """Mean cross entropy in nats over all masked tokens, and their number."""
-    total, count = 0.0, 0
+def losses(model, documents, length: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross entropy in nats of each masked token, and its place in its window; both `[masked tokens]`."""
+    nats, places = [], []
     for inputs, targets in windows(documents, length, first, last):
         hidden = model.base_model(inputs[None]).last_hidden_state[0]
         picked = targets != -100
         logits = model.get_output_embeddings()(model.cls.predictions.transform(hidden[picked]))
-        total += cross_entropy(logits.double(), targets[picked], reduction="sum").item()
-        count += int(picked.sum())
-    return total / count, count
+        nats.append(cross_entropy(logits.double(), targets[picked], reduction="none"))
+        places.append(picked.nonzero()[:, 0])
+    return torch.cat(nats), torch.cat(places)
+
+
+def by_distance(nats: torch.Tensor, places: torch.Tensor, window: int) -> str:
+    """The mean loss by the distance in tokens from the nearest edge of an aligned window of `window` tokens."""
+    distance = torch.minimum(places % window, window - 1 - places % window)
+    bounds = [0, *(window // 2 >> shift for shift in (3, 2, 1, 0))]
+    shown = []
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        chosen = nats[(distance >= start) & (distance < end)]
+        shown.append(f"{start}-{end - 1}: {chosen.mean():.4f} ({len(chosen):,})")
+    return "    by distance from an edge  " + ", ".join(shown)
 
 
 def judge(module, query, key, value, attention_mask, scaling=None, **_):
@@ -124,6 +144,16 @@ def load_judged(folder: Path):
     return model
 
 
+def kept_blocks(model, length: int) -> float:
+    """The share of blocks that an input of `length` tokens keeps, over all layers and heads; 1 without layouts."""
+    shares = []
+    for module in model.modules():
+        if (layout := getattr(module, "stored_layout", None)) is not None:
+            blocks = -(-length // module.block)
+            shares.append(float(layout[:, :blocks, :blocks].float().mean()))
+    return sum(shares) / len(shares) if shares else 1.0
+
+
 def main(argv=None) -> None:
     options = parse(argv)
     torch.set_num_threads(options.threads)
@@ -138,20 +168,28 @@ def main(argv=None) -> None:
     ends = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     dense = AutoModelForMaskedLM.from_pretrained(options.model, dtype=torch.float32).eval()
     source_length = dense.config.max_position_embeddings
-    with tempfile.TemporaryDirectory() as work:
-        converted = options.converted
-        if converted is None:
-            converted = Path(work) / "out"
-            convert(options.model, converted, options.max_length)
-        judged = load_judged(converted)
-    print(f"{'model':<10} {'window':>7} {'loss':>8} {'masked tokens':>14} {'seconds':>8}", flush=True)
-    for name, model, length in [
-        ("dense", dense, source_length),
-        *(("converted", judged, length) for length in options.lengths),
-    ]:
+    longest = max(len(inputs) for inputs, _ in documents) + 2
+    print(f"{'model':<10} {'window':>7} {'kept':>6} {'loss':>8} {'masked tokens':>14} {'seconds':>8}", flush=True)
+
+    def row(name: str, model, length: int) -> None:
         started = time.perf_counter()
-        nats, count = loss(model, documents, length, *ends)
-        print(f"{name:<10} {length:>7,} {nats:>8.4f} {count:>14,} {time.perf_counter() - started:>8.0f}", flush=True)
+        nats, places = losses(model, documents, length, *ends)
+        seconds = time.perf_counter() - started
+        kept = kept_blocks(model, min(length, longest))
+        print(f"{name:<10} {length:>7,} {kept:>6.1%} {nats.mean():>8.4f} {len(nats):>14,} {seconds:>8.0f}", flush=True)
+        if options.edges:
+            print(by_distance(nats, places, source_length), flush=True)
+
+    row("dense", dense, source_length)
+    for layout in options.layout or [""]:
+        with tempfile.TemporaryDirectory() as work:
+            converted = options.converted
+            if converted is None:
+                converted = Path(work) / "out"
+                convert(options.model, converted, options.max_length, layout)
+            judged = load_judged(converted)
+        for length in options.lengths:
+            row("converted", judged, length)
 
 
 if __name__ == "__main__":
