@@ -2,6 +2,8 @@
 
     python tests/benchmarks/model.py [--sizes base] [--lengths 4096 16384] [--minutes 7]
     python tests/benchmarks/model.py --sizes base gena --patterns bigbird-heads --lengths 4096 --peers --no-mixed
+    python tests/benchmarks/model.py --sizes base --patterns windowed --lengths 512 2048 8192 32768 --no-mixed \
+        --peers modernbert --peer-lengths 512 2048 8192 32768
 
 Not a test. Rows run in the order of what the goals need, until `--minutes` are over; what did not run is said. Outputs
 and gradients are compared with the dense class under the same mask first; a pattern that is wrong is not timed. A
@@ -63,7 +65,14 @@ GENA = {
     "rotary_dim": 32,
     "rotary_base": 10000,
 }
-PEERS = ("hf-bigbird", "hf-longformer", "flex")
+# ModernBERT's published shapes; in two of three layers a token attends to 64 tokens on each side.
+MODERNBERT = {
+    "base": {"hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12, "intermediate_size": 1152},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "intermediate_size": 2624},
+    "smoke": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 96},
+}
+MODELS = ("hf-bigbird", "hf-longformer", "modernbert")  # that attend in their own way
+PEERS = (*MODELS, "flex")
 FLEX_TILE = 128  # FlexAttention is several times slower with a mask of smaller blocks
 MIXED = "mixed"
 SHORTEST, LONGEST = 128, 16384  # of the mixed lengths
@@ -131,7 +140,7 @@ class Figures:
 def rows(options) -> Iterator[Row]:
     """All rows, what the goals need first."""
     own = [("dense", "sdpa"), *((pattern, "block_sparse") for pattern in options.patterns)]
-    peers = [("own", peer) for peer in PEERS[:2] if peer in options.peers]
+    peers = [("own", peer) for peer in MODELS if peer in options.peers]
     peers += [(pattern, "flex") for pattern in options.patterns if "flex" in options.peers]
     (first, *others), lengths, some = options.sizes, options.lengths, options.peer_lengths
     mixed = [MIXED] if options.mixed else []
@@ -154,7 +163,8 @@ def rows(options) -> Iterator[Row]:
             row = Row(step, size, length, *engine)
             known = step in options.steps and (length == MIXED or length in lengths)
             # HF BigBird computes texts shorter than 1,024 tokens densely.
-            if known and row not in seen and not (row.engine == "hf-bigbird" and length < 1024):
+            absent = row.engine == "hf-bigbird" and length < 1024 or row.engine == "modernbert" and size == "gena"
+            if known and row not in seen and not absent:
                 seen.add(row)
                 yield row
 
@@ -230,7 +240,7 @@ AttentionMaskInterface.register("flex_on_layout", lambda **kwargs: None)
 
 
 def peer(engine: str, size: str, length: int, device, dtype):
-    """HF BigBird or HF Longformer as they are usually run."""
+    """HF BigBird, HF Longformer or ModernBERT on SDPA, in the stock class."""
     torch.manual_seed(0)
     with torch.device(device):
         if engine == "hf-bigbird":
@@ -238,6 +248,9 @@ def peer(engine: str, size: str, length: int, device, dtype):
                 **SIZES[size], **NO_DROPOUT, max_position_embeddings=length, block_size=64, num_random_blocks=3
             )
             return transformers.BigBirdModel(config, add_pooling_layer=False).to(dtype)
+        if engine == "modernbert":
+            config = transformers.ModernBertConfig(**MODERNBERT[size], max_position_embeddings=length)
+            return AutoModel.from_config(config, attn_implementation="sdpa").to(dtype)
         config = transformers.LongformerConfig(
             **SIZES[size], **NO_DROPOUT, max_position_embeddings=length + 2, attention_window=512
         )
