@@ -9,6 +9,7 @@ for each length, one document holds the passkey of the person that is asked for;
     python tests/benchmarks/long_documents.py MODEL --qmsum qmsum.jsonl.gz --device cuda
 
 MODEL is the dense model's folder; it is converted to --max-length tokens first, unless --converted names a folder.
+`--layout='--mode local --num-sliding-window-blocks 9'` makes another conversion: options of bsa-convert, repeatable.
 Texts are tokenized once for all methods. The time per document is the model's, with the batching around it.
 """
 
@@ -21,6 +22,7 @@ import math
 import random
 import re
 import resource
+import shlex
 import subprocess
 import tempfile
 import time
@@ -51,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--converted", type=Path, help="a conversion that is there already")
+    parser.add_argument("--layout", action="append", help="options of bsa-convert; by default none")
     parser.add_argument("--qmsum", type=Path, help="QMSum, or another file of that form")
     parser.add_argument("--passkey", action="store_true")
     parser.add_argument("--max-length", type=int, default=32768)
@@ -61,7 +64,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=65536)
     parser.add_argument("--documents", type=int, help="only the first so many documents, and their queries")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of passkey documents")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.converted and options.layout:
+        parser.error("--layout makes conversions; it does not apply to --converted")
+    return options
 
 
 class Encoder:
@@ -201,27 +207,42 @@ def passkey(tokens: int, seed: int = 0) -> tuple[list[str], list[str], Tensor]:
 
 def main() -> None:
     options = parse()
-    with tempfile.TemporaryDirectory() as work:
-        folder = options.converted or Path(work) / "converted"
-        if options.converted is None:
-            subprocess.run(["bsa-convert", options.model, folder, "--max-length", str(options.max_length)], check=True)
-        dense = Encoder(options.model, options.device, options.batch_tokens)
-        sparse = Encoder(folder, options.device, options.batch_tokens)
+    dense = Encoder(options.model, options.device, options.batch_tokens)
+    converted = {}
+    for layout in options.layout or [""]:
+        with tempfile.TemporaryDirectory() as work:
+            folder = options.converted or Path(work) / "converted"
+            if options.converted is None:
+                command = ["bsa-convert", options.model, folder, "--max-length", str(options.max_length)]
+                subprocess.run([*command, *shlex.split(layout)], check=True)
+            converted[f"converted {layout}".strip()] = Encoder(folder, options.device, options.batch_tokens)
+    methods: dict[str, Method] = {}
+    for size in options.chunks:
+        methods[f"truncated at {size}"] = truncated(dense, size)
+        methods[f"chunks of {size}, mean"] = chunked(dense, size, mean=True)
+        methods[f"chunks of {size}, best"] = chunked(dense, size, mean=False)
+    for name, sparse in converted.items():
         longest = min(options.max_length, sparse.longest)
-        methods: dict[str, Method] = {}
+        methods[f"{name}, one vector"] = truncated(sparse, longest)
         for size in options.chunks:
-            methods[f"truncated at {size}"] = truncated(dense, size)
-            methods[f"chunks of {size}, mean"] = chunked(dense, size, mean=True)
-            methods[f"chunks of {size}, best"] = chunked(dense, size, mean=False)
-        methods["converted, one vector"] = truncated(sparse, longest)
-        for size in options.chunks:
-            methods[f"converted, late chunks of {size}"] = late(sparse, size, longest)
-        where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        print(f"{where}, torch {torch.__version__}; the converted model reads {longest:,} tokens", flush=True)
-        if options.qmsum:
-            run_qmsum(options, methods)
-        if options.passkey:
-            run_passkey(options, methods)
+            methods[f"{name}, late chunks of {size}"] = late(sparse, size, longest)
+    where = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}; the converted model reads {longest:,} tokens", flush=True)
+    if options.qmsum:
+        compare_short(options, dense, converted)
+        run_qmsum(options, methods)
+    if options.passkey:
+        run_passkey(options, methods)
+
+
+def compare_short(options: argparse.Namespace, dense: Encoder, converted: dict[str, Encoder]) -> None:
+    """Prints how alike the vectors of texts are that the dense model can read."""
+    documents = dense.tokenize(qmsum(options.qmsum, options.documents)[0])
+    own = torch.cat(truncated(dense, dense.longest).vectors(documents))
+    print(f"\nmean cosine with the dense model's vector, of the first {dense.longest} tokens")
+    for name, sparse in converted.items():
+        other = torch.cat(truncated(sparse, dense.longest).vectors(documents))
+        print(f"  {name}: {float((own * other).sum(1).mean()):.4f}", flush=True)
 
 
 def tokenized(encoder: Encoder, texts: list[str]) -> tuple[list[Tensor], float]:
