@@ -7,7 +7,7 @@ row's length, [CLS] and [SEP] included, remainders too. The judge is dense atten
 expanded from the layouts stored in the converted file: plain torch, in float32; no code of this package runs.
 
 `--layout='--mode local --num-sliding-window-blocks 9'` compares other layouts: options of bsa-convert, repeatable.
-`--edges` prints the loss by the distance from the edge of an aligned window of the source's length.
+`--edges` prints what conversion adds to the loss by the distance from the edge of a window of the source's length.
 tests/benchmarks/antibodies.py makes such a FOLDER for AntiBERTy.
 """
 
@@ -104,15 +104,18 @@ def losses(model, documents, length: int, first: int, last: int) -> tuple[torch.
     return torch.cat(nats), torch.cat(places)
 
 
-def by_distance(nats: torch.Tensor, places: torch.Tensor, window: int) -> str:
-    """The mean loss by the distance in tokens from the nearest edge of an aligned window of `window` tokens."""
+def by_distance(nats: torch.Tensor, places: torch.Tensor, window: int, dense: torch.Tensor) -> str:
+    """What the mean loss of `nats` adds to that of `dense` on the same tokens, `[masked tokens]` each.
+
+    By the distance in tokens from the nearest edge of an aligned window of `window` tokens.
+    """
     distance = torch.minimum(places % window, window - 1 - places % window)
     bounds = [0, *(window // 2 >> shift for shift in (3, 2, 1, 0))]
     shown = []
     for start, end in zip(bounds, bounds[1:], strict=False):
-        chosen = nats[(distance >= start) & (distance < end)]
-        shown.append(f"{start}-{end - 1}: {chosen.mean():.4f} ({len(chosen):,})")
-    return "    by distance from an edge  " + ", ".join(shown)
+        chosen = (distance >= start) & (distance < end)
+        shown.append(f"{start}-{end - 1}: {(nats - dense)[chosen].mean():+.4f} ({int(chosen.sum()):,})")
+    return "    more than dense, by distance from an edge  " + ", ".join(shown)
 
 
 def judge(module, query, key, value, attention_mask, scaling=None, **_):
@@ -171,16 +174,17 @@ def main(argv=None) -> None:
     longest = max(len(inputs) for inputs, _ in documents) + 2
     print(f"{'model':<10} {'window':>7} {'kept':>6} {'loss':>8} {'masked tokens':>14} {'seconds':>8}", flush=True)
 
-    def row(name: str, model, length: int) -> None:
+    def row(name: str, model, length: int, compared: torch.Tensor | None = None) -> torch.Tensor:
         started = time.perf_counter()
         nats, places = losses(model, documents, length, *ends)
         seconds = time.perf_counter() - started
         kept = kept_blocks(model, min(length, longest))
         print(f"{name:<10} {length:>7,} {kept:>6.1%} {nats.mean():>8.4f} {len(nats):>14,} {seconds:>8.0f}", flush=True)
-        if options.edges:
-            print(by_distance(nats, places, source_length), flush=True)
+        if options.edges and compared is not None:
+            print(by_distance(nats, places, source_length, compared), flush=True)
+        return nats
 
-    row("dense", dense, source_length)
+    own = row("dense", dense, source_length)
     for layout in options.layout or [""]:
         with tempfile.TemporaryDirectory() as work:
             converted = options.converted
@@ -189,7 +193,7 @@ def main(argv=None) -> None:
                 convert(options.model, converted, options.max_length, layout)
             judged = load_judged(converted)
         for length in options.lengths:
-            row("converted", judged, length)
+            row("converted", judged, length, own)
 
 
 if __name__ == "__main__":
