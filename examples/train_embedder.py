@@ -1,7 +1,7 @@
 """Train a converted sentence-transformers model to find long documents by a sentence from anywhere in them.
 
     python examples/train_embedder.py --model out/ --documents docs.jsonl --output_dir trained/ --bf16 \
-        --per_device_train_batch_size 128 --num_train_epochs 40 --learning_rate 5e-5
+        --per_device_train_batch_size 128 --num_train_epochs 40 --learning_rate 5e-5 --dataloader_num_workers 4
 
 Each line of `docs.jsonl` (or `.jsonl.gz`) has a `text` and, if there is one, a `query` that it answers. Without one, a
 sentence of the document is drawn each time that the document is used. The other documents of the batch are negatives.
@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+from torch.nn.utils.rnn import pad_sequence
 from transformers import HfArgumentParser
 
 import bsa_export  # noqa: F401  (registers the attention that the model's config.json names)
@@ -74,8 +76,9 @@ class Collator:
         pairs = [self.documents[row["number"]].draw(self.choices) for row in rows]
         batch = {}
         for name, texts in zip(("query", "document"), zip(*pairs, strict=True), strict=True):
-            padded = self.tokenizer.pad({"input_ids": [[first, *ids, last] for ids in texts]}, return_tensors="pt")
-            batch |= {f"{name}_{key}": value for key, value in padded.items()}
+            ids = [torch.tensor([first, *text, last]) for text in texts]
+            batch[f"{name}_input_ids"] = pad_sequence(ids, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            batch[f"{name}_attention_mask"] = pad_sequence([torch.ones_like(one) for one in ids], batch_first=True)
         return batch
 
 
