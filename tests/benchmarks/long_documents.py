@@ -29,6 +29,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -146,15 +147,18 @@ def bm25(documents: list[str], queries: list[str], k1: float = 1.2, b: float = 0
     words = [Counter(re.findall(r"\w+", text.lower())) for text in documents]
     sizes = [sum(count.values()) for count in words]
     mean = sum(sizes) / len(sizes)
-    frequency = Counter(word for count in words for word in count)
-    scores = torch.zeros(len(queries), len(documents))
-    for q, query in enumerate(queries):
-        for word in re.findall(r"\w+", query.lower()):
-            idf = math.log(1 + (len(documents) - frequency[word] + 0.5) / (frequency[word] + 0.5))
-            for d, count in enumerate(words):
-                if tf := count[word]:
-                    scores[q, d] += idf * tf * (k1 + 1) / (tf + k1 * (1 - b + b * sizes[d] / mean))
-    return scores
+    lengths = torch.tensor(sizes, dtype=torch.float64) / mean
+
+    @cache
+    def of(word: str) -> Tensor:
+        """What a word adds to the score of each document, `[documents]`."""
+        tf = torch.tensor([count[word] for count in words], dtype=torch.float64)
+        frequency = int((tf > 0).sum())
+        idf = math.log(1 + (len(documents) - frequency + 0.5) / (frequency + 0.5))
+        return idf * tf * (k1 + 1) / (tf + k1 * (1 - b + b * lengths))
+
+    none = torch.zeros(len(documents), dtype=torch.float64)
+    return torch.stack([sum(map(of, re.findall(r"\w+", query.lower())), none) for query in queries])
 
 
 def similarities(documents: Vectors, queries: Tensor) -> Tensor:
