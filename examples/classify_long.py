@@ -21,14 +21,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import numpy as np
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-)
+import transformers
 
 import bsa_export  # noqa: F401  (registers the attention that the model's config.json names)
 
@@ -77,27 +70,22 @@ def passages(books: list[list[int]], count: int, choices: Choices, tokenizer) ->
 
 
 def main() -> None:
-    choices, arguments = HfArgumentParser((Choices, TrainingArguments)).parse_args_into_dataclasses()
+    parser = transformers.HfArgumentParser((Choices, transformers.TrainingArguments))
+    choices, arguments = parser.parse_args_into_dataclasses()
     random.seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(choices.dense)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(choices.dense)
     books = chapters(choices.verses, tokenizer, choices.books)
     sets = []
     for count, test in ((choices.train, False), (choices.test, True)):
         texts = [sum((ids for n, ids in book.items() if (n % HELD_OUT == 0) == test), []) for book in books.values()]
         sets.append(passages(texts, count, choices, tokenizer))
-    for name, folder, length in (
-        ("dense", choices.dense, DENSE_LENGTH),
-        ("converted", choices.converted, choices.length),
-    ):
+    models = ("dense", choices.dense, DENSE_LENGTH), ("converted", choices.converted, choices.length)
+    for name, folder, length in models:
         end = [tokenizer.sep_token_id]
         train, test = ([row | {"input_ids": row["input_ids"][: length - 1] + end} for row in rows] for rows in sets)
-        trainer = Trainer(
-            AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(books), dtype="float32"),
-            deepcopy(arguments),
-            DataCollatorWithPadding(tokenizer),
-            train,
-            processing_class=tokenizer,
-        )
+        auto, collate = transformers.AutoModelForSequenceClassification, transformers.DataCollatorWithPadding(tokenizer)
+        model = auto.from_pretrained(folder, num_labels=len(books), dtype="float32")
+        trainer = transformers.Trainer(model, deepcopy(arguments), collate, train, processing_class=tokenizer)
         trainer.train()
         predicted = trainer.predict(test).predictions.argmax(-1)
         accuracy = np.mean(predicted == [row["label"] for row in test])
