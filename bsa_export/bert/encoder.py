@@ -12,6 +12,7 @@ from bsa_export.bert.expected_tensors import (
     Spec,
     dense_spec,
     has_position_table,
+    layer_count,
     longest_input,
     read_sizes,
     sparse_spec,
@@ -19,9 +20,6 @@ from bsa_export.bert.expected_tensors import (
 from bsa_export.bert.families import (
     BUFFERS,
     FREQUENCIES,
-    LAYOUT,
-    POSITIONS,
-    STORED_LAYOUT,
     Family,
     encoder_prefix,
     encoder_prefixes,
@@ -31,6 +29,7 @@ from bsa_export.bert.families import (
 )
 from bsa_export.bert.implied import implied_norms_and_positions, implied_vocabulary
 from bsa_export.bert.other_models import in_encoder
+from bsa_export.bert.structure import POSITIONS, STORED_LAYOUT, Structure
 from bsa_export.checkpoint.foreign import recognise
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.errors import FamilyError
@@ -47,6 +46,7 @@ class Encoder:
         config: content of config.json in the field names that are written.
         sizes: the checked sizes of config.json.
         reserved: position rows in front that are not positions.
+        structure: where its tensors are, by their written names.
         implied: fields of `config` that the tensors decide: those that config.json leaves out, and a padded vocabulary.
         other_prefixes: those of further encoders in the checkpoint, which are not meant.
     """
@@ -56,6 +56,7 @@ class Encoder:
     config: Mapping[str, Any]
     sizes: Sizes
     reserved: int
+    structure: Structure
     implied: Mapping[str, Any] = field(default_factory=dict)
     other_prefixes: tuple[str, ...] = ()
 
@@ -86,14 +87,17 @@ class Encoder:
         rows = positions.shape[0] if positions is not None and positions.shape else None
         family = find_family(config, tensors, rows, prefix)
         written = family.config(config)
-        implied = implied_vocabulary(tensors, prefix, written)
+        inner = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
+        structure = family.structure_of(inner)
+        implied = implied_vocabulary(tensors, prefix + structure.words, written)
         sizes = read_sizes(family, written | implied, where)
         if family.chooses_norms:
             implied |= implied_norms_and_positions(family, tensors, prefix, written, sizes)
         implied = {name: value for name, value in implied.items() if written.get(name) != value}
         written |= implied
         others = tuple(other for other in prefixes if other != prefix)
-        encoder = cls(family, prefix, written, sizes, reserved_rows(family, written), implied, others)
+        reserved = reserved_rows(family, written)
+        encoder = cls(family, prefix, written, sizes, reserved, structure, implied, others)
         if encoder.longest < 1:
             rows = encoder.sizes.max_position_embeddings
             raise FamilyError(
@@ -105,7 +109,8 @@ class Encoder:
 
     @property
     def layers(self) -> int:
-        return self.sizes.num_hidden_layers
+        """How many layers have weights of their own, and so a layout."""
+        return layer_count(self.family, self.sizes, self.structure)
 
     @property
     def heads(self) -> int:
@@ -113,7 +118,7 @@ class Encoder:
 
     @property
     def head_dim(self) -> int:
-        return self.sizes.hidden_size // self.heads
+        return self.sizes.head_dim
 
     @property
     def longest(self) -> int:
@@ -128,7 +133,7 @@ class Encoder:
     @property
     def position_name(self) -> str | None:
         """The written name of the position embeddings; None with rotary positions."""
-        return f"{self.written_prefix}{POSITIONS}" if has_position_table(self.config) else None
+        return f"{self.written_prefix}{POSITIONS}" if has_position_table(self.family, self.config) else None
 
     def written_name(self, name: str) -> str:
         """The name under which a tensor of the checkpoint is written."""
@@ -136,7 +141,12 @@ class Encoder:
 
     def layout_name(self, layer: int) -> str:
         """The written name of a layer's layout."""
-        return self.written_prefix + LAYOUT.format(layer)
+        return self.written_prefix + self.structure.layout_name(layer)
+
+    def projection_names(self, layer: int) -> list[str]:
+        """The written names of a layer's modules that make query, key and value; one, where they are fused."""
+        path = f"{self.written_prefix}{self.structure.layer.format(layer)}"
+        return [f"{path}.{module}" for module in self.structure.projections]
 
     def is_buffer(self, name: str) -> bool:
         """Whether a tensor of the checkpoint is a buffer that the model makes itself."""
@@ -145,27 +155,30 @@ class Encoder:
     def is_frequencies(self, name: str) -> bool:
         """Whether a tensor of the checkpoint holds the rotary frequencies of a layer."""
         inner = name.removeprefix(self.prefix)
-        return not has_position_table(self.config) and re.fullmatch(FREQUENCIES, inner) is not None
+        return self.family.chooses_norms and self.position_name is None and re.fullmatch(FREQUENCIES, inner) is not None
 
     def is_of_other(self, name: str) -> bool:
         """Whether a tensor of the checkpoint belongs to another encoder than the one that is meant."""
         matching = [
             prefix
             for prefix in (self.prefix, *self.other_prefixes)
-            if (name.startswith(prefix) if prefix else in_encoder(name))
+            if (name.startswith(prefix) if prefix else self._is_inside(name))
         ]
         return bool(matching) and max(matching, key=len) != self.prefix
 
     def unused_names(self, written: Iterable[str]) -> list[str]:
         """The written names of the encoder that its class does not compute with: all but those of `dense_spec`."""
         spec, prefix = self.dense_spec(), self.written_prefix
-        own = (name for name in written if (name.startswith(prefix) if prefix else in_encoder(name)))
+        own = (name for name in written if (name.startswith(prefix) if prefix else self._is_inside(name)))
         return [name for name in own if name not in spec and not STORED_LAYOUT.fullmatch(name)]
+
+    def _is_inside(self, inner: str) -> bool:
+        return in_encoder(inner) or inner.partition(".")[0] in self.structure.tops()
 
     def dense_spec(self) -> Spec:
         """The written names and shapes of the dense encoder and of the masked-LM heads."""
-        return dense_spec(self.family, self.config, self.written_prefix)
+        return dense_spec(self.family, self.config, self.written_prefix, self.structure)
 
     def sparse_spec(self) -> Spec:
         """`dense_spec` and a layout for each layer, as a converted folder's config.json implies them."""
-        return sparse_spec(self.family, self.config, self.written_prefix)
+        return sparse_spec(self.family, self.config, self.written_prefix, self.structure)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from bsa_export.bert.families import (
-    LAST_NORM,
-    LAYER,
-    LAYOUT,
-    POSITIONS,
-    PRE_NORM_LAYER,
-    TOKEN_TYPES,
-    WORDS,
+    ABSOLUTE,
+    ROTARY,
+    STATED,
     Family,
     family_list,
     reserved_rows,
 )
 from bsa_export.bert.other_models import NORM_FIELDS, other_computation
+from bsa_export.bert.structure import BERT, Shape, Structure
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.errors import FamilyError
 from bsa_export.text import some
@@ -40,13 +38,36 @@ class Sizes:
     type_vocab_size: int
     embedding_size: int
     task_type_vocab_size: int
+    num_hidden_groups: int
+    num_key_value_heads: int
+    head_dim: int
+
+    @property
+    def query_size(self) -> int:
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def half_head_dim(self) -> int:
+        return self.head_dim // 2
+
+    def shape(self, fields: Shape) -> tuple[int, ...]:
+        """A shape in fields of config.json, each a number, a name or a product of them, in numbers."""
+
+        def factor(name: str) -> int:
+            return int(name) if name.isdigit() else getattr(self, name)
+
+        return tuple(math.prod(map(factor, product.split(" * "))) for product in fields)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is expected under a name: a shape, one of some dtypes, and whether the name may be absent."""
+    """What is expected under a name: a shape (None for any), one of some dtypes, and whether the name may be absent."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     dtypes: tuple[str, ...] = FLOATS
     required: bool = True
 
@@ -97,12 +118,19 @@ def read_sizes(family: Family, config: Mapping[str, Any], where: object = "confi
         FamilyError: one is missing or not a positive integer, the heads do not divide the hidden size, or config.json
             describes what block-sparse attention does not compute.
     """
+    stated = {name: value for name, value in config.items() if value is not None}
+    hidden, heads = stated.get("hidden_size"), stated.get("num_attention_heads")
+    whole = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
     defaults = {
         "type_vocab_size": 2,
-        "embedding_size": config.get("hidden_size"),
+        "embedding_size": hidden,
         "task_type_vocab_size": 3,
-    }
-    stated = {name: value for name, value in config.items() if value is not None}
+        "num_hidden_groups": 1,
+        "num_key_value_heads": heads,
+        "head_dim": max(hidden // heads, 1) if whole else None,  # type: ignore[operator]
+    } | dict(family.defaults)
+    if not family.projects_embeddings:
+        stated["embedding_size"] = hidden
     found: dict[str, int] = {}
     for name in (entry.name for entry in fields(Sizes)):
         value = stated.get(name, defaults.get(name))
@@ -123,16 +151,25 @@ def read_sizes(family: Family, config: Mapping[str, Any], where: object = "confi
         raise FamilyError(
             f"num_hidden_layers: expected at most {MAX_LAYERS:,}", found=f"{sizes.num_hidden_layers:,}", where=where
         )
-    if other := other_computation(config, family.chooses_norms):
+    if other := other_computation(config, _POSITIONS[family.positions], family.chooses_norms):
         name, what = other
         expected = "the computation of BERT: an encoder with absolute positions and a layer norm after each sublayer"
-        if family.chooses_norms:
-            expected = "an encoder with absolute or rotary positions"
+        if family.structures != (BERT,) or family.chooses_norms:
+            expected = f"an encoder with {' or '.join(_POSITIONS[family.positions])} positions"
         elif name in NORM_FIELDS:
             expected = "a config.json of this model, whose tensors have a layer norm after each sublayer"
         raise FamilyError(
             f"expected {expected}",
             found=f"{name}: {what}",
+            where=where,
+        )
+    for name, only in family.requires.items():
+        if stated.get(name, only) != only:
+            raise FamilyError(f"{name}: expected {only}", found=repr(stated[name]), where=where)
+    if sizes.num_attention_heads % sizes.num_key_value_heads:
+        raise FamilyError(
+            f"expected num_key_value_heads that divides num_attention_heads {sizes.num_attention_heads}",
+            found=sizes.num_key_value_heads,
             where=where,
         )
     if config.get("quantization_config"):
@@ -145,73 +182,96 @@ def read_sizes(family: Family, config: Mapping[str, Any], where: object = "confi
     return sizes
 
 
-def dense_spec(family: Family, config: Mapping, prefix: str, where: object = "config.json") -> Spec:
+# Positions of a family -> what `position_embedding_type` of config.json may be. Old code wrote `rope`.
+_POSITIONS = {ABSOLUTE: ("absolute",), ROTARY: ("rotary", "rope"), STATED: ("absolute", "rotary")}
+
+
+def dense_spec(
+    family: Family, config: Mapping, prefix: str, structure: Structure | None = None, where: object = "config.json"
+) -> Spec:
     """The names and shapes of a dense encoder, as they are written, and of the masked-LM heads.
 
     Args:
-        family: decides the heads.
+        family: decides the structure and the heads.
         config: content of config.json in BERT's field names (`Family.config`).
         prefix: what stands before the encoder's names, such as `bert.`.
+        structure: one of the family's; the first unless given.
     """
+    structure = structure or family.structures[0]
     sizes = read_sizes(family, config, where)
+    stated = {name: value for name, value in config.items() if value is not None}
+    facts = (
+        dict(family.defaults)
+        | stated
+        | {
+            "position_table": has_position_table(family, config),
+            "projected_embeddings": sizes.embedding_size != sizes.hidden_size,
+        }
+    )
+    encoder: Spec = {}
 
-    def shape(names: tuple[str, ...]) -> tuple[int, ...]:
-        return tuple(getattr(sizes, name) for name in names)
+    def add(name: str, shape: Shape, required: bool = True) -> None:
+        numbers = sizes.shape(shape) if shape else None
+        encoder[name] = Entry(numbers, required=required and 0 not in (numbers or ()))
 
-    embedding, hidden = ("embedding_size" if family.projects_embeddings else "hidden_size",), ("hidden_size",)
-    encoder = {
-        WORDS: Entry(shape(("vocab_size", *embedding))),
-        POSITIONS: Entry(shape(("max_position_embeddings", *embedding))),
-        TOKEN_TYPES: Entry(shape(("type_vocab_size", *embedding)), required=sizes.type_vocab_size > 0),
-        "embeddings.LayerNorm.weight": Entry(shape(embedding)),
-        "embeddings.LayerNorm.bias": Entry(shape(embedding)),
-    }
-    if not family.lacks_pooler:
-        encoder["pooler.dense.weight"] = Entry(shape(hidden * 2), required=False)
-        encoder["pooler.dense.bias"] = Entry(shape(hidden), required=False)
+    for module, part in structure.outside.items():
+        for name, shape in part.tensors(module, facts):
+            add(name, shape, part.required)
     if config.get(family.own_tensors_if):
-        encoder |= {name: Entry(shape(fields)) for name, fields in family.own_tensors.items()}
-    if family.projects_embeddings and sizes.embedding_size != sizes.hidden_size:
-        encoder["embeddings_project.weight"] = Entry(shape(hidden + embedding))
-        encoder["embeddings_project.bias"] = Entry(shape(hidden))
-    modules = PRE_NORM_LAYER if config.get("pre_layer_norm") else LAYER
-    for layer in range(sizes.num_hidden_layers):
-        encoder |= {f"encoder.layer.{layer}.{name}": Entry(shape(fields)) for name, fields in modules.items()}
-    if config.get("last_layer_norm"):
-        encoder |= {f"{LAST_NORM}.{kind}": Entry(shape(hidden)) for kind in ("weight", "bias")}
-    if not has_position_table(config):
-        del encoder[POSITIONS]
+        for name, shape in family.own_tensors.items():
+            add(name, shape)
+    for layer in range(layer_count(family, sizes, structure)):
+        for module, part in structure.inside.items():
+            if layer >= part.first:
+                for name, shape in part.tensors(f"{structure.layer.format(layer)}.{module}", facts):
+                    add(name, shape, part.required)
+    words = sizes.shape(("vocab_size", "embedding_size"))
     head = {
-        **{name: shape(("vocab_size", *embedding)) for name in family.tied if name.endswith(".weight")},
-        **{name: shape(("vocab_size",)) for pair in family.tied.items() for name in pair if name.endswith(".bias")},
+        **{name: words for name in family.tied if name.endswith(".weight")},
+        **{name: words[:1] for pair in family.tied.items() for name in pair if name.endswith(".bias")},
     }
     return {prefix + name: entry for name, entry in encoder.items()} | {
         name: Entry(size, required=False) for name, size in head.items()
     }
 
 
-def sparse_spec(family: Family, config: Mapping, prefix: str, where: object = "config.json") -> Spec:
+def layer_count(family: Family, sizes: Sizes, structure: Structure | None = None) -> int:
+    """How many layers have weights of their own, and so a layout."""
+    return int(getattr(sizes, (structure or family.structures[0]).layers))
+
+
+def sparse_spec(
+    family: Family, config: Mapping, prefix: str, structure: Structure | None = None, where: object = "config.json"
+) -> Spec:
     """The names, shapes and dtypes that a converted folder's config.json implies: `dense_spec` and the layouts."""
+    structure = structure or family.structures[0]
     section = config.get("sparse_attention")
     block = section.get("block") if isinstance(section, dict) else None
     if not isinstance(block, int) or isinstance(block, bool) or block < 1:
         raise FamilyError("expected a sparse_attention section with a block", found=repr(section)[:80], where=where)
-    spec = dense_spec(family, config, prefix, where)
+    spec = dense_spec(family, config, prefix, structure, where)
     heads, longest = config["num_attention_heads"], longest_input(family, config)
     if longest % block:
         raise FamilyError(f"expected a longest input of whole blocks of {block} tokens", found=longest, where=where)
     layout = Entry((heads, longest // block, longest // block), ("U8",))
-    return spec | {prefix + LAYOUT.format(layer): layout for layer in range(config["num_hidden_layers"])}
+    layers = layer_count(family, read_sizes(family, config, where), structure)
+    return spec | {prefix + structure.layout_name(layer): layout for layer in range(layers)}
 
 
-def has_position_table(config: Mapping[str, Any]) -> bool:
+def has_position_table(family: Family, config: Mapping[str, Any]) -> bool:
     """Whether positions are embeddings, and not rotary."""
-    return config.get("position_embedding_type") != "rotary"
+    if family.positions == STATED:
+        return config.get("position_embedding_type") != "rotary"
+    return family.positions == ABSOLUTE
 
 
 def longest_input(family: Family, config: Mapping) -> int:
-    """The tokens that a model reads: its position rows without the reserved ones. Rotary positions have no rows."""
-    return config["max_position_embeddings"] - reserved_rows(family, config)
+    """The tokens that a model reads: its position rows without the reserved ones.
+
+    A rotary model has no rows; the field counts them nevertheless where the family reserves some.
+    """
+    longest = config.get("max_position_embeddings", family.defaults.get("max_position_embeddings"))
+    return int(longest) - reserved_rows(family, config)
 
 
 def compare(tensors: Mapping[str, Tensor], spec: Spec) -> Misfits:
@@ -221,7 +281,7 @@ def compare(tensors: Mapping[str, Tensor], spec: Spec) -> Misfits:
         entry = spec.get(name)
         if entry is None:
             continue
-        if row.shape != entry.shape:
+        if entry.shape is not None and row.shape != entry.shape:
             mismatched[name] = (str(list(entry.shape)), str(list(row.shape)))
         elif row.dtype not in entry.dtypes:
             mismatched[name] = (" or ".join(entry.dtypes), row.dtype)

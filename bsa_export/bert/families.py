@@ -14,48 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from bsa_export.bert.other_models import appearance
+from bsa_export.bert.structure import (
+    ALBERT,
+    BERT,
+    ELECTRA,
+    ESM,
+    LAST_NORM,
+    POSITIONS,
+    ROBERTA_PRE_NORM,
+    WORDS,
+    XLM_ROBERTA_XL,
+    Structure,
+)
 from bsa_export.errors import FamilyError
 from bsa_export.files import read_json
 
-WORDS = "embeddings.word_embeddings.weight"
-POSITIONS = "embeddings.position_embeddings.weight"
-TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
-# After `encoder.layer.N.`: the modules of a layer, and the shape of their weights in fields of config.json.
-_LINEARS: dict[str, tuple[str, ...]] = {
-    "attention.self.query": ("hidden_size", "hidden_size"),
-    "attention.self.key": ("hidden_size", "hidden_size"),
-    "attention.self.value": ("hidden_size", "hidden_size"),
-    "attention.output.dense": ("hidden_size", "hidden_size"),
-    "intermediate.dense": ("intermediate_size", "hidden_size"),
-    "output.dense": ("hidden_size", "intermediate_size"),
-}
-_POST_NORMS: dict[str, tuple[str, ...]] = {
-    "attention.output.LayerNorm": ("hidden_size",),
-    "output.LayerNorm": ("hidden_size",),
-}
-_PRE_NORMS: dict[str, tuple[str, ...]] = {
-    "PreAttentionLayerNorm": ("hidden_size",),
-    "PostAttentionLayerNorm": ("hidden_size",),
-}
-LAST_NORM = "encoder.FinalLayerNorm"
-LAYOUT = "encoder.layer.{}.attention.self.sparse_self_attention.master_layout"
 FREQUENCIES = r"encoder\.layer\.\d+\.attention\.self\.rotary_emb\.inv_freq"  # of rotary positions, in GENA-LM
 _POST_NORM = r"encoder\.layer\.\d+\.attention\.output\.LayerNorm\..*"
-STORED_LAYOUT = re.compile(r"(.*encoder\.layer\.(\d+)\.attention\.self)\.sparse_self_attention\.master_layout")
-
-
-def _tensors(modules: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
-    """The weight and the bias of each module, and their shapes."""
-    return {
-        f"{name}.{kind}": shape if kind == "weight" else shape[:1]
-        for name, shape in modules.items()
-        for kind in ("weight", "bias")
-    }
-
-
-# What a layer holds with its norms after each sublayer, as in every family, or before it.
-LAYER = _tensors(_LINEARS | _POST_NORMS)
-PRE_NORM_LAYER = _tensors(_LINEARS | _PRE_NORMS)
+ABSOLUTE, ROTARY, STATED = "absolute", "rotary", "stated"  # kinds of positions; config.json states the last one
 
 
 Renames = tuple[tuple[str, str], ...]  # (pattern of the found name, what is written), the first that matches counts
@@ -85,10 +61,14 @@ class Family:
         head_classes: classes -> those of `written_as` that compute the same; a class that is absent runs as an encoder
             alone.
         lacks_token_types: whether it has no token types, so that rows of zeros are added.
-        lacks_pooler: whether its encoder has no pooler.
         projects_embeddings: whether embeddings have a size of their own, `embedding_size`, and are projected.
         own_tensors: names behind the prefix that only this family has -> their shape in fields of config.json.
         own_tensors_if: the field of config.json that says whether the model has `own_tensors`.
+        structures: where its tensors are. The first one has the names of its class; a further one those under which
+            transformers stores them.
+        positions: ABSOLUTE for a table, ROTARY, or STATED for what `position_embedding_type` of config.json says.
+        defaults: fields of its config class that a config.json may leave out, where the tensors depend on them.
+        requires: fields of config.json -> the only value that is computed.
     """
 
     name: str
@@ -107,10 +87,13 @@ class Family:
     own_fields: tuple[str, ...] = ()
     head_classes: Mapping[str, str] | None = None
     lacks_token_types: bool = False
-    lacks_pooler: bool = False
     projects_embeddings: bool = False
     own_tensors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     own_tensors_if: str = ""
+    structures: tuple[Structure, ...] = (BERT,)
+    positions: str = ABSOLUTE
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    requires: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, config: Mapping[str, object]) -> dict[str, object]:
         """The config.json for the written names."""
@@ -146,6 +129,10 @@ class Family:
         """The attribute that holds the encoder in what is written."""
         return FAMILIES[self.written_as or self.name].prefix
 
+    def structure_of(self, inner: Collection[str]) -> Structure:
+        """The structure that has names behind the prefix; the class's own where none has."""
+        return next((one for one in self.structures if one.is_in(inner)), self.structures[0])
+
     def class_without_equal(self, config: Mapping[str, object]) -> str | None:
         """The class of config.json whose head `written_as` does not compute, None if there is none."""
         if self.head_classes is None:
@@ -176,7 +163,7 @@ FAMILIES = {
             False,
             {"generator_lm_head.weight": f".{WORDS}"},
             marks={r"embeddings_project\..*": ""},
-            lacks_pooler=True,
+            structures=(ELECTRA,),
             projects_embeddings=True,
         ),
         Family(
@@ -234,6 +221,49 @@ FAMILIES = {
             },
             lacks_token_types=True,
         ),
+        Family(
+            "esm",
+            "Esm",
+            "esm",
+            True,
+            {"lm_head.decoder.weight": f".{WORDS}"},
+            marks={r"encoder\.emb_layer_norm_after\..*": ""},
+            structures=(ESM,),
+            positions=STATED,
+            defaults={"max_position_embeddings": 1026},
+            requires={"is_folding_model": False},
+        ),
+        Family(
+            "albert",
+            "Albert",
+            "albert",
+            False,
+            {"predictions.decoder.weight": f".{WORDS}", "predictions.decoder.bias": "predictions.bias"},
+            marks={r"encoder\.albert_layer_groups\..*": ""},
+            projects_embeddings=True,
+            structures=(ALBERT,),
+            defaults={"embedding_size": 128, "num_hidden_groups": 1},
+            requires={"inner_group_num": 1},
+        ),
+        Family(
+            "roberta-prelayernorm",
+            "RobertaPreLayerNorm",
+            "roberta_prelayernorm",
+            True,
+            _ROBERTA_HEAD,
+            marks={r"encoder\.layer\.\d+\.intermediate\.LayerNorm\..*": ""},
+            structures=(ROBERTA_PRE_NORM,),
+        ),
+        Family(
+            "xlm-roberta-xl",
+            "XLMRobertaXL",
+            "roberta",
+            True,
+            _ROBERTA_HEAD,
+            marks={r"encoder\.layer\.\d+\.attention\.self_attn_layer_norm\..*": ""},
+            structures=(XLM_ROBERTA_XL,),
+            defaults={"type_vocab_size": 1},
+        ),
         # DeepSpeed's own recipe (DeepSpeedExamples' bing_bert) and GENA-LM, as the class of `hf.prenorm_bert`.
         Family(
             "bsa_bert",
@@ -247,6 +277,7 @@ FAMILIES = {
             },
             stated_as=("bert",),
             chooses_norms=True,
+            positions=STATED,
             encoder_names=(
                 (r"encoder\.layer\.(\d+)\.pre_attention_ln\.(.*)", r"encoder.layer.\1.PreAttentionLayerNorm.\2"),
                 (r"encoder\.layer\.(\d+)\.post_attention_ln\.(.*)", r"encoder.layer.\1.PostAttentionLayerNorm.\2"),
@@ -321,8 +352,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def encoder_prefixes(names: Collection[str]) -> list[str]:
-    """What stands before each `embeddings.word_embeddings.weight`, such as `bert.`; `""` for an encoder alone."""
-    return sorted(name.removesuffix(WORDS) for name in names if name == WORDS or name.endswith(f".{WORDS}"))
+    """What stands before each encoder's word embeddings, such as `bert.`; `""` for an encoder alone.
+
+    BERT's name of the word embeddings counts where it is there: others stand in parts that are no encoders too.
+    """
+    for words in dict.fromkeys(one.words for family in FAMILIES.values() for one in family.structures):
+        if found := sorted(name.removesuffix(words) for name in names if name == words or name.endswith(f".{words}")):
+            return found
+    return []
 
 
 def encoder_prefix(names: Collection[str], chosen: str | None = None) -> str:
@@ -394,10 +431,14 @@ def find_family(
             found=f"{model} ({sign})",
             hint="if it is one of them, state its model_type in config.json",
         )
+    if marked := next(
+        (family for family in families if family.structures != (BERT,) and family.is_marked(inner)), None
+    ):
+        return marked
     last = prefix.rstrip(".").rpartition(".")[2]
     roberta = position_rows is not None and position_rows % 16 == 2 and config.get("pad_token_id") == 1
     return (
-        next((family for family in families if family.prefix == last), None)
+        next((one for one in families if one.prefix == last and one.structures[0].words == WORDS), None)
         or next((family for family in families if family.has_class(class_name)), None)
         or next((family for family in families if family.is_marked(inner)), None)
         or FAMILIES["roberta" if roberta else "bert"]

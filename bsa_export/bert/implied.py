@@ -12,15 +12,8 @@ from typing import Any
 import numpy as np
 
 from bsa_export.bert.expected_tensors import FLOATS, Sizes
-from bsa_export.bert.families import (
-    FREQUENCIES,
-    LAST_NORM,
-    POSITIONS,
-    WORDS,
-    Family,
-    class_names,
-    written_name,
-)
+from bsa_export.bert.families import FREQUENCIES, Family, class_names, written_name
+from bsa_export.bert.structure import LAST_NORM, POSITIONS
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.errors import FamilyError
@@ -35,12 +28,17 @@ _PRE_NORM = re.compile(r"encoder\.layer\.\d+\.(Pre|Post)AttentionLayerNorm\..*")
 LEAST_F16 = 2.0**-24  # absolute: smaller ones are stored as a multiple of it
 
 
-def implied_vocabulary(tensors: Mapping[str, Tensor], prefix: str, config: Mapping[str, Any]) -> Fields:
+def implied_vocabulary(tensors: Mapping[str, Tensor], name: str, config: Mapping[str, Any]) -> Fields:
     """`vocab_size` where config.json has none, or has it without the padding to a round number of rows.
 
     DeepSpeed's recipe takes the size from its tokenizer, and pads it to a multiple of 8.
+
+    Args:
+        tensors: of the checkpoint.
+        name: that of the word embeddings.
+        config: content of config.json.
     """
-    words, stated = tensors.get(f"{prefix}{WORDS}"), config.get("vocab_size")
+    words, stated = tensors.get(name), config.get("vocab_size")
     if words is None or len(words.shape) != 2:
         return {}
     rows = words.shape[0]

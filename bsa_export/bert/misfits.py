@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from bsa_export.bert.encoder import Encoder
 from bsa_export.bert.expected_tensors import FLOATS, Misfits, Sizes, compare, dense_spec
-from bsa_export.bert.families import LAYER, POSITIONS, PRE_NORM_LAYER, TOKEN_TYPES, WORDS, family_list
+from bsa_export.bert.families import family_list
 from bsa_export.bert.other_models import describe_tensor
+from bsa_export.bert.structure import POSITIONS, TOKEN_TYPES
 from bsa_export.checkpoint.foreign import recognise
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.errors import FamilyError
@@ -92,8 +92,11 @@ def _what_to_do(encoder: Encoder, name: str) -> str:
 
 
 def _is_of_more_layers(encoder: Encoder, name: str) -> bool:
-    match = re.match(r"encoder\.layer\.(\d+)\.(.*)", name.removeprefix(encoder.written_prefix))
-    return match is not None and int(match[1]) >= encoder.layers and match[2] in {**LAYER, **PRE_NORM_LAYER}
+    place = encoder.structure.layer_of(name.removeprefix(encoder.written_prefix))
+    if place is None:
+        return False
+    layer, inner = place
+    return layer >= encoder.layers and inner.rpartition(".")[0] in encoder.structure.inside
 
 
 def _likely_cause(written: Mapping[str, Tensor], encoder: Encoder, misfits: Misfits) -> str | None:
@@ -111,12 +114,12 @@ def _likely_cause(written: Mapping[str, Tensor], encoder: Encoder, misfits: Misf
         return f"config.json has {stated}: is this config.json from the same model?"
     shapes = {name: row.shape for name, row in written.items() if name in misfits.mismatched}
     expected = encoder.dense_spec()
-    if shapes and all(shape == expected[name].shape[::-1] for name, shape in shapes.items()):
+    if shapes and all(shape == (expected[name].shape or ())[::-1] for name, shape in shapes.items()):
         return "the weights are transposed, as TensorFlow stores them"
     if shapes and all(".attention." in name for name in shapes):
         return "heads of some layers look pruned: block-sparse attention needs the same heads in every layer"
     if shapes and all(
-        len(shape) == 1 and math.prod(expected[name].shape) == shape[0] for name, shape in shapes.items()
+        len(shape) == 1 and math.prod(expected[name].shape or ()) == shape[0] for name, shape in shapes.items()
     ):
         return "the weights are flattened, as FSDP stores them"
     if misfits.missing and not shapes and not encoder.unused_names(written):
@@ -134,27 +137,29 @@ def _sizes_of(written: Mapping[str, Tensor], encoder: Encoder) -> dict[str, int]
         if row is not None and len(row.shape) == 2:
             found[field] = row.shape[axis]
 
-    size("vocab_size", WORDS, 0)
+    layer = encoder.structure.layer.format(0)
+    size("vocab_size", encoder.structure.words, 0)
     size("max_position_embeddings", POSITIONS, 0)
     size("type_vocab_size", TOKEN_TYPES, 0)
-    size("hidden_size", "encoder.layer.0.attention.output.dense.weight", 0)
-    size("intermediate_size", "encoder.layer.0.intermediate.dense.weight", 0)
+    for module, part in encoder.structure.inside.items():
+        if part.shape in (("hidden_size", "hidden_size"), ("intermediate_size", "hidden_size")):
+            size(part.shape[0], f"{layer}.{module}.weight", 0)  # the last product to the hidden size counts
     if encoder.family.projects_embeddings:
-        size("embedding_size", WORDS, 1)
-    layer = re.compile(re.escape(prefix) + r"encoder\.layer\.(\d+)\.")
-    numbers = {int(match[1]) for name in written if (match := layer.match(name))}
+        size("embedding_size", encoder.structure.words, 1)
+    places = (encoder.structure.layer_of(name.removeprefix(prefix)) for name in written if name.startswith(prefix))
+    numbers = {place[0] for place in places if place}
     if numbers and numbers == set(range(len(numbers))):
-        found["num_hidden_layers"] = len(numbers)
+        found[encoder.structure.layers] = len(numbers)
     return {name: size for name, size in found.items() if name in {field.name for field in fields(Sizes)}}
 
 
 def _fits(written: Mapping[str, Tensor], encoder: Encoder, config: Mapping[str, Any]) -> bool:
     try:
-        found = compare(written, dense_spec(encoder.family, config, encoder.written_prefix))
+        found = compare(written, dense_spec(encoder.family, config, encoder.written_prefix, encoder.structure))
     except FamilyError:
         config = {**config, "num_attention_heads": 1}
         try:
-            found = compare(written, dense_spec(encoder.family, config, encoder.written_prefix))
+            found = compare(written, dense_spec(encoder.family, config, encoder.written_prefix, encoder.structure))
         except FamilyError:
             return False
     return not (found.missing or found.mismatched)

@@ -6,7 +6,7 @@ Names and fields are those of transformers 5.24 and of the public sources of GEN
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 # How the names of their classes begin -> what they are.
 _CLASSES = {
@@ -19,12 +19,10 @@ _CLASSES = {
     "MarkupLM": "MarkupLM",
     "MegatronBert": "Megatron-BERT",
     "MobileBert": "MobileBERT",
-    "RobertaPreLayerNorm": "RoBERTa-PreLayerNorm",
     "RoCBert": "RoCBert",
     "Splinter": "Splinter",
     "Tapas": "TAPAS",
     "VisualBert": "VisualBERT",
-    "XLMRobertaXL": "XLM-RoBERTa-XL",
     "Xmod": "X-MOD",
 }
 # A part of the encoder's prefix -> what it is.
@@ -40,7 +38,6 @@ _PREFIXES = {
     "luke": "LUKE",
     "markuplm": "MarkupLM",
     "mobilebert": "MobileBERT",
-    "roberta_prelayernorm": "RoBERTa-PreLayerNorm",
     "roc_bert": "RoCBert",
     "splinter": "Splinter",
     "tapas": "TAPAS",
@@ -68,7 +65,6 @@ _FIELDS = {
     "relative_attention": "DeBERTa",
     "pos_att_type": "DeBERTa",
     "rotary_value": "RoFormer",
-    "num_hidden_groups": "ALBERT",
     "num_landmarks": "Nystromformer",
     "head_ratio": "ConvBERT",
     "channel_shrink_ratio": "LiLT",
@@ -146,16 +142,19 @@ def appearance(config: Mapping[str, object], prefix: str) -> tuple[str, str] | N
     return None
 
 
-def other_computation(config: Mapping[str, object], chooses_norms: bool = False) -> tuple[str, str] | None:
+def other_computation(
+    config: Mapping[str, object], positions: Sequence[str] = ("absolute",), chooses_norms: bool = False
+) -> tuple[str, str] | None:
     """A field of config.json that asks for another computation than BERT's, and which; None where there is none.
 
     Args:
         config: content of config.json.
-        chooses_norms: whether norms before each sublayer and rotary positions are computed too.
+        positions: the kinds of positions that are computed, by `position_embedding_type`.
+        chooses_norms: whether norms before each sublayer are computed too.
     """
-    kind = config.get("position_embedding_type") or "absolute"
-    if kind != "absolute" and not (chooses_norms and kind == "rotary"):
-        return f"position_embedding_type {kind!r}", f"{kind} positions instead of absolute ones"
+    kind = config.get("position_embedding_type") or positions[0]
+    if kind not in positions:
+        return f"position_embedding_type {kind!r}", f"{kind} positions instead of {positions[0]} ones"
     own = NORM_FIELDS if chooses_norms else ()
     return next(
         ((name, what) for name, what in _COMPUTE_OTHERWISE.items() if name not in own and config.get(name)), None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from bsa_export.bert.encoder import Encoder
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.conversion.options import Options
@@ -116,18 +117,18 @@ def _default_block(source_length: int, length: int | None) -> int:
 def kept_layouts(
     tensors: Mapping[str, Tensor],
     stored: Mapping[int, str],
-    config: Mapping[str, Any],
-    source_length: int,
+    encoder: Encoder,
     options: Options,
 ) -> tuple[SparsityConfig, list[np.ndarray]]:
     """The sparsity config and layouts of a source that is sparse already: as stored, else as configured."""
+    config, source_length = encoder.config, encoder.longest
     if options.chooses_sparsity or options.max_length not in (None, source_length) or options.positions != "tile":
         raise SparsityError(
             "the source is sparse already, and its layouts are kept",
             where="source",
             hint="leave the options for sparsity, length and positions out, or convert it with --to-dense first",
         )
-    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    layers, heads = encoder.layers, encoder.heads
     section = config.get("sparse_attention") or {}
     if not isinstance(section, Mapping):
         raise SparsityError(

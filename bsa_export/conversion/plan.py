@@ -13,9 +13,10 @@ import numpy as np
 
 from bsa_export.bert.encoder import Encoder
 from bsa_export.bert.expected_tensors import compare, sparse_spec
-from bsa_export.bert.families import STORED_LAYOUT, TOKEN_TYPES, WORDS, Family
+from bsa_export.bert.families import Family
 from bsa_export.bert.misfits import refuse_misfits
 from bsa_export.bert.positions import extend
+from bsa_export.bert.structure import STORED_LAYOUT, TOKEN_TYPES, WORDS
 from bsa_export.checkpoint.comparison import same_bytes
 from bsa_export.checkpoint.dtypes import DTYPES, TORCH_NAMES, cast, read
 from bsa_export.checkpoint.table import Computed, Tensor, tied
@@ -39,6 +40,7 @@ class Plan:
         config: content of the new config.json.
         source_config: content of the source's.
         source_length, max_length: tokens that the source and the new model read.
+        head_dim: elements of a head.
         sparsity: the sparsity config; its layouts are `layouts`, uint8 `[heads, n, n]` one a layer.
         renamed: source's name -> written name.
         changed: written name -> what is done to its values.
@@ -61,6 +63,7 @@ class Plan:
     source_config: dict[str, Any]
     source_length: int
     max_length: int
+    head_dim: int
     sparsity: SparsityConfig
     layouts: list[np.ndarray]
     renamed: dict[str, str]
@@ -102,7 +105,7 @@ class Plan:
     def attention_flops(self, density: float) -> float:
         """Floating-point operations of one input of the longest length, in all attention layers."""
         heads, layers = self.config["num_attention_heads"], self.config["num_hidden_layers"]
-        return attention_flops(density, self.max_length, self.config["hidden_size"] // heads, heads, layers)
+        return attention_flops(density, self.max_length, self.head_dim, heads, layers)
 
 
 @dataclass
@@ -150,7 +153,7 @@ def plan(
         draft.stored or encoder.config.get("sparse_attention") or encoder.config.get("sparse_config_cls")
     )
     if sparse_source:
-        sparsity, layouts = kept_layouts(tensors, draft.stored, encoder.config, encoder.longest, options)
+        sparsity, layouts = kept_layouts(tensors, draft.stored, encoder, options)
         _note_kept_layouts(draft, encoder, tensors, sparsity, layouts)
     else:
         sparsity, layouts = chosen_layouts(options, encoder.longest, encoder.heads, encoder.layers)
@@ -161,7 +164,9 @@ def plan(
     _store_layouts(draft, encoder, layouts)
     removed = _note_removed_fields(draft, config)
     new_config = _sparse_config(encoder, removed, max_length, sparsity, options)
-    compare(draft.written, sparse_spec(encoder.family, new_config, encoder.written_prefix)).raise_if_any(where)
+    compare(
+        draft.written, sparse_spec(encoder.family, new_config, encoder.written_prefix, encoder.structure)
+    ).raise_if_any(where)
     if (head := encoder.family.class_without_equal(config)) is not None:
         start = encoder.family.encoder_class.removesuffix("Model")
         kept = (
@@ -175,6 +180,7 @@ def plan(
         source_config=dict(config),
         source_length=encoder.longest,
         max_length=max_length,
+        head_dim=encoder.head_dim,
         sparsity=sparsity,
         layouts=layouts,
         renamed=draft.renamed,

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from bsa_export.bert.encoder import Encoder
-from bsa_export.bert.families import FAMILIES, POSITIONS, STORED_LAYOUT, Family, find_config, read_config
+from bsa_export.bert.families import FAMILIES, Family, find_config, read_config
+from bsa_export.bert.structure import POSITIONS, STORED_LAYOUT
 from bsa_export.checkpoint.atomic_folder import AtomicFolder
 from bsa_export.checkpoint.dtypes import cast, read
 from bsa_export.checkpoint.open import open_checkpoint

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bsa_export.bert.expected_tensors import compare, has_position_table
-from bsa_export.bert.families import FAMILIES
+from bsa_export.bert.families import FAMILIES, reserved_rows
 from bsa_export.checkpoint.checksum import file_checksum
 from bsa_export.checkpoint.dtypes import DTYPES, TORCH_NAMES, read
 from bsa_export.checkpoint.open import WEIGHT_ENDINGS
@@ -156,7 +156,8 @@ def _weight_file_faults(opened: ConvertedFolder) -> list[str]:
 def _config_faults(opened: ConvertedFolder, record: ConversionRecord) -> list[str]:
     """config.json against the source's, which conversion.json holds, and against what it says was done."""
     source = {name: value for name, value in record.source.config.items() if name not in record.removed_fields}
-    expected = FAMILIES[record.family].config(source) | record.implied_config
+    family = FAMILIES[record.family]
+    expected = family.config(source) | record.implied_config
     if record.attn_implementation is not None:
         expected["attn_implementation"] = record.attn_implementation
     if (dtype := record.options.dtype) in DTYPES:
@@ -169,8 +170,8 @@ def _config_faults(opened: ConvertedFolder, record: ConversionRecord) -> list[st
     expected["sparse_attention"] = sparsity.to_parameters()
     if record.positions is not None:
         expected["max_position_embeddings"] = record.positions.rows
-    elif not has_position_table(expected):
-        expected["max_position_embeddings"] = record.max_length
+    elif not has_position_table(family, expected):
+        expected["max_position_embeddings"] = reserved_rows(family, expected) + record.max_length
     names = [*expected, *(name for name in opened.config if name not in expected)]
     absent = object()
     faults = [

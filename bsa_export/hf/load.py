@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,8 @@ HEADS = {
     "lm_head.": "MODEL_FOR_MASKED_LM_MAPPING",
     "generator_lm_head.": "MODEL_FOR_MASKED_LM_MAPPING",
     "discriminator_predictions.": "MODEL_FOR_PRETRAINING_MAPPING",
+    "sop_classifier.": "MODEL_FOR_PRETRAINING_MAPPING",
+    "predictions.": "MODEL_FOR_MASKED_LM_MAPPING",
 }
 
 
@@ -129,7 +132,7 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and transformers' account of the tensors that did not fit."""
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    has_pooler = any(name.endswith("pooler.dense.weight") for name in folder.tensors)
+    has_pooler = any(re.search(r"\bpooler\.(dense\.)?weight$", name) for name in folder.tensors)
     if not has_pooler and "add_pooling_layer" in inspect.signature(model_class).parameters:
         options["add_pooling_layer"] = False
     try:
@@ -165,7 +168,8 @@ def _refuse_misfits(
 
     A head that the class does not have only gets a line in the log.
     """
-    encoder = f"{model.base_model_prefix}.encoder.", f"{model.base_model_prefix}.embeddings.", "encoder.", "embeddings."
+    parts = ("encoder.", "embeddings.", "layers.")
+    encoder = (*(f"{model.base_model_prefix}.{part}" for part in parts), *parts)
     lost = [name for name in unexpected_keys if name.startswith(encoder)]
     misfits = {
         "missing": sorted(missing_keys),

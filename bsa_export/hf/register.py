@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from bsa_export.bert.families import FAMILIES
+from bsa_export.bert.structure import BERT, Structure
 from bsa_export.errors import AttentionError
 from bsa_export.hf.attention import attention, key_padding_mask
 from bsa_export.hf.stored_layout import IN_MEMORY, NAME, StoredLayout, blocks_of, has_section
@@ -64,32 +66,58 @@ def give_layout(parent: nn.Module, name: str, submodule: nn.Module | None) -> No
 
     A model with a `sparse_attention` section that is built for dense attention gets a warning instead.
     """
-    if submodule is None or name not in ("self", "embeddings", "encoder"):
+    if submodule is None or name not in _NAMES:
         return
     # What the module itself holds: the `config` of a wrapper or of an unrelated class may be a property that raises.
     own = vars(submodule)
-    config: Any = vars(parent).get("config") if name == "embeddings" else own.get("config")
+    config: Any = vars(parent).get("config") if name in _WORDS else own.get("config")
     implementation = getattr(config, "_attn_implementation", None)
     if implementation != NAME:
-        if name == "embeddings" and implementation in DENSE and has_section(config):
+        if name in _WORDS and implementation in DENSE and has_section(config):
             _warn_dense(parent, implementation)
         return
-    if name == "self" and hasattr(submodule, "query") and not hasattr(submodule, "sparse_self_attention"):
+    structure = structure_of(config)
+    if is_attention(structure, name, submodule) and not hasattr(submodule, "sparse_self_attention"):
         if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
             raise AttentionError(
                 "block-sparse attention runs encoders only", found="is_decoder or add_cross_attention in the config"
             )
         submodule.sparse_self_attention = StoredLayout(config.num_attention_heads, *blocks_of(config))
-    elif name == "embeddings" and hasattr(submodule, "word_embeddings") and "longest" not in own:
+    elif has_words(structure, name, submodule) and "longest" not in own:
         config.attn_implementation = NAME  # a plain attribute, which save_pretrained writes into config.json
         num_blocks, block = blocks_of(config)
-        own["longest"] = num_blocks * block
-        submodule.register_forward_pre_hook(_refuse_longer, with_kwargs=True)
-        parent.register_forward_pre_hook(partial(_refuse_longer_in_row, own["longest"]), with_kwargs=True)
-    elif name == "encoder" and hasattr(submodule, "layer") and "drops_padding" not in own:
+        longest = own["longest"] = num_blocks * block
+        # Where the model loops over the layers itself, it passes position_ids on even if its caller gave none.
+        reader = submodule if structure.layer.startswith("encoder.") else parent
+        reader.register_forward_pre_hook(partial(_refuse_longer, longest), with_kwargs=True)
+        parent.register_forward_pre_hook(partial(_refuse_longer_in_row, longest), with_kwargs=True)
+    elif name == "encoder" and hasattr(submodule, structure.layer.split(".")[1]) and "drops_padding" not in own:
         own["drops_padding"] = True
         submodule.register_forward_pre_hook(unpad_input, with_kwargs=True)
         submodule.register_forward_hook(pad_input, with_kwargs=True)
+
+
+_STRUCTURES = {family.structures[0] for family in FAMILIES.values()}  # those of transformers' classes
+_WORDS = {one.words.partition(".")[0] for one in _STRUCTURES}
+_NAMES = _WORDS | {one.attention.rpartition(".")[2] for one in _STRUCTURES} | {"encoder"}
+
+
+def structure_of(config: Any) -> Structure:
+    """The structure of a class of transformers, by its config; BERT's for a model type that is not known."""
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    return family.structures[0] if family else BERT
+
+
+def is_attention(structure: Structure, name: str, module: nn.Module) -> bool:
+    """Whether a submodule of that name calls the attention function of its layer."""
+    own = structure.attention.rpartition(".")[2]
+    return name == own and hasattr(module, structure.projections[0].rpartition(".")[2])
+
+
+def has_words(structure: Structure, name: str, module: nn.Module) -> bool:
+    """Whether a submodule of that name is, or holds, the word embeddings."""
+    own, _, table = structure.words.removesuffix(".weight").partition(".")
+    return name == own and (not table or hasattr(module, table))
 
 
 # The dense attention functions of transformers. Others may be sparse too.
@@ -105,7 +133,7 @@ def _warn_dense(model: nn.Module, implementation: str) -> None:
     )
 
 
-def _refuse_longer(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _refuse_longer(longest: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuses an input that is too long, before the position table's index error.
 
     With `position_ids` the input may be a packed row.
@@ -119,7 +147,7 @@ def _refuse_longer(embeddings: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     inputs = args[0] if args else kwargs.get("input_ids")
     inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
     if inputs is not None:
-        _refuse_more_than(embeddings.longest, inputs.shape[1])
+        _refuse_more_than(longest, inputs.shape[1])
 
 
 def _refuse_longer_in_row(longest: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

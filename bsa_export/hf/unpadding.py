@@ -50,7 +50,9 @@ def unpad_input(
     if encoder.config._attn_implementation != NAME:
         return None
     hidden = args[0] if args else kwargs.pop("hidden_states")
-    args = (hidden, *args[1:])
+    if len(args) > 1:  # by position
+        kwargs["attention_mask"] = args[1]
+    args = (hidden, *args[2:])
     mask, cu_seqlens = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         longest = kwargs.get("max_length_q")
@@ -77,8 +79,14 @@ def unpad_input(
     padding_before = padding_before.repeat_interleave(seqlens, output_size=tokens)
     indices = torch.arange(tokens, device=hidden.device) + padding_before
     packed = Packed(cu_seqlens.to(torch.int32), max(lengths), indices, (batch, seq))
-    hidden = hidden.flatten(0, 1).index_select(0, indices)[None]  # [1, tokens, hidden]
-    return (hidden, *args[1:]), kwargs | {"packed": packed}
+    if (turns := kwargs.get("position_embeddings")) is not None:  # cosines and sines, [1 or batch, seq, size] each
+        kwargs["position_embeddings"] = tuple(_picked(turn.expand(batch, -1, -1), indices) for turn in turns)
+    return (_picked(hidden, indices), *args[1:]), kwargs | {"packed": packed}
+
+
+def _picked(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """`[batch, seq, size]` as one row of the tokens that `indices` names, `[1, tokens, size]`."""
+    return rows.flatten(0, 1).index_select(0, indices.to(rows.device))[None]
 
 
 def _can_pack(encoder: Any, kwargs: dict[str, Any]) -> bool:
@@ -86,7 +94,7 @@ def _can_pack(encoder: Any, kwargs: dict[str, Any]) -> bool:
         return False
     if kwargs.get("output_hidden_states") or encoder.config.output_hidden_states:
         return False
-    return not any(getattr(layer, "chunk_size_feed_forward", 0) for layer in encoder.layer)
+    return not getattr(encoder.config, "chunk_size_feed_forward", 0)
 
 
 def pad_input(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

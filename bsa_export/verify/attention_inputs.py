@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from bsa_export.bert.families import POSITIONS, TOKEN_TYPES, WORDS
+from bsa_export.bert.structure import BERT, POSITIONS, TOKEN_TYPES, WORDS
 from bsa_export.checkpoint import table
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.converted.folder import ConvertedFolder
@@ -34,12 +37,25 @@ def turned(x: Tensor, rotary_dim: int, base: float) -> Tensor:
     return torch.cat([pairs.real, pairs.imag, wide[..., rotary_dim:]], dim=-1).to(x.dtype)
 
 
+def rotation(config: Mapping[str, Any], layer: int, head_dim: int) -> tuple[int, float]:
+    """How many elements of a head are rotated, and the base of their frequencies, by the fields of config.json.
+
+    Scaled frequencies are not computed: the inputs only have to be of the right kind.
+    """
+    base = config.get("rotary_base") or config.get("rope_theta") or 10_000
+    stated = config.get("rope_parameters") or {}
+    kinds = config.get("layer_types") or []
+    stated = stated.get(kinds[layer], stated) if layer < len(kinds) else stated
+    return config.get("rotary_dim") or head_dim, float(stated.get("rope_theta") or base)
+
+
 class Projections:
     """Computes what reaches the attention of each layer.
 
     The first layer gets the model's embeddings of seeded tokens. The others get seeded normal noise through the weight
     and bias of the LayerNorm before them, whose scale is that of the hidden states there. With norms before each
-    sublayer, the layer's own one comes between. Rotary positions are applied.
+    sublayer, the layer's own one comes between. Encoders that are not built as BERT is get noise in every layer.
+    Rotary positions are applied.
 
     Args:
         folder: whose weights count.
@@ -54,31 +70,38 @@ class Projections:
 
     def __call__(self, layer: int, batch: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of a layer, float32 `[batch, heads, length, head_dim]`."""
-        config = self.folder.encoder.config
+        encoder, sizes = self.folder.encoder, self.folder.encoder.sizes
         hidden = self._hidden(layer, batch, length)
+        modules = [name.removeprefix(self.folder.prefix) for name in encoder.projection_names(layer)]
         if layer != self._layer:
-            names = [f"{part}.{kind}" for part in ("query", "key", "value") for kind in ("weight", "bias")]
-            self._weights = {name: self._take(f"encoder.layer.{layer}.attention.self.{name}") for name in names}
+            names = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+            self._weights = {name: self._take(name) for name in names if self._has(name)}
             self._layer = layer
-        query, key, value = (
-            linear(hidden, self._weights[f"{x}.weight"], self._weights[f"{x}.bias"])
-            .view(batch, length, self.folder.heads, -1)
-            .transpose(1, 2)
-            for x in ("query", "key", "value")
-        )
-        if config.get("position_embedding_type") == "rotary":
-            dim, base = config["rotary_dim"], config["rotary_base"]
+        made = [linear(hidden, self._weights[f"{x}.weight"], self._weights.get(f"{x}.bias")) for x in modules]
+        of_queries, of_keys = sizes.query_size, sizes.key_value_size
+        parts = torch.cat(made, dim=-1).split([of_queries, of_keys, of_keys], dim=-1)
+        heads = [part.view(batch, length, -1, sizes.head_dim).transpose(1, 2) for part in parts]
+        query, key, value = (x.repeat_interleave(self.folder.heads // x.shape[1], dim=1) for x in heads)
+        if encoder.position_name is None:
+            dim, base = rotation(encoder.config, layer, sizes.head_dim)
             query, key = turned(query, dim, base), turned(key, dim, base)
         return query, key, value
 
     def _hidden(self, layer: int, batch: int, length: int) -> Tensor:
         """What a layer's projections get, `[batch, length, hidden]`."""
+        structure = self.folder.encoder.structure
+        if structure.words != WORDS or structure.inside is not BERT.inside:
+            name, noise = f"{structure.layer.format(layer)}.{structure.norm}", self._noise(layer, batch, length)
+            return self._norm(name, noise) if self._has(f"{name}.weight") else noise
         if not self.folder.encoder.config.get("pre_layer_norm"):
             if layer == 0:
                 return self._embedded(batch, length)
             return self._norm(f"encoder.layer.{layer - 1}.output.LayerNorm", self._noise(layer, batch, length))
         stream = self._embedded(batch, length) if layer == 0 else self._noise(layer, batch, length)
         return self._norm(f"encoder.layer.{layer}.PreAttentionLayerNorm", stream)
+
+    def _has(self, name: str) -> bool:
+        return self.folder.prefix + name in self.folder.tensors
 
     def _take(self, name: str) -> Tensor:
         return tensor(self.folder.tensors[self.folder.prefix + name]).to(self.device, torch.float32)
@@ -113,5 +136,6 @@ class Projections:
         return torch.randn(batch, length, self.folder.encoder.sizes.hidden_size, generator=generator).to(self.device)
 
     def _norm(self, name: str, hidden: Tensor) -> Tensor:
-        weight, bias = self._take(f"{name}.weight"), self._take(f"{name}.bias")
+        weight = self._take(f"{name}.weight")
+        bias = self._take(f"{name}.bias") if self._has(f"{name}.bias") else None
         return layer_norm(hidden, weight.shape, weight, bias, self.folder.config.get("layer_norm_eps", 1e-12))

@@ -33,7 +33,7 @@ def file_controls(folder: ConvertedFolder) -> Check:
     flipped, emptied = layout.copy(), layout.copy()
     flipped[-1, 0, -1] ^= 1
     emptied[0, -1] = 0
-    weight = folder.tensors[f"{folder.prefix}encoder.layer.{folder.layers // 2}.attention.self.query.weight"]
+    weight = folder.tensors[f"{folder.encoder.projection_names(folder.layers // 2)[0]}.weight"]
     data = read(weight).reshape(-1).view(np.uint8)
     damaged = data.copy()
     at = min(len(data), PIECE_BYTES) // 3

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bsa_export.attention import BertSparseSelfAttention
+from bsa_export.bert.structure import MASTER_LAYOUT
 from bsa_export.converted.checks import Check, Kind, result, skipped
 from bsa_export.converted.folder import ConvertedFolder
 from bsa_export.converted.integrity import expected_layouts
@@ -21,7 +22,7 @@ from bsa_export.verify.attention_inputs import tensor
 
 def check_interchange(folder: ConvertedFolder) -> list[Check]:
     """Loads each layer's query, key, value and layout with `strict=True` into both modules, and compares what they
-    then hold.
+    then hold. Of a model whose projections have other names or are fused, only the layouts load; a figure says so.
 
     DeepSpeed's classes are read from the installed package's files: the package itself, which takes seconds, is not
     imported. Where DeepSpeed has a class for the sparsity config, the layout that it makes is compared with the stored
@@ -29,7 +30,8 @@ def check_interchange(folder: ConvertedFolder) -> list[Check]:
     """
     sizes = SimpleNamespace(hidden_size=folder.encoder.sizes.hidden_size, num_attention_heads=folder.heads)
     ours = BertSparseSelfAttention(sizes, _EveryBlock(folder), max_seq_length=folder.longest)
-    checks = [result(Kind.INTERCHANGE, list(_load_faults(folder, ours)), {"layers": folder.layers}, part="bsa_export")]
+    alone = {"layers": folder.layers} | _not_shared(folder)
+    checks = [result(Kind.INTERCHANGE, list(_load_faults(folder, ours)), alone, part="bsa_export")]
     theirs = deepspeed_classes()
     if isinstance(theirs, str):
         return [*checks, skipped(Kind.INTERCHANGE, theirs, "deepspeed")]
@@ -37,7 +39,7 @@ def check_interchange(folder: ConvertedFolder) -> list[Check]:
     # Its Bert class has 2048 tokens; longer ones are made by exchanging the attention inside.
     module.sparse_self_attention = theirs.SparseSelfAttention(_EveryBlock(folder), max_seq_length=folder.longest)
     faults = list(_load_faults(folder, module))
-    figures: dict[str, int | str] = {"layers": folder.layers}
+    figures: dict[str, int | str] = {**alone}
     made = _deepspeed_layouts(folder, theirs)
     if made is not None:
         figures["layouts made by it"] = "equal"
@@ -59,12 +61,33 @@ class _EveryBlock:
         return torch.ones(self.num_heads, n, n, dtype=torch.int64)
 
 
+SHARED = ("query", "key", "value")  # DeepSpeed's names of the projections
+
+
+def _has_projections(folder: ConvertedFolder) -> bool:
+    """Whether the projections are those of DeepSpeed's module."""
+    return tuple(name.rpartition(".")[2] for name in folder.encoder.projection_names(0)) == SHARED
+
+
+def _not_shared(folder: ConvertedFolder) -> dict[str, str]:
+    """What DeepSpeed's module cannot have of this model, as a figure."""
+    reasons = []
+    if not _has_projections(folder):
+        own = [name.rpartition(".")[2] for name in folder.encoder.projection_names(0)]
+        reasons.append(f"{' and '.join(own)} instead of {', '.join(SHARED)}")
+    if folder.encoder.position_name is None:
+        reasons.append("rotary positions")
+    return {"not shared": "; ".join(reasons)} if reasons else {}
+
+
 def _load_faults(folder: ConvertedFolder, module: nn.Module) -> Iterator[str]:
+    parts = ("sparse_self_attention", *(SHARED if _has_projections(folder) else ()))
+    if not _has_projections(folder):
+        module = nn.ModuleDict({"sparse_self_attention": module.get_submodule("sparse_self_attention")})
     for layer in range(folder.layers):
-        start = f"{folder.prefix}encoder.layer.{layer}.attention.self."
-        state = {
-            name.removeprefix(start): tensor(row) for name, row in folder.tensors.items() if name.startswith(start)
-        }
+        start = folder.layout_name(layer).removesuffix(MASTER_LAYOUT)
+        names = {name.removeprefix(start): name for name in folder.tensors if name.startswith(start)}
+        state = {inner: tensor(folder.tensors[name]) for inner, name in names.items() if inner.startswith(parts)}
         if "query.weight" in state:
             module.to(state["query.weight"].dtype)
         try:

@@ -21,6 +21,10 @@ ATTRIBUTES = {
     "data2vec-text": ("data2vec_text", "data2vec_text"),
     "distilbert": ("distilbert", "bert"),
     "bsa_bert": ("bert", "bert"),
+    "esm": ("esm", "esm"),
+    "albert": ("albert", "albert"),
+    "roberta-prelayernorm": ("roberta_prelayernorm", "roberta_prelayernorm"),
+    "xlm-roberta-xl": ("roberta", "roberta"),
 }
 # GENA-LM's modules, after `encoder.` or `encoder.layer.N.`, and those of DeepSpeed's recipe.
 PRE_NORM = {

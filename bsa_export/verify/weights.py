@@ -17,9 +17,6 @@ import numpy as np
 from bsa_export.bert.families import (
     BUFFERS,
     FAMILIES,
-    POSITIONS,
-    STORED_LAYOUT,
-    TOKEN_TYPES,
     encoder_prefix,
     encoder_prefixes,
     find_config,
@@ -27,6 +24,7 @@ from bsa_export.bert.families import (
     reserved_rows,
 )
 from bsa_export.bert.positions import extend
+from bsa_export.bert.structure import POSITIONS, STORED_LAYOUT, TOKEN_TYPES
 from bsa_export.checkpoint.dtypes import DTYPES, cast, pieces, read
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import ITEM_SIZE, Checkpoint, Tensor

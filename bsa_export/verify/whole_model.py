@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsa_export.bert.families import BUFFERS, POSITIONS, STORED_LAYOUT, encoder_prefix
+from bsa_export.bert.families import BUFFERS, encoder_prefix
+from bsa_export.bert.structure import POSITIONS, STORED_LAYOUT
 from bsa_export.checkpoint.dtypes import TORCH_NAMES
 from bsa_export.checkpoint.table import Checkpoint
 from bsa_export.converted.checks import Check, Kind, result, skipped, worst
@@ -91,7 +92,7 @@ def load_model(folder: ConvertedFolder, device: str) -> Any:
     transformers.utils.logging.disable_progress_bar()
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
-    stored = next(row.dtype for name, row in folder.tensors.items() if name.endswith("attention.self.query.weight"))
+    stored = folder.tensors[f"{folder.encoder.projection_names(0)[0]}.weight"].dtype
     half = torch.bfloat16 if stored == "BF16" else torch.float16
     dtype = torch.float32 if device == "cpu" else half
     names = folder.config.get("architectures") or [None]
@@ -380,9 +381,14 @@ class EndToEnd:
             )  # fmt: skip
         finally:
             transformers.logging.set_verbosity(verbosity)
-        if missing := [name for name in loaded["missing_keys"] if ".layer." in name or "embeddings" in name]:
+        start = f"{model_class.base_model_prefix}."
+        inner = [name.removeprefix(start) for name in loaded["missing_keys"]]
+        if missing := [
+            name for name in inner if name.startswith(("embeddings.", "encoder.", "layers.", "embed_tokens."))
+        ]:
             return f"the source lacks {missing[0]}"
-        inside = tuple(encoder_prefix(state) + part for part in ("embeddings.", "encoder.", "transformer."))
+        parts = ("embeddings.", "encoder.", "transformer.", "layers.")
+        inside = tuple(encoder_prefix(state) + part for part in parts)
         unused = [
             name
             for name in sorted(loaded["unexpected_keys"])

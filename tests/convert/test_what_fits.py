@@ -120,7 +120,7 @@ def test_embeddings_of_the_family_itself_are_known():
     ("field", "prefix"),
     [({"attention_type": "block_sparse"}, "bert."), ({"max_2d_position_embeddings": 1024}, "bert."),
      ({"visual_embedding_dim": 512}, "bert."), ({"projection_dim": 0}, ""), ({"question_token_id": 104}, ""),
-     ({"architectures": ["BigBirdForMaskedLM"]}, "bert."), ({"architectures": ["RobertaPreLayerNormModel"]}, ""),
+     ({"architectures": ["BigBirdForMaskedLM"]}, "bert."), ({"architectures": ["TapasModel"]}, ""),
      ({}, "ctx_encoder.bert_model."), ({}, "span_predictor.encoder.bert_model."), ({}, "splinter."), ({}, "bros.")],
     ids=str,
 )  # fmt: skip

@@ -1,0 +1,127 @@
+"""The encoders that are not built as BERT is: names, bits, the source's outputs, the way back, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.more_families import KINDS, random_model
+from tiny_models import LENGTH, config, convert, converted, inputs, record, refused, same_bits, save, tensors
+
+import bsa_export
+from bsa_export.checkpoint.open import open_checkpoint
+from bsa_export.converted.checks import Kind
+from bsa_export.converted.folder import open_folder
+from bsa_export.converted.integrity import check_file, check_layout
+from bsa_export.errors import AttentionError
+from bsa_export.verify.controls import file_controls
+from bsa_export.verify.interchange import check_interchange
+from bsa_export.verify.outputs import check_outputs
+from bsa_export.verify.weights import check_weights
+from bsa_export.verify.whole_model import check_whole_model
+
+MODELS = [(kind, head) for kind, row in KINDS.items() for head in row.heads]
+
+
+def outputs(model, length=LENGTH):
+    """The hidden states and logits of a padded batch at its real tokens."""
+    batch = inputs(length)
+    with torch.no_grad():
+        out = model(**batch)
+    real = batch["attention_mask"].bool()
+    found = [tensor for tensor in out.to_tuple() if torch.is_tensor(tensor)]
+    return [tensor[real] if tensor.shape[:2] == real.shape else tensor for tensor in found]
+
+
+def assert_same(found, expected, tolerance=2e-5):
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("kind", "head"), MODELS)
+def test_a_longer_model_gives_the_sources_outputs(tmp_path, kind, head):
+    source, row = random_model(kind, head), KINDS[kind]
+    out = converted(save(source, tmp_path / "source"), "--max-length", 4 * LENGTH, "--block", 16)
+    before, after, told = tensors(tmp_path / "source"), tensors(out), record(out)
+    prefix = "" if head == "Model" else row.prefix
+    name = f"{prefix}{row.layouts}.sparse_self_attention.master_layout"
+    assert told["added"] == [name.format(layer) for layer in range(row.count)]
+    assert (told["family"], told["dropped"], told["tied"]) == (row.family, {}, {})
+    renamed = {told["renamed"].get(old, old): tensor for old, tensor in before.items()}
+    assert set(after) - set(told["added"]) == set(renamed)
+    assert all(same_bits(after[new], tensor) for new, tensor in renamed.items() if new not in told["changed"])
+    assert config(out)["max_position_embeddings"] == 4 * LENGTH + row.reserved
+
+    model = bsa_export.load(out)
+    assert type(model) is type(source)
+    assert_same(outputs(model), outputs(source))
+    assert all(tensor.isfinite().all() for tensor in outputs(model, 4 * LENGTH - 5))
+    with pytest.raises(AttentionError, match="reads up to 256 tokens"):
+        outputs(model, 4 * LENGTH + 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_way_back_gives_the_sources_bits(tmp_path, kind):
+    source = save(random_model(kind), tmp_path / "source")
+    out = converted(source, "--max-length", 4 * LENGTH, "--block", 16)
+    assert convert(out, tmp_path / "dense", "--to-dense").exit_code == 0
+    before, after = tensors(source), tensors(tmp_path / "dense")
+    assert before.keys() == after.keys() and all(same_bits(before[name], after[name]) for name in before)
+    assert config(source) == config(tmp_path / "dense")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_is_saved_again_loads_again(tmp_path, kind):
+    out = converted(save(random_model(kind), tmp_path / "source"), "--max-length", 4 * LENGTH, "--block", 16)
+    model = bsa_export.load(out)
+    model.save_pretrained(tmp_path / "again")
+    again = bsa_export.load(tmp_path / "again")
+    assert_same(outputs(again, 4 * LENGTH), outputs(model, 4 * LENGTH), 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_check_of_bsa_verify_passes(tmp_path, kind):
+    source = save(random_model(kind), tmp_path / "source")
+    folder = open_folder(converted(source, "--max-length", 4 * LENGTH, "--block", 16))
+    checks = [check_file(folder.path), check_layout(folder.path), check_weights(folder, source), file_controls(folder)]
+    checks += [*check_interchange(folder), *check_outputs(folder, "cpu", ("torch",))]
+    checks += check_whole_model(folder, "cpu", open_checkpoint(source))
+    assert not [(check.name, check.reason) for check in checks if check.failed]
+    whole = [check.figures["against"] for check in checks if check.kind is Kind.WHOLE_MODEL]
+    assert whole == [f"the source in {KINDS[kind].classes}ForMaskedLM", "reference"]
+    assert all(check.passed for check in checks if check.kind in (Kind.OUTPUTS, Kind.CONTROLS))
+
+
+REFUSED = {
+    "a decoder": ("roberta-prelayernorm", {"is_decoder": True}, "found is_decoder"),
+    "ESMFold": ("esm-rotary", {"is_folding_model": True}, "is_folding_model: expected False, found True"),
+    "relative positions": ("esm-absolute", {"position_embedding_type": "relative_key"}, "'relative_key'"),
+    "ALiBi": ("xlm-roberta-xl", {"alibi_starting_size": 64}, "found alibi_starting_size: ALiBi"),
+    "inner groups": ("albert", {"inner_group_num": 2}, "inner_group_num: expected 1, found 2"),
+    "more layers": ("xlm-roberta-xl", {"num_hidden_layers": 3}, "encoder.layer.2."),
+    "fewer layers": ("esm-rotary", {"num_hidden_layers": 1}, "num_hidden_layers 1 but the tensors 2"),
+    "another size": ("albert", {"intermediate_size": 56}, "expected [56, 32]"),
+    "positions of another kind": ("esm-absolute", {"position_embedding_type": "rotary"}, None),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused(tmp_path, what):
+    kind, fields, words = REFUSED[what]
+    source = save(random_model(kind), tmp_path / "source")
+    (source / "config.json").write_text(json.dumps(config(source) | fields))
+    if words is None:  # ESM-2 on the Hub has a position table that its class does not read
+        assert record(converted(source))["changed"] == {}
+    else:
+        assert words in refused(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_tensor_is_named(tmp_path, kind):
+    source = save(random_model(kind), tmp_path / "source")
+    weights = tensors(source)
+    gone = next(name for name in weights if name.endswith(KINDS[kind].projection))
+    del weights[gone]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert gone in refused(source, tmp_path / "out")

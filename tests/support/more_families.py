@@ -1,0 +1,106 @@
+"""Small random models of the encoders that are not built as BERT is: other names, positions and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of model.
+
+    Attributes:
+        family: `model_type`.
+        classes: what its classes in transformers start with.
+        reserved: position rows that are not positions.
+        heads: how the names of its classes end, the first the usual one.
+        fields: of its config, beyond `SIZES`.
+        layouts: the names of the stored layouts behind the encoder's prefix, with `{}` for the layer.
+        prefix: what stands before the names of the encoder, in a model with a head.
+        count: layers that have weights of their own.
+        projection: how the name of a projection's weight ends in the source.
+    """
+
+    family: str
+    classes: str
+    prefix: str
+    layouts: str
+    reserved: int = 0
+    heads: tuple[str, ...] = ("ForMaskedLM", "Model", "ForSequenceClassification", "ForTokenClassification")
+    fields: dict[str, Any] = field(default_factory=dict)
+    count: int = 2
+    projection: str = "query.weight"
+
+
+_BERT = "encoder.layer.{}.attention.self"
+KINDS = {
+    "esm-absolute": Kind("esm", "Esm", "esm.", _BERT, 2, fields={"mask_token_id": 4, "emb_layer_norm_before": True}),
+    "esm-rotary": Kind(
+        "esm", "Esm", "esm.", _BERT, 2,
+        fields={"mask_token_id": 4, "position_embedding_type": "rotary", "token_dropout": True},
+    ),
+    "albert": Kind(
+        "albert", "Albert", "albert.", "encoder.albert_layer_groups.{}.albert_layers.0.attention",
+        heads=("ForMaskedLM", "Model", "ForPreTraining", "ForSequenceClassification"),
+        fields={"embedding_size": 16, "num_hidden_layers": 3},
+        count=1,
+    ),
+    "albert-groups": Kind(
+        "albert", "Albert", "albert.", "encoder.albert_layer_groups.{}.albert_layers.0.attention",
+        fields={"embedding_size": 16, "num_hidden_layers": 4, "num_hidden_groups": 2},
+    ),
+    "roberta-prelayernorm": Kind("roberta-prelayernorm", "RobertaPreLayerNorm", "roberta_prelayernorm.", _BERT, 2),
+    "xlm-roberta-xl": Kind("xlm-roberta-xl", "XLMRobertaXL", "roberta.", _BERT, 2),
+}  # fmt: skip
+
+
+def random_model(
+    kind: str,
+    head: str = "ForMaskedLM",
+    *,
+    length: int = 64,
+    seed: int = 0,
+    fill: Callable[[torch.nn.Parameter, torch.Generator], Any] | None = None,
+    **fields: Any,
+) -> PreTrainedModel:
+    """Returns a model of a kind in evaluation mode, every parameter random and large enough to matter.
+
+    Args:
+        kind: a key of `KINDS`.
+        head: what the class name ends with.
+        length: tokens that the model reads.
+        seed: seed of the parameters.
+        fill: fills a parameter in place; by default from a normal distribution of standard deviation 0.3.
+        fields: of the config.
+    """
+    import torch
+    import transformers
+
+    row = KINDS[kind]
+    settings = SIZES | SPECIAL | {"max_position_embeddings": length + row.reserved} | row.fields | fields
+    model_class = getattr(transformers, row.classes + head)
+    torch.manual_seed(seed)
+    model = model_class(model_class.config_class(**settings)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if fill is None:
+                parameter.normal_(0, 0.3, generator=generator)
+            else:
+                fill(parameter, generator)
+    return model
