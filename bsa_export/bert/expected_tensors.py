@@ -55,12 +55,15 @@ class Sizes:
         return self.head_dim // 2
 
     def shape(self, fields: Shape) -> tuple[int, ...]:
-        """A shape in fields of config.json, each a number, a name or a product of them, in numbers."""
+        """A shape in fields of config.json, each a sum of products of names and numbers, in numbers."""
 
         def factor(name: str) -> int:
             return int(name) if name.isdigit() else getattr(self, name)
 
-        return tuple(math.prod(map(factor, product.split(" * "))) for product in fields)
+        def total(text: str) -> int:
+            return sum(math.prod(map(factor, product.split(" * "))) for product in text.split(" + "))
+
+        return tuple(map(total, fields))
 
 
 @dataclass(frozen=True)

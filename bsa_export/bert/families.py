@@ -19,7 +19,14 @@ from bsa_export.bert.structure import (
     BERT,
     ELECTRA,
     ESM,
+    EUROBERT,
+    GTE,
+    GTE_STORED,
+    JINA,
+    JINA_STORED,
     LAST_NORM,
+    NOMIC_BERT,
+    NOMIC_BERT_STORED,
     POSITIONS,
     ROBERTA_PRE_NORM,
     WORDS,
@@ -130,8 +137,8 @@ class Family:
         return FAMILIES[self.written_as or self.name].prefix
 
     def structure_of(self, inner: Collection[str]) -> Structure:
-        """The structure that has names behind the prefix; the class's own where none has."""
-        return next((one for one in self.structures if one.is_in(inner)), self.structures[0])
+        """The structure that names behind the prefix are of; the class's own where they are of none."""
+        return max(self.structures, key=lambda one: one.count_in(inner))
 
     def class_without_equal(self, config: Mapping[str, object]) -> str | None:
         """The class of config.json whose head `written_as` does not compute, None if there is none."""
@@ -263,6 +270,48 @@ FAMILIES = {
             marks={r"encoder\.layer\.\d+\.attention\.self_attn_layer_norm\..*": ""},
             structures=(XLM_ROBERTA_XL,),
             defaults={"type_vocab_size": 1},
+        ),
+        Family(
+            "gte",
+            "Gte",
+            "gte",
+            False,
+            {"lm_head.decoder.weight": f".{WORDS}"},
+            marks={r"encoder\.layer\.\d+\.attention\.qkv_proj\..*": ""},
+            structures=(GTE, GTE_STORED),
+            positions=ROTARY,
+            defaults={"type_vocab_size": 1},
+        ),
+        Family(
+            "nomic_bert",
+            "NomicBert",
+            "nomic_bert",
+            False,
+            _BERT_HEAD,
+            marks={r"encoder\.layers\.\d+\.mlp\.fc11\..*": ""},
+            structures=(NOMIC_BERT, NOMIC_BERT_STORED),
+            positions=ROTARY,
+        ),
+        Family(
+            "jina_embeddings_v3",
+            "JinaEmbeddingsV3",
+            "roberta",
+            True,
+            _ROBERTA_HEAD,
+            marks={r"encoder\.layers\.\d+\.mixer\.Wqkv\..*": ""},
+            structures=(JINA, JINA_STORED),
+            positions=ROTARY,
+            defaults={"type_vocab_size": 1},
+        ),
+        # Its names are those of decoders too, so only its model_type tells it.
+        Family(
+            "eurobert",
+            "EuroBert",
+            "model",
+            False,
+            {"lm_head.weight": ".embed_tokens.weight"},
+            structures=(EUROBERT,),
+            positions=ROTARY,
         ),
         # DeepSpeed's own recipe (DeepSpeedExamples' bing_bert) and GENA-LM, as the class of `hf.prenorm_bert`.
         Family(

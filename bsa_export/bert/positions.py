@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from bsa_export.checkpoint.dtypes import cast, read
 from bsa_export.checkpoint.table import Computed, Tensor
 
+# Rotary frequencies that stay where max_position_embeddings changes. The others may be computed from it.
+_LENGTHS_APART = ("default", "linear", "dynamic", "proportional")
+
 METHODS = ("tile", "interpolate")
 ROWS = 4096  # that are interpolated at once
+
+
+def scaling_that_depends_on_length(config: Mapping[str, Any]) -> str | None:
+    """The kind of rotary scaling that is computed from `max_position_embeddings`; None where there is none.
+
+    A kind other than `_LENGTHS_APART` needs the trained length and a factor; transformers takes what config.json does
+    not state from `max_position_embeddings`.
+    """
+    stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested = [value for value in stated.values() if isinstance(value, Mapping)] if isinstance(stated, Mapping) else []
+    for one in nested or [stated]:
+        kind = one.get("rope_type") or one.get("type") or "default"
+        own = one.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+        if kind not in _LENGTHS_APART and not (own and one.get("factor")):
+            return str(kind)
+    return None
 
 
 def extend(name: str, table: Tensor, length: int, reserved: int, method: str = "tile") -> Tensor:

@@ -1,7 +1,7 @@
 """Where the tensors of an encoder are: the modules of each structure, their shapes, and which of them gets a layout.
 
 Names are those behind the encoder's prefix, as transformers stores them (5.24, `save_pretrained`). A shape is in fields
-of config.json: `hidden_size`, or a product such as `3 * hidden_size`.
+of config.json: `hidden_size`, or a sum of products such as `query_size + 2 * key_value_size`.
 """
 
 from __future__ import annotations
@@ -98,9 +98,10 @@ class Structure:
         match = re.match(re.escape(self.layer).replace(r"\{\}", r"(\d+)") + r"\.(.*)", inner)
         return (int(match[1]), match[2]) if match else None
 
-    def is_in(self, inner: Collection[str]) -> bool:
-        """Whether names behind the prefix are those of this structure."""
-        return f"{self.layer.format(0)}.{self.projections[0]}.weight" in inner
+    def count_in(self, inner: Collection[str]) -> int:
+        """How many names behind the prefix are those of this structure's layers."""
+        places = (place for name in inner if (place := self.layer_of(name)))
+        return sum(name in self.inside or name.rpartition(".")[0] in self.inside for _, name in places)
 
     def tops(self) -> set[str]:
         """What the names of its tensors begin with, up to the first dot."""
@@ -213,4 +214,112 @@ ALBERT = Structure(
     attention="attention",
     projections=("attention.query", "attention.key", "attention.value"),
     layers="num_hidden_groups",
+)
+# Models that loop over their layers themselves: `layers.N.self_attn`, and a rotary module next to the layers.
+_SELF_ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_TYPED_EMBEDDINGS = {
+    "embeddings.word_embeddings": table("vocab_size"),
+    "embeddings.token_type_embeddings": table("type_vocab_size"),
+    "embeddings.LayerNorm": norm(),
+}
+
+
+def _self_attention(bias: bool | str) -> Tensors:
+    keys = Part(("key_value_size", "hidden_size"), bias=bias)
+    return {
+        "self_attn.q_proj": Part(("query_size", "hidden_size"), bias=bias),
+        "self_attn.k_proj": keys,
+        "self_attn.v_proj": keys,
+        "self_attn.o_proj": Part(("hidden_size", "query_size"), bias=bias),
+    }
+
+
+def _gated(bias: bool | str, down: bool | str) -> Tensors:
+    up = Part(("intermediate_size", "hidden_size"), bias=bias)
+    return {
+        "mlp.gate_proj": up,
+        "mlp.up_proj": up,
+        "mlp.down_proj": Part(("hidden_size", "intermediate_size"), bias=down),
+    }
+
+
+def _post_norm(attention: Tensors, feed_forward: Tensors) -> Structure:
+    """Norms after each sublayer, in the names of transformers' classes."""
+    norms = {"post_attention_layernorm": norm(), "post_mlp_layernorm": norm()}
+    return Structure(
+        outside={**_TYPED_EMBEDDINGS, **_POOLER},
+        inside={**attention, **feed_forward, **norms},
+        layer="layers.{}",
+        attention="self_attn",
+        projections=_SELF_ATTENTION,
+    )
+
+
+def _fused(bias: bool) -> Part:
+    return Part(("query_size + 2 * key_value_size", "hidden_size"), bias=bias)
+
+
+_TWO_PRODUCTS = {
+    "mlp.fc1": Part(("intermediate_size", "hidden_size")),
+    "mlp.fc2": Part(("hidden_size", "intermediate_size")),
+}
+GTE = _post_norm(_self_attention(bias=True), _gated(bias=False, down=True))
+NOMIC_BERT = _post_norm(_self_attention(bias=False), _gated(bias=False, down=False))
+JINA = _post_norm(_self_attention(bias=True), _TWO_PRODUCTS)
+# The names that the models' own code gave, which transformers reads and writes. Layouts stay with `self_attn`.
+GTE_STORED = Structure(
+    outside=GTE.outside,
+    inside={
+        "attention.qkv_proj": _fused(bias=True),
+        "attention.o_proj": Part(("hidden_size", "query_size")),
+        "attn_ln": norm(),
+        "mlp.up_gate_proj": Part(("2 * intermediate_size", "hidden_size"), bias=False),
+        "mlp.down_proj": Part(("hidden_size", "intermediate_size")),
+        "mlp_ln": norm(),
+    },
+    layer="encoder.layer.{}",
+    attention="self_attn",
+    projections=("attention.qkv_proj",),
+)
+_STORED_NORMS = {"norm1": norm(), "norm2": norm()}
+_STORED_EMBEDDINGS = {**_without(_TYPED_EMBEDDINGS, "embeddings.LayerNorm"), "emb_ln": norm()}
+NOMIC_BERT_STORED = Structure(
+    outside={**_STORED_EMBEDDINGS, **_POOLER},
+    inside={
+        "attn.Wqkv": _fused(bias=False),
+        "attn.out_proj": Part(("hidden_size", "query_size"), bias=False),
+        "mlp.fc11": Part(("intermediate_size", "hidden_size"), bias=False),
+        "mlp.fc12": Part(("intermediate_size", "hidden_size"), bias=False),
+        "mlp.fc2": Part(("hidden_size", "intermediate_size"), bias=False),
+        **_STORED_NORMS,
+    },
+    layer="encoder.layers.{}",
+    attention="self_attn",
+    projections=("attn.Wqkv",),
+)
+JINA_STORED = Structure(
+    outside={**_STORED_EMBEDDINGS, **_POOLER},
+    inside={
+        "mixer.Wqkv": _fused(bias=True),
+        "mixer.out_proj": Part(("hidden_size", "query_size")),
+        **_TWO_PRODUCTS,
+        **_STORED_NORMS,
+    },
+    layer="encoder.layers.{}",
+    attention="self_attn",
+    projections=("mixer.Wqkv",),
+)
+EUROBERT = Structure(
+    outside={"embed_tokens": table("vocab_size"), "norm": norm(bias=False)},
+    inside={
+        **_self_attention(bias="attention_bias"),
+        **_gated(bias="mlp_bias", down="mlp_bias"),
+        "input_layernorm": norm(bias=False),
+        "post_attention_layernorm": norm(bias=False),
+    },
+    words="embed_tokens.weight",
+    layer="layers.{}",
+    attention="self_attn",
+    projections=_SELF_ATTENTION,
+    norm="input_layernorm",
 )

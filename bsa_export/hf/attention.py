@@ -60,7 +60,7 @@ def attention(
 
     Args:
         module: a layer's self-attention.
-        query, key, value: `[batch, heads, seq, head_dim]`.
+        query, key, value: `[batch, heads, seq, head_dim]`; with grouped queries, key and value have fewer heads.
         attention_mask: None; bool `[batch, seq]` from `key_padding_mask`; or the caller's own 4-D mask, which
             broadcasts to `[batch, heads, seq, seq]`: bool (True takes part) or added to the scores.
         packed: sequences packed into one row, from `unpad_input`; then batch is 1 and there is no mask.
@@ -92,6 +92,8 @@ def attention(
         )
     stored = vars(stored).get("replica_of", stored)
     stored.check()
+    if key.shape[1] != query.shape[1]:  # grouped queries
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
 
     if packed is not None:
         context = block_sparse_attention_varlen(

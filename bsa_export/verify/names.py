@@ -25,6 +25,10 @@ ATTRIBUTES = {
     "albert": ("albert", "albert"),
     "roberta-prelayernorm": ("roberta_prelayernorm", "roberta_prelayernorm"),
     "xlm-roberta-xl": ("roberta", "roberta"),
+    "gte": ("gte", "gte"),
+    "nomic_bert": ("nomic_bert", "nomic_bert"),
+    "jina_embeddings_v3": ("roberta", "roberta"),
+    "eurobert": ("model", "model"),
 }
 # GENA-LM's modules, after `encoder.` or `encoder.layer.N.`, and those of DeepSpeed's recipe.
 PRE_NORM = {

@@ -127,6 +127,7 @@ def _register_reference() -> None:
         if (seed := _order.get()) is not None:
             order = torch.randperm(query.shape[-1], generator=torch.Generator().manual_seed(seed))
         query, key, value = (x[..., order.to(x.device)] for x in (query, key, value))
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         context = block_sparse_attention(
             query, key, value, stored.master_layout, stored.block,
             key_padding_mask=attention_mask, scale=scaling, backend="reference",

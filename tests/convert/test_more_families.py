@@ -93,6 +93,27 @@ def test_each_check_of_bsa_verify_passes(tmp_path, kind):
     assert all(check.passed for check in checks if check.kind in (Kind.OUTPUTS, Kind.CONTROLS))
 
 
+@pytest.mark.parametrize("kind", ["gte", "nomic_bert", "jina_embeddings_v3"])
+def test_the_names_of_the_classes_are_known_too(tmp_path, kind):
+    """transformers stores these models under the names of their own code, unless it is asked for those of its class."""
+    model = random_model(kind)
+    model.save_pretrained(tmp_path / "source", save_original_format=False)
+    out = converted(tmp_path / "source", "--max-length", 4 * LENGTH, "--block", 16)
+    layouts = [f"{KINDS[kind].prefix}layers.{layer}.self_attn.sparse_self_attention.master_layout" for layer in (0, 1)]
+    assert (record(out)["added"], record(out)["renamed"]) == (layouts, {})
+    assert_same(outputs(bsa_export.load(out)), outputs(model))
+
+
+@pytest.mark.parametrize("kind", ["gte", "nomic_bert", "jina_embeddings_v3", "eurobert", "esm-rotary"])
+def test_a_longer_rotary_model_changes_one_field(tmp_path, kind):
+    source = save(random_model(kind), tmp_path / "source")
+    out = converted(source, "--max-length", 4 * LENGTH, "--block", 16)
+    new = {"attn_implementation", "max_position_embeddings", "sparse_attention", "sparse_config_cls"}
+    before, after = config(source), config(out)
+    assert {name for name in {*before, *after} if before.get(name) != after.get(name)} == new
+    assert record(out)["changed"] == {} and record(out)["positions"] is None
+
+
 REFUSED = {
     "a decoder": ("roberta-prelayernorm", {"is_decoder": True}, "found is_decoder"),
     "ESMFold": ("esm-rotary", {"is_folding_model": True}, "is_folding_model: expected False, found True"),
@@ -101,7 +122,16 @@ REFUSED = {
     "inner groups": ("albert", {"inner_group_num": 2}, "inner_group_num: expected 1, found 2"),
     "more layers": ("xlm-roberta-xl", {"num_hidden_layers": 3}, "encoder.layer.2."),
     "fewer layers": ("esm-rotary", {"num_hidden_layers": 1}, "num_hidden_layers 1 but the tensors 2"),
-    "another size": ("albert", {"intermediate_size": 56}, "expected [56, 32]"),
+    "another size": ("albert", {"intermediate_size": 56}, "config.json has intermediate_size 56"),
+    "a scaling by the length": (
+        "gte",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
+        "yarn scaling",
+    ),
+    "absolute positions": ("nomic_bert", {"position_embedding_type": "absolute"}, "'absolute'"),
+    "heads that do not divide": ("eurobert-grouped", {"num_key_value_heads": 3}, "num_key_value_heads"),
+    "a decoder of the same names": ("eurobert", {"model_type": "llama"}, "model_type of a BERT family"),
+    "neither type nor class": ("eurobert", {"model_type": None, "architectures": None}, "of a BERT family"),
     "positions of another kind": ("esm-absolute", {"position_embedding_type": "rotary"}, None),
 }
 

@@ -66,6 +66,23 @@ KINDS = {
     ),
     "roberta-prelayernorm": Kind("roberta-prelayernorm", "RobertaPreLayerNorm", "roberta_prelayernorm.", _BERT, 2),
     "xlm-roberta-xl": Kind("xlm-roberta-xl", "XLMRobertaXL", "roberta.", _BERT, 2),
+    "gte": Kind("gte", "Gte", "gte.", "encoder.layer.{}.self_attn", projection="qkv_proj.weight"),
+    "gte-no-types": Kind(
+        "gte", "Gte", "gte.", "encoder.layer.{}.self_attn", fields={"type_vocab_size": 0}, projection="qkv_proj.bias"
+    ),
+    "nomic_bert": Kind(
+        "nomic_bert", "NomicBert", "nomic_bert.", "encoder.layers.{}.self_attn", projection="Wqkv.weight"
+    ),
+    "jina_embeddings_v3": Kind(
+        "jina_embeddings_v3", "JinaEmbeddingsV3", "roberta.", "encoder.layers.{}.self_attn", 2,
+        projection="Wqkv.weight",
+    ),
+    "eurobert": Kind("eurobert", "EuroBert", "model.", "layers.{}.self_attn", projection="k_proj.weight"),
+    "eurobert-grouped": Kind(
+        "eurobert", "EuroBert", "model.", "layers.{}.self_attn",
+        fields={"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        projection="v_proj.bias",
+    ),
 }  # fmt: skip
 
 
