@@ -98,6 +98,7 @@ class Encoder:
         others = tuple(other for other in prefixes if other != prefix)
         reserved = reserved_rows(family, written)
         encoder = cls(family, prefix, written, sizes, reserved, structure, implied, others)
+        encoder.family.windows(written, encoder.layers)  # refuses fields that cannot be
         if encoder.longest < 1:
             rows = encoder.sizes.max_position_embeddings
             raise FamilyError(
@@ -129,6 +130,11 @@ class Encoder:
     def written_prefix(self) -> str:
         """The encoder's prefix in what is written: the family's own, whatever a wrapper made of it."""
         return f"{self.family.written_prefix}." if self.prefix else ""
+
+    @property
+    def windows(self) -> list[int | None]:
+        """How many tokens to each side each layer attends to at most; None for a layer without such a bound."""
+        return self.family.windows(self.config, self.layers)
 
     @property
     def position_name(self) -> str | None:

@@ -25,12 +25,15 @@ from bsa_export.bert.structure import (
     JINA,
     JINA_STORED,
     LAST_NORM,
+    MODERNBERT,
+    MODERNBERT_LOCAL,
     NOMIC_BERT,
     NOMIC_BERT_STORED,
     POSITIONS,
     ROBERTA_PRE_NORM,
     WORDS,
     XLM_ROBERTA_XL,
+    LocalLayers,
     Structure,
 )
 from bsa_export.errors import FamilyError
@@ -76,6 +79,7 @@ class Family:
         positions: ABSOLUTE for a table, ROTARY, or STATED for what `position_embedding_type` of config.json says.
         defaults: fields of its config class that a config.json may leave out, where the tensors depend on them.
         requires: fields of config.json -> the only value that is computed.
+        local: which layers attend to a band of tokens only; None for a family without such layers.
     """
 
     name: str
@@ -101,6 +105,7 @@ class Family:
     positions: str = ABSOLUTE
     defaults: Mapping[str, Any] = field(default_factory=dict)
     requires: Mapping[str, Any] = field(default_factory=dict)
+    local: LocalLayers | None = None
 
     def config(self, config: Mapping[str, object]) -> dict[str, object]:
         """The config.json for the written names."""
@@ -135,6 +140,10 @@ class Family:
     def written_prefix(self) -> str:
         """The attribute that holds the encoder in what is written."""
         return FAMILIES[self.written_as or self.name].prefix
+
+    def windows(self, config: Mapping[str, Any], layers: int) -> list[int | None]:
+        """How many tokens to each side each layer attends to at most; None for a layer without such a bound."""
+        return self.local.windows(config, layers) if self.local else [None] * layers
 
     def structure_of(self, inner: Collection[str]) -> Structure:
         """The structure that names behind the prefix are of; the class's own where they are of none."""
@@ -302,6 +311,17 @@ FAMILIES = {
             structures=(JINA, JINA_STORED),
             positions=ROTARY,
             defaults={"type_vocab_size": 1},
+        ),
+        Family(
+            "modernbert",
+            "ModernBert",
+            "model",
+            False,
+            {"decoder.weight": ".embeddings.tok_embeddings.weight"},
+            marks={r"layers\.\d+\.attn\.Wqkv\..*": ""},
+            structures=(MODERNBERT,),
+            positions=ROTARY,
+            local=MODERNBERT_LOCAL,
         ),
         # Its names are those of decoders too, so only its model_type tells it.
         Family(

@@ -11,6 +11,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bsa_export.errors import FamilyError
+
 WORDS = "embeddings.word_embeddings.weight"
 POSITIONS = "embeddings.position_embeddings.weight"
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"
@@ -106,6 +108,55 @@ class Structure:
     def tops(self) -> set[str]:
         """What the names of its tensors begin with, up to the first dot."""
         return {name.partition(".")[0] for name in (*self.outside, self.layer)}
+
+
+@dataclass(frozen=True)
+class LocalLayers:
+    """Which layers attend to the tokens near by only, by fields of config.json.
+
+    Attributes:
+        kinds: the field that lists the kind of each layer.
+        local: the kind of a local layer.
+        every: the field that counts, where `kinds` is absent, from one global layer to the next; the first is global.
+        width: the field with the tokens of the band, half of them to each side.
+        defaults: the values of `every` and `width` where config.json has none.
+    """
+
+    kinds: str
+    local: str
+    every: str
+    width: str
+    defaults: Mapping[str, int]
+
+    def windows(self, config: Mapping[str, Any], layers: int) -> list[int | None]:
+        """How many tokens to each side a layer attends to; None for a layer without a band.
+
+        Raises:
+            FamilyError: the fields say nothing that can be.
+        """
+        every, width = (config.get(name, self.defaults[name]) for name in (self.every, self.width))
+        for name, value in ((self.every, every), (self.width, width)):
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
+                raise FamilyError(f"{name}: expected a positive integer", found=repr(value), where="config.json")
+        kinds = config.get(self.kinds)
+        if kinds is None:
+            return [width // 2 if layer % every else None for layer in range(layers)]
+        if not isinstance(kinds, list) or len(kinds) != layers:
+            raise FamilyError(
+                f"{self.kinds}: expected the kind of each of {layers} layers",
+                found=repr(kinds)[:80],
+                where="config.json",
+            )
+        return [width // 2 if kind == self.local else None for kind in kinds]
+
+
+MODERNBERT_LOCAL = LocalLayers(
+    "layer_types",
+    "sliding_attention",
+    "global_attn_every_n_layers",
+    "local_attention",
+    {"global_attn_every_n_layers": 3, "local_attention": 128},
+)
 
 
 def norm(**choices: Any) -> Part:
@@ -322,4 +373,24 @@ EUROBERT = Structure(
     attention="self_attn",
     projections=_SELF_ATTENTION,
     norm="input_layernorm",
+)
+MODERNBERT = Structure(
+    outside={
+        "embeddings.tok_embeddings": table("vocab_size"),
+        "embeddings.norm": norm(bias="norm_bias"),
+        "final_norm": norm(bias="norm_bias"),
+    },
+    inside={
+        "attn_norm": norm(bias="norm_bias", first=1),
+        "attn.Wqkv": Part(("3 * hidden_size", "hidden_size"), bias="attention_bias"),
+        "attn.Wo": square(bias="attention_bias"),
+        "mlp_norm": norm(bias="norm_bias"),
+        "mlp.Wi": Part(("2 * intermediate_size", "hidden_size"), bias="mlp_bias"),
+        "mlp.Wo": Part(("hidden_size", "intermediate_size"), bias="mlp_bias"),
+    },
+    words="embeddings.tok_embeddings.weight",
+    layer="layers.{}",
+    attention="attn",
+    projections=("attn.Wqkv",),
+    norm="attn_norm",
 )

@@ -24,6 +24,7 @@ from bsa_export.sparsity.configs import (
     sparsity_config,
     sparsity_config_from_class_path,
     windowed_for,
+    with_local_layers,
 )
 from bsa_export.sparsity.facts import check_layout, layout_hash
 from bsa_export.sparsity.layout_file import load_layouts
@@ -34,10 +35,18 @@ DEEPSPEED_BLOCK = 16  # the default of DeepSpeed's classes
 LONG_ENOUGH = 4096  # tokens of a source that keeps its length, where no length is named
 
 
-def chosen_layouts(
+def chosen_layouts(options: Options, encoder: Encoder) -> tuple[SparsityConfig, list[np.ndarray]]:
+    """The sparsity config that the options describe, and its layouts: one array for all layers unless they differ.
+
+    Local layers keep the blocks that their band touches, whatever the config is.
+    """
+    config, layouts = _of_all_layers(options, encoder.longest, encoder.heads, encoder.layers)
+    return config, with_local_layers(layouts, encoder.windows, config.block)
+
+
+def _of_all_layers(
     options: Options, source_length: int, heads: int, layers: int
 ) -> tuple[SparsityConfig, list[np.ndarray]]:
-    """The sparsity config that the options describe, and its layouts: one array for all layers unless they differ."""
     config = _chosen_config(options, source_length, heads)
     if (config.mode == "custom") != (options.layout is not None):
         raise SparsityError(

@@ -42,6 +42,7 @@ class Plan:
         source_length, max_length: tokens that the source and the new model read.
         head_dim: elements of a head.
         sparsity: the sparsity config; its layouts are `layouts`, uint8 `[heads, n, n]` one a layer.
+        windows: how many tokens to each side a layer attends to at most; None for a layer without such a bound.
         renamed: source's name -> written name.
         changed: written name -> what is done to its values.
         added: written names of tensors that the source does not have.
@@ -66,6 +67,7 @@ class Plan:
     head_dim: int
     sparsity: SparsityConfig
     layouts: list[np.ndarray]
+    windows: list[int | None]
     renamed: dict[str, str]
     changed: dict[str, Change]
     added: list[str]
@@ -100,7 +102,7 @@ class Plan:
     def facts(self) -> LayoutFacts:
         """What the layouts mean for this model."""
         interpolated = self.positions is not None and self.positions.interpolated
-        return layout_facts(self.layouts, self.sparsity.block, self.source_length, interpolated)
+        return layout_facts(self.layouts, self.sparsity.block, self.source_length, interpolated, self.windows)
 
     def attention_flops(self, density: float) -> float:
         """Floating-point operations of one input of the longest length, in all attention layers."""
@@ -156,7 +158,7 @@ def plan(
         sparsity, layouts = kept_layouts(tensors, draft.stored, encoder, options)
         _note_kept_layouts(draft, encoder, tensors, sparsity, layouts)
     else:
-        sparsity, layouts = chosen_layouts(options, encoder.longest, encoder.heads, encoder.layers)
+        sparsity, layouts = chosen_layouts(options, encoder)
     max_length = layouts[0].shape[-1] * sparsity.block
 
     positions = _extend_positions(draft, encoder, max_length, options)
@@ -183,6 +185,7 @@ def plan(
         head_dim=encoder.head_dim,
         sparsity=sparsity,
         layouts=layouts,
+        windows=encoder.windows,
         renamed=draft.renamed,
         changed=draft.changed,
         added=draft.added,

@@ -100,6 +100,7 @@ def plan_facts(planned: Plan) -> Lines:
         ("size", size(planned.nbytes)),
         ("length", length),
         ("sparsity", f"{sparsity.mode}, block {sparsity.block}" + (f", {parameters}" if parameters else "")),
+        *_local_layers(planned),
         ("density", f"{facts.density:.1%} of {blocks} x {blocks} blocks are kept"),
         (
             "attention",
@@ -114,6 +115,16 @@ def plan_facts(planned: Plan) -> Lines:
         (name, why), *others = planned.skipped.items()
         lines.append(("skipped", f"{name}: {why}" + (f"; and {len(others)} more" if others else "")))
     return lines
+
+
+def _local_layers(planned: Plan) -> Lines:
+    local = [window for window in planned.windows if window is not None]
+    if not local:
+        return []
+    words = (
+        f"{len(local)} of {len(planned.windows)}, each token attends up to {max(local):,} tokens away, as in the source"
+    )
+    return [("local layers", words)]
 
 
 def meaning(planned: Plan) -> Lines:

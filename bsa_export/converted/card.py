@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bsa_export.bert.families import read_config
+from bsa_export.bert.families import FAMILIES, read_config
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Tensor
@@ -125,11 +125,12 @@ def complete(
     block = max(1, record.max_length // layouts[0].shape[-1])
     origin = record.origin
     interpolated = origin.positions is not None and origin.positions.interpolated
+    windows = FAMILIES[record.family].windows(config, len(layouts))
     return render(
         record,
         verification,
         config,
-        facts=layout_facts(layouts, block, origin.source_length, interpolated),
+        facts=layout_facts(layouts, block, origin.source_length, interpolated, windows),
         repo=repo or folder.resolve().name,
         picture=next((name for name in PICTURES if (folder / name).is_file()), None),
         unverified=unverified,

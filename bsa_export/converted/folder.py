@@ -58,6 +58,11 @@ class ConvertedFolder:
         return self.sparsity.block
 
     @property
+    def windows(self) -> list[int | None]:
+        """How many tokens to each side each layer attends to at most; None for a layer without such a bound."""
+        return self.encoder.windows
+
+    @property
     def longest(self) -> int:
         """Tokens that the model reads."""
         return self.encoder.longest

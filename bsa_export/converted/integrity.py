@@ -36,7 +36,7 @@ from bsa_export.converted.names import (
 from bsa_export.converted.records import ConversionRecord
 from bsa_export.errors import BsaError, FamilyError, SparsityError
 from bsa_export.files import MAX_JSON_BYTES, read_json, sha256
-from bsa_export.sparsity.configs import DEEPSPEED_LENGTH, config_class_path, make_layouts
+from bsa_export.sparsity.configs import DEEPSPEED_LENGTH, config_class_path, make_layouts, with_local_layers
 from bsa_export.sparsity.facts import check_layout as check_array
 from bsa_export.text import some
 
@@ -302,10 +302,11 @@ def expected_layouts(opened: ConvertedFolder) -> tuple[list[np.ndarray] | None, 
     if record is not None:
         differ = record.options.different_layout_per_layer
         layouts = make_layouts(sparsity, longest, opened.layers, record.seed, differ)
+        layouts = with_local_layers(layouts, opened.windows, opened.block)
         return layouts, f"yes: {sparsity.mode}" + (f", seed {record.seed}" if random else "")
     if random:
         return None, "no: random blocks, and no conversion.json has the seed"
-    layouts = make_layouts(sparsity, longest, opened.layers)
+    layouts = with_local_layers(make_layouts(sparsity, longest, opened.layers), opened.windows, opened.block)
     if (
         longest < DEEPSPEED_LENGTH
         and DEEPSPEED_LENGTH % sparsity.block == 0

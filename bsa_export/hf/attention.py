@@ -18,20 +18,23 @@ log = logging.getLogger(__name__)
 
 
 def key_padding_mask(
-    *, attention_mask: torch.Tensor | None, mask_function: Any, config: Any, **_: Any
+    *, attention_mask: torch.Tensor | None, mask_function: Any, config: Any, **kwargs: Any
 ) -> torch.Tensor | None:
     """The mask function: passes the tokenizer's mask `[batch, seq]` on as bool.
 
     Dense attention makes a mask of `[batch, 1, seq, seq]` from it.
 
     Registered with `transformers.masking_utils.AttentionMaskInterface`. transformers does not call it for a 4-D mask.
+    The band of a local layer is no part of the mask: the layer passes it to `attention` as `sliding_window`.
 
     Raises:
         AttentionError: a causal or custom mask function, or a mask of another shape.
     """
     from transformers.masking_utils import bidirectional_mask_function
 
-    if mask_function is not bidirectional_mask_function:
+    # create_bidirectional_sliding_window_mask passes both, and the second one only without a function of the caller's.
+    is_band = kwargs.get("local_size") is not None and kwargs.get("allow_is_bidirectional_skip", False)
+    if mask_function is not bidirectional_mask_function and not is_band:
         raise AttentionError("block-sparse attention runs encoders only", found="a causal or custom mask function")
     if attention_mask is None:
         return None
@@ -52,6 +55,7 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     packed: Packed | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention function: block-sparse self-attention over the layout that `module` stores.
@@ -63,6 +67,7 @@ def attention(
         query, key, value: `[batch, heads, seq, head_dim]`; with grouped queries, key and value have fewer heads.
         attention_mask: None; bool `[batch, seq]` from `key_padding_mask`; or the caller's own 4-D mask, which
             broadcasts to `[batch, heads, seq, seq]`: bool (True takes part) or added to the scores.
+        sliding_window: tokens to each side that a local layer attends to, and its own; None for a global layer.
         packed: sequences packed into one row, from `unpad_input`; then batch is 1 and there is no mask.
 
     Returns:
@@ -95,9 +100,19 @@ def attention(
     if key.shape[1] != query.shape[1]:  # grouped queries
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
 
+    # The keyword is passed where it is needed: only local layers have a window.
+    window: dict[str, Any] = {} if sliding_window is None else {"window": (sliding_window - 1, sliding_window - 1)}
     if packed is not None:
         context = block_sparse_attention_varlen(
-            query, key, value, stored.master_layout, stored.block, packed.cu_seqlens, packed.max_seqlen, scale=scaling
+            query,
+            key,
+            value,
+            stored.master_layout,
+            stored.block,
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            scale=scaling,
+            **window,
         )
         return context.transpose(1, 2), None
     padding = pairs = None
@@ -117,6 +132,7 @@ def attention(
         key_padding_mask=padding,
         attn_mask=pairs,
         scale=scaling,
+        **window,
     )
     return context.transpose(1, 2), None
 

@@ -14,7 +14,7 @@ Parameters count blocks; `attention` is `bidirectional` or `unidirectional`.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral
 from types import NoneType, UnionType
@@ -524,6 +524,24 @@ def make_layouts(
     if different_layout_per_layer and getattr(config, "num_random_blocks", None):
         return [config.shared_layout(seq_len, rng) for _ in range(num_layers)]
     return [config.shared_layout(seq_len, rng)] * num_layers
+
+
+def with_local_layers(layouts: Sequence[np.ndarray], windows: Sequence[int | None], block: int) -> list[np.ndarray]:
+    """The layouts `[heads, n, n]` of all layers, those of local layers replaced by the blocks that their band touches.
+
+    Args:
+        layouts: one for each layer.
+        windows: how many tokens to each side a layer attends to; None for a layer that keeps its layout.
+        block: side of a block in tokens.
+    """
+    bands: dict[int, np.ndarray] = {}
+    heads, n, _ = layouts[0].shape
+    for window in {window for window in windows if window is not None}:
+        to_each_side = (window + block - 1) // block  # of two blocks, the nearest tokens decide
+        band = sliding_window(2 * to_each_side + 1, n).astype(np.uint8)
+        bands[window] = _read_only(band[None], heads)
+    pairs = zip(layouts, windows, strict=True)
+    return [layout if window is None else bands[window] for layout, window in pairs]
 
 
 def sparsity_config(section: Mapping[str, Any], num_heads: int) -> SparsityConfig:

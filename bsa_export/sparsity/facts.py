@@ -146,11 +146,19 @@ class LayoutFacts:
 
 
 def layout_facts(
-    layouts: Sequence[np.ndarray], block: int, source_length: int, interpolated: bool = False
+    layouts: Sequence[np.ndarray],
+    block: int,
+    source_length: int,
+    interpolated: bool = False,
+    windows: Sequence[int | None] = (),
 ) -> LayoutFacts:
-    """Computes the facts of the layouts `[heads, n, n]` of all layers, whichever mode or file they come from."""
+    """Computes the facts of the layouts `[heads, n, n]` of all layers, whichever mode or file they come from.
+
+    Layers with a window are local in the source too: they count for the density only, unless there are no others.
+    """
     n = layouts[0].shape[-1]
-    heads = distinct_heads(layouts)
+    is_global = [window is None for window in windows] if None in windows else [True] * len(layouts)
+    heads = distinct_heads([layout for layout, counts in zip(layouts, is_global, strict=True) if counts])
     total = sum(len(head.members) for head in heads)
     farthest, stretch, kept, kept_within, far = 0, 0, 0, 0.0, 0
     for head in heads:
@@ -163,7 +171,7 @@ def layout_facts(
         block=block,
         seq_len=n * block,
         source_length=source_length,
-        density=float(kept / (total * n * n)),
+        density=density(layouts) if not all(is_global) else float(kept / (total * n * n)),
         kept_share=float(kept_within / total),
         reach=max(farthest * block - 1, 0),
         local_reach=max(stretch * block - 1, 0),

@@ -21,7 +21,7 @@ from bsa_export.errors import AttentionError, SparsityError
 from bsa_export.sparsity.facts import check_layout
 from bsa_export.verify.attention_inputs import Projections, tensor
 from bsa_export.verify.bits import first_difference
-from bsa_export.verify.outputs import Call, excerpt, pick
+from bsa_export.verify.outputs import Call, excerpt, pick, window_of
 
 BROKEN = "the verifier is broken: it did not find"
 
@@ -107,7 +107,9 @@ def backend_control(folder: ConvertedFolder, device: str, backend: str, dtype: s
 
 
 def _control_call(folder: ConvertedFolder, device: str, dtype: str) -> Call:
-    layer = folder.layers // 2
+    unbounded = [layer for layer, window in enumerate(folder.windows) if window is None]
+    layers = unbounded or range(folder.layers)  # the faults need not show within a local layer's band
+    layer = layers[len(layers) // 2]
     blocks = pick(folder.longest // folder.block, 3)
     length = len(blocks) * folder.block
     query, key, value = (x[:, :2] for x in Projections(folder, torch.device(device))(layer, 1, length))
@@ -123,7 +125,7 @@ def _control_call(folder: ConvertedFolder, device: str, dtype: str) -> Call:
         "value": value / value.square().mean((-1, -2), keepdim=True).sqrt(),
         "layout": layout.to(query.device),
         "block": folder.block,
-    }
+    } | window_of(folder, layer)
     return Call(inputs, getattr(torch, dtype))
 
 

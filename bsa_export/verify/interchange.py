@@ -44,7 +44,8 @@ def check_interchange(folder: ConvertedFolder) -> list[Check]:
     if made is not None:
         figures["layouts made by it"] = "equal"
         for layer, layout in enumerate(made):
-            if not torch.equal(layout, tensor(folder.tensors[folder.layout_name(layer)]).to(layout.dtype)):
+            stored = tensor(folder.tensors[folder.layout_name(layer)]).to(layout.dtype)
+            if folder.windows[layer] is None and not torch.equal(layout, stored):
                 figures["layouts made by it"] = "different"
                 faults.append(f"layer {layer}: DeepSpeed makes another layout from the same sparsity config and seed")
     return [*checks, result(Kind.INTERCHANGE, faults, figures, part="deepspeed")]
@@ -77,6 +78,8 @@ def _not_shared(folder: ConvertedFolder) -> dict[str, str]:
         reasons.append(f"{' and '.join(own)} instead of {', '.join(SHARED)}")
     if folder.encoder.position_name is None:
         reasons.append("rotary positions")
+    if any(window is not None for window in folder.windows):
+        reasons.append("the windows of local layers")
     return {"not shared": "; ".join(reasons)} if reasons else {}
 
 

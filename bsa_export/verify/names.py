@@ -29,6 +29,7 @@ ATTRIBUTES = {
     "nomic_bert": ("nomic_bert", "nomic_bert"),
     "jina_embeddings_v3": ("roberta", "roberta"),
     "eurobert": ("model", "model"),
+    "modernbert": ("model", "model"),
 }
 # GENA-LM's modules, after `encoder.` or `encoder.layer.N.`, and those of DeepSpeed's recipe.
 PRE_NORM = {

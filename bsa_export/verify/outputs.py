@@ -233,12 +233,14 @@ def attend_rows(
     block: int,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """Some rows of what `ops.reference` computes, head by head, by the same plain steps.
 
     Args:
         rows: int64 `[count]`, queries.
         key_padding_mask: bool `[batch, seq]`, True takes part.
+        window: how many tokens before and after its own a query attends to.
 
     Returns:
         `[batch, heads, count, head_dim]`.
@@ -246,8 +248,13 @@ def attend_rows(
     batch, heads, seq, head_dim = query.shape
     scale = head_dim**-0.5 if scale is None else scale
     output = query.new_empty(batch, heads, len(rows), head_dim)
+    near = torch.ones(len(rows), seq, dtype=torch.bool, device=query.device)
+    if window is not None:
+        ahead = torch.arange(seq, device=query.device) - rows[:, None]
+        near = (ahead >= -window[0]) & (ahead <= window[1])
     for head in range(heads):
         kept = layout[head % len(layout)].to(query.device)[rows // block].ne(0).repeat_interleave(block, 1)[:, :seq]
+        kept = kept & near
         scores = (query[:, head, rows] @ key[:, head].mT) * scale  # [batch, count, seq]
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).masked_fill(~kept, float("-inf"))
         if key_padding_mask is not None:
@@ -269,6 +276,7 @@ def make_call(
     query, key, value = projections(layer, situation.batch, situation.length)
     part = layout if situation.blocks is None else excerpt(layout, situation.blocks)
     inputs = {"query": query, "key": key, "value": value, "layout": part.to(query.device), "block": folder.block}
+    inputs |= window_of(folder, layer)
     if situation.batch == 2:
         inputs["key_padding_mask"] = padding(situation.length, query.device)
     generator = torch.Generator().manual_seed(layer)
@@ -278,6 +286,12 @@ def make_call(
     if situation.rows is not None:
         rows = _picked_rows(situation, folder.block, generator).to(query.device)
     return Call(inputs, getattr(torch, dtype), rows)
+
+
+def window_of(folder: ConvertedFolder, layer: int) -> dict[str, Any]:
+    """The argument `window` of `block_sparse_attention`, for a local layer."""
+    window = folder.windows[layer]
+    return {} if window is None else {"window": (window, window)}
 
 
 def padding(length: int, device: torch.device) -> Tensor:

@@ -104,6 +104,7 @@ def in_half(
     attn_mask: Tensor | None = None,
     rpe: Tensor | None = None,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
 ) -> Tensor:
     """Masked dense attention in plain PyTorch, its probabilities in the inputs' dtype for the backward pass too, as
     DeepSpeed's kernels keep them; `reference` keeps them in float32 for that. Arguments as in
@@ -117,6 +118,10 @@ def in_half(
         if mask is not None:
             mask = torch.where(mask, 0.0, float("-inf")) if mask.dtype == torch.bool else mask
             scores = scores + mask.to(scores.dtype)
+    if window is not None:
+        places = torch.arange(seq, device=query.device)
+        ahead = places - places[:, None]
+        kept = kept & (ahead >= -window[0]) & (ahead <= window[1])
     scores = scores.masked_fill(~kept, float("-inf"))
     empty = scores.isneginf().all(-1, keepdim=True)
     return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0) @ value

@@ -321,7 +321,6 @@ OTHERS = {
     "convbert": ("ConvBertConfig", "ConvBertForMaskedLM", {"embedding_size": 32}),
     "roformer": ("RoFormerConfig", "RoFormerForMaskedLM", {"embedding_size": 32}),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "modernbert": ("ModernBertConfig", "ModernBertForMaskedLM", {}),
     "t5": ("T5Config", "T5EncoderModel", {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48, "d_kv": 8}),
 }  # fmt: skip
 

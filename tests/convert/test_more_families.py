@@ -1,7 +1,9 @@
 """The encoders that are not built as BERT is: names, bits, the source's outputs, the way back, and what is refused."""
 
 import json
+from inspect import signature
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,18 +11,30 @@ from support.more_families import KINDS, random_model
 from tiny_models import LENGTH, config, convert, converted, inputs, record, refused, same_bits, save, tensors
 
 import bsa_export
+from bsa_export.bert.families import FAMILIES
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.converted.checks import Kind
 from bsa_export.converted.folder import open_folder
 from bsa_export.converted.integrity import check_file, check_layout
 from bsa_export.errors import AttentionError
+from bsa_export.ops import block_sparse_attention
 from bsa_export.verify.controls import file_controls
 from bsa_export.verify.interchange import check_interchange
 from bsa_export.verify.outputs import check_outputs
 from bsa_export.verify.weights import check_weights
 from bsa_export.verify.whole_model import check_whole_model
 
-MODELS = [(kind, head) for kind, row in KINDS.items() for head in row.heads]
+HAS_WINDOWS = "window" in signature(block_sparse_attention).parameters
+
+
+def runnable(*case):
+    """A case whose model runs: one with local layers needs token-exact windows."""
+    needs = pytest.mark.skipif(KINDS[case[0]].is_local and not HAS_WINDOWS, reason="attention has no windows yet")
+    return pytest.param(*case, marks=needs)
+
+
+MODELS = [runnable(kind, head) for kind, row in KINDS.items() for head in row.heads]
+RUN = [runnable(kind) for kind in KINDS]
 
 
 def outputs(model, length=LENGTH):
@@ -71,7 +85,7 @@ def test_the_way_back_gives_the_sources_bits(tmp_path, kind):
     assert config(source) == config(tmp_path / "dense")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUN)
 def test_a_model_that_is_saved_again_loads_again(tmp_path, kind):
     out = converted(save(random_model(kind), tmp_path / "source"), "--max-length", 4 * LENGTH, "--block", 16)
     model = bsa_export.load(out)
@@ -80,7 +94,7 @@ def test_a_model_that_is_saved_again_loads_again(tmp_path, kind):
     assert_same(outputs(again, 4 * LENGTH), outputs(model, 4 * LENGTH), 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", RUN)
 def test_each_check_of_bsa_verify_passes(tmp_path, kind):
     source = save(random_model(kind), tmp_path / "source")
     folder = open_folder(converted(source, "--max-length", 4 * LENGTH, "--block", 16))
@@ -114,7 +128,34 @@ def test_a_longer_rotary_model_changes_one_field(tmp_path, kind):
     assert record(out)["changed"] == {} and record(out)["positions"] is None
 
 
+def test_local_layers_keep_the_blocks_that_their_band_touches(tmp_path):
+    source = save(random_model("modernbert"), tmp_path / "source")
+    result = convert(source, tmp_path / "out", "--max-length", 4 * LENGTH, "--block", 16)
+    assert "2 of 4, each token attends up to 12 tokens away" in result.stdout
+    assert "every block within 64 tokens is kept" in result.stdout  # in the global layers, which are the others
+    tokens = np.arange(4 * LENGTH)
+    near = abs(tokens[:, None] - tokens) <= 12
+    touched = near.reshape(16, 16, 16, 16).any(axis=(1, 3))
+    layouts = [
+        tensors(tmp_path / "out")[f"model.layers.{i}.attn.sparse_self_attention.master_layout"] for i in range(4)
+    ]
+    assert all(np.array_equal(head, touched) for layer in (1, 2) for head in layouts[layer])
+    assert torch.equal(layouts[0], layouts[3]) and not np.array_equal(layouts[0][0], touched)
+    assert record(tmp_path / "out")["density"] == pytest.approx(float(torch.stack(layouts).float().mean()))
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"),
+    [({}, [None, 64, 64, None]), ({"global_attn_every_n_layers": 2, "local_attention": 48}, [None, 24, None, 24]),
+     ({"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}, [64, 64, 64, None])],
+)  # fmt: skip
+def test_which_layers_are_local(stated, expected):
+    assert FAMILIES["modernbert"].windows(stated, 4) == expected
+
+
 REFUSED = {
+    "kinds of too few layers": ("modernbert", {"layer_types": ["full_attention"]}, "the kind of each of 4 layers"),
+    "a band of nothing": ("modernbert", {"local_attention": 0}, "local_attention: expected a positive integer"),
     "a decoder": ("roberta-prelayernorm", {"is_decoder": True}, "found is_decoder"),
     "ESMFold": ("esm-rotary", {"is_folding_model": True}, "is_folding_model: expected False, found True"),
     "relative positions": ("esm-absolute", {"position_embedding_type": "relative_key"}, "'relative_key'"),

@@ -46,6 +46,11 @@ class Kind:
     count: int = 2
     projection: str = "query.weight"
 
+    @property
+    def is_local(self) -> bool:
+        """Whether some layers attend to the tokens near by only."""
+        return "local_attention" in self.fields
+
 
 _BERT = "encoder.layer.{}.attention.self"
 KINDS = {
@@ -76,6 +81,17 @@ KINDS = {
     "jina_embeddings_v3": Kind(
         "jina_embeddings_v3", "JinaEmbeddingsV3", "roberta.", "encoder.layers.{}.self_attn", 2,
         projection="Wqkv.weight",
+    ),
+    "modernbert": Kind(
+        "modernbert", "ModernBert", "model.", "layers.{}.attn", projection="Wqkv.weight", count=4,
+        fields={"num_hidden_layers": 4, "local_attention": 24, "cls_token_id": 2, "sep_token_id": 3},
+    ),
+    "modernbert-biased": Kind(
+        "modernbert", "ModernBert", "model.", "layers.{}.attn", projection="Wqkv.bias",
+        fields={
+            "layer_types": ["sliding_attention", "full_attention"], "local_attention": 20, "norm_bias": True,
+            "attention_bias": True, "mlp_bias": True, "classifier_bias": True, "cls_token_id": 2, "sep_token_id": 3,
+        },
     ),
     "eurobert": Kind("eurobert", "EuroBert", "model.", "layers.{}.self_attn", projection="k_proj.weight"),
     "eurobert-grouped": Kind(
