@@ -112,7 +112,9 @@ MESSAGES = {
     ),
     "another family": (
         "config.json: expected a model_type of a BERT family (bert, roberta, xlm-roberta, camembert, electra,"
-        " ernie, data2vec-text, distilbert, bsa_bert), found 'gpt2'"
+        " ernie, data2vec-text, distilbert, esm, albert, "
+        "roberta-prelayernorm, xlm-roberta-xl, gte, nomic_bert, jina_embeddings_v3, modernbert, "
+        "eurobert, bsa_bert), found 'gpt2'"
     ),
     "a decoder": (
         "config.json: expected the computation of BERT: an encoder with absolute positions and a layer norm "
@@ -120,13 +122,17 @@ MESSAGES = {
     ),
     "a tensor that BERT does not use": (
         "model: expected only tensors that a model of a BERT family (bert, roberta, xlm-roberta, camembert, "
-        "electra, ernie, data2vec-text, distilbert, bsa_bert) computes with, found "
+        "electra, ernie, data2vec-text, distilbert, esm, albert, "
+        "roberta-prelayernorm, xlm-roberta-xl, gte, nomic_bert, jina_embeddings_v3, modernbert, "
+        "eurobert, bsa_bert) computes with, found "
         "bert.embeddings.rank_embeddings.weight, which look like embeddings that BERT lacks; --ignore-tensors"
         " PATTERN leaves tensors out, and outputs then differ from the source's"
     ),
     "an adapter": (
         "model: expected the plain weights of a BERT family (bert, roberta, xlm-roberta, camembert, electra, "
-        "ernie, data2vec-text, distilbert, bsa_bert), found layers that PEFT wrapped "
+        "ernie, data2vec-text, distilbert, esm, albert, "
+        "roberta-prelayernorm, xlm-roberta-xl, gte, nomic_bert, jina_embeddings_v3, modernbert, "
+        "eurobert, bsa_bert), found layers that PEFT wrapped "
         "(bert.encoder.layer.0.attention.self.query.base_layer.weight); merge the adapter into the model: "
         "model.merge_and_unload().save_pretrained(FOLDER), and convert FOLDER"
     ),

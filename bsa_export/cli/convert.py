@@ -106,6 +106,13 @@ def _mode_options(function: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--mode", type=click.Choice(MODES), help="Which blocks are kept.  [default: windowed]")
 @click.option(
+    "--window",
+    callback=_length,
+    metavar="TOKENS",
+    help="windowed, local: tokens of a window, such as 512 or 1k. In windowed, inputs up to that length keep the "
+    "source's outputs.  [default: windowed: the source's length]",
+)
+@click.option(
     "--block",
     type=click.IntRange(min=1),
     metavar="N",
@@ -298,6 +305,7 @@ def _print(lines: Lines, content: dict[str, Any], as_json: bool, quiet: bool) ->
 def _options(choices: dict[str, Any]) -> Options:
     """The options of a conversion. Raises click.UsageError for those that do not go together."""
     from bsa_export.conversion.convert import sparsity_section
+    from bsa_export.conversion.layouts import WINDOW_MODES, WINDOW_PARAMETERS
     from bsa_export.conversion.options import Options
     from bsa_export.sparsity.configs import MODES as CONFIGS
 
@@ -306,10 +314,15 @@ def _options(choices: dict[str, Any]) -> Options:
     section = None
     mode = choices["mode"] or ("custom" if choices["layout"] else "windowed")
     if choices["sparsity"]:
-        clash = next((name for name in ("mode", "block", *given) if choices[name] is not None), None)
+        clash = next((name for name in ("mode", "window", "block", *given) if choices[name] is not None), None)
         if clash:
             raise click.UsageError(f"--sparsity and --{clash.replace('_', '-')} cannot be combined.")
         section = sparsity_section(choices["sparsity"])
+    if choices["window"] is not None:
+        if mode not in WINDOW_MODES:
+            raise click.UsageError(f"--mode {mode} has no --window.")
+        if both := next((name for name in WINDOW_PARAMETERS if name in given), None):
+            raise click.UsageError(f"--window and --{both.replace('_', '-')} cannot be combined.")
     allowed = CONFIGS[mode].parameter_names()
     wrong = next((name for name in given if name not in allowed), None)
     if wrong:
@@ -317,6 +330,7 @@ def _options(choices: dict[str, Any]) -> Options:
     return Options(
         max_length=choices["max_length"],
         mode=choices["mode"],
+        window=choices["window"],
         block=choices["block"],
         parameters=given,
         section=section,

@@ -20,6 +20,7 @@ from bsa_export.checkpoint.writer import FileRecord, write_weights
 from bsa_export.conversion import carried_files, lineage
 from bsa_export.conversion.carried_files import CarriedFiles
 from bsa_export.conversion.config_fields import BLOCK_SPARSE
+from bsa_export.conversion.layouts import WINDOW_MODES, WINDOW_PARAMETERS
 from bsa_export.conversion.lineage import Ancestor, find_ancestor, with_layouts
 from bsa_export.conversion.options import BARE, Options, parse_dtype, parse_length
 from bsa_export.conversion.plan import Plan, plan
@@ -53,6 +54,7 @@ def convert(
     *,
     max_length: int | str | None = None,
     mode: str | None = None,
+    window: int | str | None = None,
     block: int | None = None,
     sparsity: str | Path | Mapping[str, Any] | None = None,
     layout: str | Path | None = None,
@@ -90,6 +92,9 @@ def convert(
         max_length: tokens that the new model reads, in whole blocks; unless given, 8 times the source's length, or
             that length itself from 4,096 tokens on. `"4k"` is 4096.
         mode: which blocks are kept, one of `bsa_export.sparsity.MODES`; `windowed` unless given.
+        window: tokens of a window in the modes `windowed` and `local`, in whole blocks, for a source that reads more
+            than a token has to attend to, or for speed; the source's length unless given. In `windowed`,
+            inputs up to that length keep the source's outputs.
         block: side of a block in tokens; 64, or 32 or 16 where 64 does not divide the lengths.
         sparsity: mode and parameters as the `sparse_attention` section of a DeepSpeed config, or a JSON file with it.
         layout: for the mode `custom`, a .npy or .safetensors file with a layout for all layers or one a layer.
@@ -131,12 +136,14 @@ def convert(
     }
     try:
         length = None if max_length is None else parse_length(max_length)
+        window = None if window is None else parse_length(window)
         dtype = parse_dtype(dtype)
     except ValueError as error:
         raise SparsityError(str(error)) from None
     options = Options(
         max_length=length,
         mode=mode,
+        window=window,
         block=block,
         parameters={name: value for name, value in given.items() if value is not None},
         section=sparsity_section(Path(sparsity)) if isinstance(sparsity, (str, Path)) else sparsity,
@@ -214,13 +221,19 @@ def _training(ancestor: Ancestor, tensors: Mapping[str, Tensor], planned: Plan) 
 
 def check_options(options: Options) -> None:
     """Raises SparsityError for options that do not go together, or that no mode has."""
-    if options.section is not None and (options.mode or options.block or options.parameters):
+    if options.section is not None and (options.mode or options.window or options.block or options.parameters):
         raise SparsityError(
-            "expected the sparsity in one place", found="a section and a mode, block or parameter of it"
+            "expected the sparsity in one place", found="a section and a mode, window, block or parameter of it"
         )
     mode = options.mode or ("custom" if options.layout else "windowed")
     if mode not in MODES:
         raise SparsityError(f"expected one of {', '.join(MODES)}", found=repr(mode), where="mode")
+    if options.window is not None and mode not in WINDOW_MODES:
+        raise SparsityError(f"the mode {mode} has no windows of tokens", hint=f"{' and '.join(WINDOW_MODES)} have")
+    if options.window is not None and (
+        both := next((name for name in WINDOW_PARAMETERS if name in options.parameters), None)
+    ):
+        raise SparsityError("expected the window in one place", found=f"a window of tokens and {both}")
     names = MODES[mode].parameter_names()
     if wrong := next((name for name in options.parameters if name not in names), None):
         raise SparsityError(f"the mode {mode} has no {wrong}", hint=f"it has {', '.join(names)}")

@@ -31,6 +31,8 @@ from bsa_export.sparsity.layout_file import load_layouts
 
 BLOCKS = (64, 32, 16)  # tried in this order where no block is named
 TIMES_LONGER = 8  # than the source, where no length is named
+WINDOW_MODES = ("windowed", "local")  # whose windows can be named in tokens, instead of these parameters
+WINDOW_PARAMETERS = ("num_local_blocks", "num_sliding_window_blocks")
 DEEPSPEED_BLOCK = 16  # the default of DeepSpeed's classes
 LONG_ENOUGH = 4096  # tokens of a source that keeps its length, where no length is named
 
@@ -92,14 +94,27 @@ def _chosen_config(options: Options, source_length: int, heads: int) -> Sparsity
                 "a custom layout comes from a file", where="sparse_attention: mode", hint="name it with --layout"
             )
         return config
-    block = options.block or _default_block(source_length, options.max_length)
+    length = options.max_length or default_length(source_length)
+    block = options.block or _default_block(options.window or source_length, length, options.max_length is not None)
     mode = options.mode or ("custom" if options.layout else "windowed")
+    if options.window is not None:
+        _whole_blocks(options.window, block, "--window")
+        if options.window > length:
+            raise SparsityError(
+                f"expected at most the {length:,} tokens that the new model reads",
+                found=f"{options.window:,}",
+                where="--window",
+            )
+    windows = windowed_for(options.window or source_length, heads, block)
     if mode == "windowed":
-        return replace(windowed_for(source_length, heads, block), **options.parameters)
-    return MODES[mode](num_heads=heads, block=block, **options.parameters)
+        return replace(windows, **options.parameters)
+    parameters = dict(options.parameters)
+    if options.window is not None:
+        parameters["num_sliding_window_blocks"] = windows.num_sliding_window_blocks
+    return MODES[mode](num_heads=heads, block=block, **parameters)
 
 
-def _whole_blocks(length: int, block: int) -> int:
+def _whole_blocks(length: int, block: int, where: str = "--max-length") -> int:
     """The blocks of a length that the user named. Raises SparsityError where they are not whole."""
     if length % block == 0:
         return length // block
@@ -108,19 +123,19 @@ def _whole_blocks(length: int, block: int) -> int:
     raise SparsityError(
         f"expected a length in whole blocks of {block} tokens",
         found=f"{length:,}",
-        where="--max-length",
+        where=where,
         hint=f"choose {choices}",
     )
 
 
-def _default_block(source_length: int, length: int | None) -> int:
-    """The largest of BLOCKS that divides both lengths, so that a window is the source's length; else the new."""
-    wanted = length or default_length(source_length)
-    for lengths in ((source_length, wanted), (wanted,)):
+def _default_block(window: int, length: int, is_named: bool) -> int:
+    """The largest of BLOCKS that divides the window and the length, so that a window is not rounded up; else the
+    length."""
+    for lengths in ((window, length), (length,)):
         for block in BLOCKS:
             if not any(tokens % block for tokens in lengths):
                 return block
-    return BLOCKS[0] if length else BLOCKS[-1]  # no length named: it is rounded up, to as little as possible
+    return BLOCKS[0] if is_named else BLOCKS[-1]  # no length named: it is rounded up, to as little as possible
 
 
 def kept_layouts(

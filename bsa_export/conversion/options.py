@@ -19,6 +19,8 @@ class Options:
         max_length: tokens that the new model reads, a multiple of the block; None is 8 times the source's length, or
             that length itself from 4,096 tokens on, rounded up to whole blocks.
         mode: one of `sparsity.MODES`; None is `windowed`, or `custom` with a layout.
+        window: tokens of a window of the modes `windowed` and `local`; None is the source's length in `windowed`, and
+            what `parameters` say in `local`.
         block: side of a block in tokens; None is 64, or 32 or 16 where 64 does not divide the length.
         parameters: those of the mode's class, by name.
         section: the `sparse_attention` section of a DeepSpeed config instead of mode, block and parameters.
@@ -33,6 +35,7 @@ class Options:
 
     max_length: int | None = None
     mode: str | None = None
+    window: int | None = None
     block: int | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     section: Mapping[str, Any] | None = None
@@ -47,7 +50,7 @@ class Options:
     @property
     def chooses_sparsity(self) -> bool:
         """Whether anything that decides layouts was given."""
-        given = (self.mode, self.block, self.section, self.layout)
+        given = (self.mode, self.window, self.block, self.section, self.layout)
         return any(value is not None for value in given) or bool(self.parameters) or self.different_layout_per_layer
 
     def recorded(self) -> ChosenOptions:

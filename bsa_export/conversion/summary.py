@@ -7,6 +7,7 @@ from typing import Any
 from bsa_export.conversion.convert import Converted
 from bsa_export.conversion.plan import Plan
 from bsa_export.converted.records import Change, DropReason, NoteKind, to_json
+from bsa_export.sparsity.configs import WindowedSparsityConfig
 from bsa_export.text import Lines, size, some
 
 MAX_NAMES = 8
@@ -100,6 +101,7 @@ def plan_facts(planned: Plan) -> Lines:
         ("size", size(planned.nbytes)),
         ("length", length),
         ("sparsity", f"{sparsity.mode}, block {sparsity.block}" + (f", {parameters}" if parameters else "")),
+        *_window(planned),
         *_local_layers(planned),
         ("density", f"{facts.density:.1%} of {blocks} x {blocks} blocks are kept"),
         (
@@ -115,6 +117,22 @@ def plan_facts(planned: Plan) -> Lines:
         (name, why), *others = planned.skipped.items()
         lines.append(("skipped", f"{name}: {why}" + (f"; and {len(others)} more" if others else "")))
     return lines
+
+
+def _window(planned: Plan) -> Lines:
+    """The window of the default mode: where it comes from."""
+    sparsity = planned.sparsity
+    if planned.sparse_source or not isinstance(sparsity, WindowedSparsityConfig):
+        return []
+    tokens, length = sparsity.num_local_blocks * sparsity.block, planned.source_length
+    words = f"{tokens:,} tokens"
+    if tokens < length:
+        words += f" of the {length:,} that the source reads"
+    elif tokens < length + sparsity.block:
+        words += ", what the source reads" if tokens == length else f", the {length:,} that the source reads in blocks"
+        if planned.max_length <= tokens:
+            words += ", so nothing is dropped; a smaller --window costs less"
+    return [("window", words)]
 
 
 def _local_layers(planned: Plan) -> Lines:
@@ -143,6 +161,11 @@ def meaning(planned: Plan) -> Lines:
     length = f"{min(facts.source_length, facts.seq_len):,} tokens"
     if facts.interpolated:
         short = "outputs differ from the source's: the positions are interpolated"
+    elif facts.short_inputs_differ and planned.sparsity.mode == "windowed":
+        short = (
+            f"same outputs as the source up to {facts.kept_length:,} tokens; in longer ones, {facts.kept_share:.1%} "
+            f"of the blocks within {length} are kept"
+        )
     elif facts.short_inputs_differ:
         short = f"outputs differ from the source's: {facts.kept_share:.1%} of the blocks within {length} are kept"
     elif ignored:
@@ -201,6 +224,7 @@ def plan_content(planned: Plan) -> dict[str, Any]:
         "sparsity": planned.sparsity.to_dict(),
         "density": planned.facts.density,
         "kept_share": planned.facts.kept_share,
+        "kept_length": planned.facts.kept_length,
         "short_inputs_differ": planned.facts.short_inputs_differ,
         "reach": planned.facts.reach,
         "local_reach": planned.facts.local_reach,

@@ -136,6 +136,7 @@ class ChosenOptions:
 
     max_length: int | None = None
     mode: str | None = None
+    window: int | None = None
     block: int | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
     section: dict[str, Any] | None = None

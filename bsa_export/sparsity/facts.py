@@ -106,6 +106,7 @@ class LayoutFacts:
         source_length: tokens that the dense model reads.
         density: share of blocks that is kept.
         kept_share: the same within the source's length.
+        kept_length: tokens up to which every block is kept, at most the source's length.
         reach: tokens between a query and the farthest key that it attends to, the largest over all queries and kept
             blocks.
         local_reach: the same within the unbroken stretch of kept blocks around a query's own. Blocks count that are
@@ -123,6 +124,7 @@ class LayoutFacts:
     source_length: int
     density: float
     kept_share: float
+    kept_length: int
     reach: int
     local_reach: int
     far_share: float
@@ -173,11 +175,20 @@ def layout_facts(
         source_length=source_length,
         density=density(layouts) if not all(is_global) else float(kept / (total * n * n)),
         kept_share=float(kept_within / total),
+        kept_length=min([source_length, n * block, *(_kept_blocks(head.pattern) * block for head in heads)]),
         reach=max(farthest * block - 1, 0),
         local_reach=max(stretch * block - 1, 0),
         far_share=float(far / max(kept, 1)),
         interpolated=interpolated,
     )
+
+
+def _kept_blocks(pattern: np.ndarray) -> int:
+    """How many blocks at the beginning of one head's `[n, n]` keep every pair among them."""
+    dropped = pattern == 0
+    first = dropped.argmax(axis=1)  # that the rows drop
+    rows = np.flatnonzero(dropped.any(axis=1))
+    return int(np.maximum(rows, first[rows]).min(initial=len(pattern)))
 
 
 def _reach_in_blocks(pattern: np.ndarray, far: int) -> tuple[int, int, int]:
