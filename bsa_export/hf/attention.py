@@ -43,7 +43,7 @@ def key_padding_mask(
             "expected an attention_mask of [batch, seq] or [batch, heads or 1, seq, seq]",
             found=tuple(attention_mask.shape),
         )
-    return attention_mask.bool()
+    return attention_mask.bool()[:]  # never the caller's own tensor, which may be written to: `hf.unpadding` marks it
 
 
 def attention(

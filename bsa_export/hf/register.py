@@ -20,7 +20,7 @@ from bsa_export.bert.structure import BERT, Structure
 from bsa_export.errors import AttentionError
 from bsa_export.hf.attention import attention, key_padding_mask
 from bsa_export.hf.stored_layout import IN_MEMORY, NAME, StoredLayout, blocks_of, has_section
-from bsa_export.hf.unpadding import pad_input, unpad_input
+from bsa_export.hf.unpadding import pad_input, pad_layer, unpad_input, unpad_layer
 
 MIN_TRANSFORMERS = (5, 0)
 
@@ -70,7 +70,7 @@ def give_layout(parent: nn.Module, name: str, submodule: nn.Module | None) -> No
         return
     # What the module itself holds: the `config` of a wrapper or of an unrelated class may be a property that raises.
     own = vars(submodule)
-    config: Any = vars(parent).get("config") if name in _WORDS else own.get("config")
+    config: Any = vars(parent).get("config") if name in _OF_MODEL else own.get("config")
     implementation = getattr(config, "_attn_implementation", None)
     if implementation != NAME:
         if name in _WORDS and implementation in DENSE and has_section(config):
@@ -95,11 +95,19 @@ def give_layout(parent: nn.Module, name: str, submodule: nn.Module | None) -> No
         own["drops_padding"] = True
         submodule.register_forward_pre_hook(unpad_input, with_kwargs=True)
         submodule.register_forward_hook(pad_input, with_kwargs=True)
+    elif f"{name}.{{}}" == structure.layer and isinstance(submodule, nn.ModuleList) and "drops_padding" not in own:
+        own["drops_padding"] = True
+        for layer in submodule:
+            hook = partial(unpad_layer, config, layer is submodule[0])
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
+        submodule[-1].register_forward_hook(pad_layer, with_kwargs=True)
 
 
 _STRUCTURES = {family.structures[0] for family in FAMILIES.values()}  # those of transformers' classes
 _WORDS = {one.words.partition(".")[0] for one in _STRUCTURES}
-_NAMES = _WORDS | {one.attention.rpartition(".")[2] for one in _STRUCTURES} | {"encoder"}
+_LAYERS = {one.layer.removesuffix(".{}") for one in _STRUCTURES}  # a list of layers that is the model's own
+_OF_MODEL = _WORDS | {name for name in _LAYERS if "." not in name}  # modules that hold no config
+_NAMES = _OF_MODEL | {one.attention.rpartition(".")[2] for one in _STRUCTURES} | {"encoder"}
 
 
 def structure_of(config: Any) -> Structure:

@@ -1,7 +1,8 @@
 """Padding removal: `unpad_input` packs the real tokens of a batch into one row, `pad_input` puts them back.
 
 The words are those of FlashAttention and ModernBERT: `indices`, `cu_seqlens`, `max_seqlen`. Both functions are hooks
-of an encoder; they pass the keyword argument `packed` to the layers.
+of an encoder; they pass the keyword argument `packed` to the layers. Models that loop over their layers themselves have
+no encoder: there `unpad_layer` and `pad_layer` are hooks of the layers.
 """
 
 from __future__ import annotations
@@ -52,16 +53,48 @@ def unpad_input(
     hidden = args[0] if args else kwargs.pop("hidden_states")
     if len(args) > 1:  # by position
         kwargs["attention_mask"] = args[1]
-    args = (hidden, *args[2:])
+    _check_mask(kwargs.get("attention_mask"), hidden)
+    packed, kwargs = _packed(encoder.config, hidden, kwargs)
+    if packed is not None and packed.indices is not None:
+        hidden = _picked(hidden, packed.indices)
+    return (hidden, *args[2:]), kwargs
+
+
+def _check_mask(mask: torch.Tensor | None, hidden: torch.Tensor) -> None:
+    if mask is not None and mask.ndim == 2 and mask.shape != hidden.shape[:2]:
+        raise AttentionError(f"expected an attention_mask of {tuple(hidden.shape[:2])}", found=tuple(mask.shape))
+
+
+def _packed(config: Any, hidden: torch.Tensor, kwargs: dict[str, Any]) -> tuple[Packed | None, dict[str, Any]]:
+    """How the hidden states of a call are packed, or are to be, and the keyword arguments for that."""
     mask, cu_seqlens = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
     if cu_seqlens is not None:
         longest = kwargs.get("max_length_q")
         max_seqlen = int(cu_seqlens.diff().max() if longest is None else longest)
-        return args, kwargs | {"packed": Packed(cu_seqlens.to(torch.int32), max_seqlen)}
-    if mask is None or mask.ndim != 2 or not _can_pack(encoder, kwargs):
-        return args, kwargs
-    if mask.shape != hidden.shape[:2]:
-        raise AttentionError(f"expected an attention_mask of {tuple(hidden.shape[:2])}", found=tuple(mask.shape))
+        packed = Packed(cu_seqlens.to(torch.int32), max_seqlen)
+        return packed, kwargs | {"packed": packed}
+    if mask is None or mask.ndim != 2 or not _can_pack(config, kwargs):
+        return None, kwargs
+    if not hasattr(mask, "bsa_packing"):  # all layers of a call get the same mask
+        mask.bsa_packing = _packing(mask, hidden)
+    found = mask.bsa_packing
+    if found is CANNOT:
+        return None, kwargs
+    kwargs = kwargs | {"attention_mask": None}
+    if found is None:
+        return None, kwargs
+    if (turns := kwargs.get("position_embeddings")) is not None:  # cosines and sines, [1 or batch, seq, size] each
+        batch, _ = found.batch_shape
+        kwargs["position_embeddings"] = tuple(_picked(turn.expand(batch, -1, -1), found.indices) for turn in turns)
+    return found, kwargs | {"packed": found}
+
+
+CANNOT = object()  # what `_packing` returns for padding that is left to the mask
+
+
+def _packing(mask: torch.Tensor, hidden: torch.Tensor) -> Any:
+    """How the batch of a bool mask `[batch, seq]` is packed: None where nothing is padded, CANNOT where the padding is
+    not on the right."""
     batch, seq = mask.shape
     seqlens = mask.sum(1)
     right_padded_mask = torch.arange(seq, device=mask.device) < seqlens[:, None]
@@ -69,19 +102,15 @@ def unpad_input(
     *lengths, is_right_padded = torch.cat([seqlens, right_padded[None]]).tolist()  # the one synchronisation
     tokens = sum(lengths)
     if not is_right_padded or not tokens:
-        return args, kwargs
-    kwargs = kwargs | {"attention_mask": None}
+        return CANNOT
     if tokens == mask.numel():
-        return args, kwargs
+        return None
     seqlens = seqlens.to(hidden.device)
     cu_seqlens = nn.functional.pad(seqlens.cumsum(0), (1, 0))
     padding_before = torch.arange(batch, device=hidden.device) * seq - cu_seqlens[:-1]
     padding_before = padding_before.repeat_interleave(seqlens, output_size=tokens)
     indices = torch.arange(tokens, device=hidden.device) + padding_before
-    packed = Packed(cu_seqlens.to(torch.int32), max(lengths), indices, (batch, seq))
-    if (turns := kwargs.get("position_embeddings")) is not None:  # cosines and sines, [1 or batch, seq, size] each
-        kwargs["position_embeddings"] = tuple(_picked(turn.expand(batch, -1, -1), indices) for turn in turns)
-    return (_picked(hidden, indices), *args[1:]), kwargs | {"packed": packed}
+    return Packed(cu_seqlens.to(torch.int32), max(lengths), indices, (batch, seq))
 
 
 def _picked(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -89,12 +118,12 @@ def _picked(rows: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return rows.flatten(0, 1).index_select(0, indices.to(rows.device))[None]
 
 
-def _can_pack(encoder: Any, kwargs: dict[str, Any]) -> bool:
+def _can_pack(config: Any, kwargs: dict[str, Any]) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return False
-    if kwargs.get("output_hidden_states") or encoder.config.output_hidden_states:
+    if kwargs.get("output_hidden_states") or config.output_hidden_states:
         return False
-    return not getattr(encoder.config, "chunk_size_feed_forward", 0)
+    return not getattr(config, "chunk_size_feed_forward", 0)
 
 
 def pad_input(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -105,9 +134,40 @@ def pad_input(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     packed: Packed | None = kwargs.get("packed")
     if packed is None or packed.indices is None or packed.batch_shape is None:
         return output
-    hidden = output.last_hidden_state[0]
+    output.last_hidden_state = _padded(output.last_hidden_state, packed)
+    return output
+
+
+def _padded(hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """`[1, tokens, hidden]` as `[batch, seq, hidden]`, zeros where padding is."""
+    assert packed.indices is not None and packed.batch_shape is not None
     indices = packed.indices.to(hidden.device)  # the last layer may be on another device than the first
     batch, seq = packed.batch_shape
-    padded = hidden.new_zeros(batch * seq, hidden.shape[-1]).index_copy(0, indices, hidden)
-    output.last_hidden_state = padded.unflatten(0, (batch, seq))
-    return output
+    padded = hidden.new_zeros(batch * seq, hidden.shape[-1]).index_copy(0, indices, hidden[0])
+    return padded.unflatten(0, (batch, seq))
+
+
+def unpad_layer(
+    config: Any, is_first: bool, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """`unpad_input` for a model that loops over its layers itself: a pre-forward hook of each layer.
+
+    The first layer packs the hidden states. Every layer gets the arguments for that, which the model passes anew.
+    """
+    if config._attn_implementation != NAME:
+        return None
+    hidden = args[0] if args else kwargs.pop("hidden_states")
+    if is_first:
+        _check_mask(kwargs.get("attention_mask"), hidden)
+    packed, kwargs = _packed(config, hidden, kwargs)
+    if is_first and packed is not None and packed.indices is not None:
+        hidden = _picked(hidden, packed.indices)
+    return (hidden, *args[1:]), kwargs
+
+
+def pad_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """`pad_input` for the last layer of such a model: a forward hook."""
+    packed: Packed | None = kwargs.get("packed")
+    if packed is None or packed.indices is None:
+        return output
+    return _padded(output, packed)

@@ -6,6 +6,7 @@ from inspect import signature
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from support.more_families import KINDS, random_model
 from tiny_models import LENGTH, config, convert, converted, inputs, record, refused, same_bits, save, tensors
@@ -196,3 +197,74 @@ def test_a_missing_tensor_is_named(tmp_path, kind):
     del weights[gone]
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     assert gone in refused(source, tmp_path / "out")
+
+
+def layers_of(model):
+    """The layers, in the order in which they run."""
+    base = model.base_model
+    encoder = getattr(base, "encoder", base)
+    groups = getattr(encoder, "albert_layer_groups", None)
+    return groups or getattr(encoder, "layer", None) or encoder.layers
+
+
+@pytest.mark.parametrize("kind", RUN)
+def test_no_layer_works_on_right_padding(tmp_path, kind):
+    model = bsa_export.load(converted(save(random_model(kind), tmp_path / "source"), "--block", 16))
+    seen, layers, batch = [], layers_of(model), inputs()
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    out = model(**batch).logits
+    assert set(seen) == {(1, int(batch["attention_mask"].sum()), 32)} and out.shape[:2] == batch["input_ids"].shape
+    seen.clear()
+    hidden = model(**batch, output_hidden_states=True).hidden_states
+    assert set(seen) == {(*batch["input_ids"].shape, 32)} and {state.shape for state in hidden[1:]} == set(seen)
+    batch["attention_mask"] = batch["attention_mask"].flip(1)
+    seen.clear()
+    assert model(**batch).logits.isfinite().all()
+    assert set(seen) == {(*batch["input_ids"].shape, 32)}
+
+
+@pytest.mark.parametrize("kind", RUN)
+def test_gradients_do_not_depend_on_padding(tmp_path, kind):
+    """Of a loss over the real tokens, in a batch and text by text, with checkpoints and without."""
+    model = bsa_export.load(converted(save(random_model(kind), tmp_path / "source"), "--block", 16))
+    batch = inputs()
+    lengths = batch["attention_mask"].sum(1).tolist()
+
+    def gradients(*calls):
+        model.zero_grad()
+        for ids, mask in calls:
+            logits = model(input_ids=ids, attention_mask=mask).logits
+            logits[mask.bool()].square().sum().backward()
+        return [x.grad.clone() for x in model.base_model.parameters() if x.grad is not None]
+
+    alone = [
+        (ids[None, :length], torch.ones(1, length).long())
+        for ids, length in zip(batch["input_ids"], lengths, strict=True)
+    ]
+    expected, whole = gradients(*alone), (batch["input_ids"], batch["attention_mask"])
+    found = [gradients(whole)]
+    if model.supports_gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        found.append(gradients(whole))
+    for each in found:
+        for one, other in zip(each, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3 * float(other.abs().max()) + 1e-6, rtol=1e-3)
+
+
+PACKS = [runnable(kind) for kind, row in KINDS.items() if row.reserved == 0]
+
+
+@pytest.mark.parametrize("kind", PACKS)
+def test_texts_packed_as_transformers_packs_them_do_not_meet(tmp_path, kind):
+    model = bsa_export.load(
+        converted(save(random_model(kind), tmp_path / "source"), "--max-length", 128, "--block", 16)
+    )
+    ids = torch.randint(4, 99, (3, 100), generator=torch.Generator().manual_seed(1))
+    texts = [ids[0], ids[1, :37], ids[2, :70]]  # 207 tokens, more than the model's longest text
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    packed = collate([{"input_ids": text.tolist()} for text in texts])
+    with torch.no_grad():
+        found = model(**packed).logits[0].split([len(text) for text in texts])
+        for text, logits in zip(texts, found, strict=True):
+            torch.testing.assert_close(logits, model(text[None]).logits[0], atol=1e-4, rtol=1e-4)
