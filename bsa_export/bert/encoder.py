@@ -10,6 +10,7 @@ from typing import Any
 from bsa_export.bert.expected_tensors import (
     Sizes,
     Spec,
+    default_sizes,
     dense_spec,
     has_position_table,
     layer_count,
@@ -47,7 +48,8 @@ class Encoder:
         sizes: the checked sizes of config.json.
         reserved: position rows in front that are not positions.
         structure: where its tensors are, by their written names.
-        implied: fields of `config` that the tensors decide: those that config.json leaves out, and a padded vocabulary.
+        implied: fields of `config` that the tensors or the config class decide: those that config.json leaves out, and
+            a padded vocabulary.
         other_prefixes: those of further encoders in the checkpoint, which are not meant.
     """
 
@@ -90,6 +92,7 @@ class Encoder:
         inner = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
         structure = family.structure_of(inner)
         implied = implied_vocabulary(tensors, prefix + structure.words, written)
+        implied = default_sizes(family, written) | implied
         sizes = read_sizes(family, written | implied, where)
         if family.chooses_norms:
             implied |= implied_norms_and_positions(family, tensors, prefix, written, sizes)

@@ -121,7 +121,7 @@ def read_sizes(family: Family, config: Mapping[str, Any], where: object = "confi
         FamilyError: one is missing or not a positive integer, the heads do not divide the hidden size, or config.json
             describes what block-sparse attention does not compute.
     """
-    stated = {name: value for name, value in config.items() if value is not None}
+    stated = dict(family.defaults) | {name: value for name, value in config.items() if value is not None}
     hidden, heads = stated.get("hidden_size"), stated.get("num_attention_heads")
     whole = isinstance(hidden, int) and isinstance(heads, int) and heads > 0
     defaults = {
@@ -131,7 +131,7 @@ def read_sizes(family: Family, config: Mapping[str, Any], where: object = "confi
         "num_hidden_groups": 1,
         "num_key_value_heads": heads,
         "head_dim": max(hidden // heads, 1) if whole else None,  # type: ignore[operator]
-    } | dict(family.defaults)
+    }
     if not family.projects_embeddings:
         stated["embedding_size"] = hidden
     found: dict[str, int] = {}
@@ -158,7 +158,7 @@ def read_sizes(family: Family, config: Mapping[str, Any], where: object = "confi
         name, what = other
         expected = "the computation of BERT: an encoder with absolute positions and a layer norm after each sublayer"
         if family.structures != (BERT,) or family.chooses_norms:
-            expected = f"an encoder with {' or '.join(_POSITIONS[family.positions])} positions"
+            expected = f"an encoder with {' or '.join(_POSITIONS[family.positions] or (ROTARY,))} positions"
         elif name in NORM_FIELDS:
             expected = "a config.json of this model, whose tensors have a layer norm after each sublayer"
         raise FamilyError(
@@ -185,8 +185,9 @@ def read_sizes(family: Family, config: Mapping[str, Any], where: object = "confi
     return sizes
 
 
-# Positions of a family -> what `position_embedding_type` of config.json may be. Old code wrote `rope`.
-_POSITIONS = {ABSOLUTE: ("absolute",), ROTARY: ("rotary", "rope"), STATED: ("absolute", "rotary")}
+# Positions of a family -> what `position_embedding_type` of config.json may be. A rotary family's class never reads it,
+# and ModernBERT's config.json says `absolute`.
+_POSITIONS = {ABSOLUTE: ("absolute",), ROTARY: (), STATED: ("absolute", "rotary")}
 
 
 def dense_spec(
@@ -259,6 +260,12 @@ def sparse_spec(
     layout = Entry((heads, longest // block, longest // block), ("U8",))
     layers = layer_count(family, read_sizes(family, config, where), structure)
     return spec | {prefix + structure.layout_name(layer): layout for layer in range(layers)}
+
+
+def default_sizes(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that config.json leaves out and the family's config class has a default for."""
+    names = [entry.name for entry in fields(Sizes)]
+    return {name: value for name, value in family.defaults.items() if name in names and config.get(name) is None}
 
 
 def has_position_table(family: Family, config: Mapping[str, Any]) -> bool:

@@ -300,6 +300,15 @@ FAMILIES = {
             marks={r"encoder\.layers\.\d+\.mlp\.fc11\..*": ""},
             structures=(NOMIC_BERT, NOMIC_BERT_STORED),
             positions=ROTARY,
+            # Its config.json on the Hub names sizes as GPT-2 does; transformers reads none of them.
+            defaults={
+                "hidden_size": 768,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                "intermediate_size": 3072,
+                "max_position_embeddings": 2048,
+                "vocab_size": 30528,
+            },
         ),
         Family(
             "jina_embeddings_v3",

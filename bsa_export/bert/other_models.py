@@ -149,11 +149,12 @@ def other_computation(
 
     Args:
         config: content of config.json.
-        positions: the kinds of positions that are computed, by `position_embedding_type`.
+        positions: the kinds of positions that are computed, by `position_embedding_type`; empty where the field says
+            nothing.
         chooses_norms: whether norms before each sublayer are computed too.
     """
-    kind = config.get("position_embedding_type") or positions[0]
-    if kind not in positions:
+    kind = config.get("position_embedding_type")
+    if kind and positions and kind not in positions:
         return f"position_embedding_type {kind!r}", f"{kind} positions instead of {positions[0]} ones"
     own = NORM_FIELDS if chooses_norms else ()
     return next(

@@ -178,7 +178,8 @@ def meaning(planned: Plan) -> Lines:
         if facts.reach > facts.local_reach:
             reach += f", and up to {facts.reach:,} through global or random blocks"
         if planned.positions is None:
-            reach += "; the source was trained on shorter distances" if facts.repeats_positions else ""
+            trained = ", distances that the source was trained on" if facts.reach < facts.source_length else ""
+            reach += "; the source was trained on shorter distances" if facts.repeats_positions else trained
         elif facts.repeats_positions:
             reach += "; position embeddings repeat within that distance"
         elif not facts.interpolated and facts.reach < facts.source_length:

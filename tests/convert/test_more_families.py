@@ -9,11 +9,26 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from support.more_families import KINDS, random_model
-from tiny_models import LENGTH, config, convert, converted, inputs, record, refused, same_bits, save, tensors
+from tiny_models import (
+    LENGTH,
+    config,
+    convert,
+    converted,
+    inputs,
+    record,
+    refused,
+    same_bits,
+    save,
+    save_tensors,
+    tensors,
+)
 
 import bsa_export
+from bsa_export.bert.expected_tensors import dense_spec
 from bsa_export.bert.families import FAMILIES
 from bsa_export.checkpoint.open import open_checkpoint
+from bsa_export.checkpoint.table import Computed, Tensor
+from bsa_export.conversion.plan import plan
 from bsa_export.converted.checks import Kind
 from bsa_export.converted.folder import open_folder
 from bsa_export.converted.integrity import check_file, check_layout
@@ -154,6 +169,50 @@ def test_which_layers_are_local(stated, expected):
     assert FAMILIES["modernbert"].windows(stated, 4) == expected
 
 
+def test_esm_2_as_it_is_on_the_hub(tmp_path):
+    """Frequencies in each layer, a decoder that is tied, and two tables that the class never reads."""
+    model = random_model("esm-rotary")
+    state, fields = dict(model.state_dict()), model.config.to_dict() | {"architectures": ["EsmForMaskedLM"]}
+    frequencies = state.pop("esm.rotary_embeddings.inv_freq")
+    for layer in (0, 1):
+        state[f"esm.encoder.layer.{layer}.attention.self.rotary_embeddings.inv_freq"] = frequencies.clone()
+    state["esm.embeddings.position_embeddings.weight"] = torch.randn(66, 32)
+    state["esm.embeddings.position_ids"] = torch.arange(66)[None]
+    source = save_tensors(tmp_path / "source", state, fields)
+    out = converted(source, "--max-length", 4 * LENGTH, "--block", 16)
+    told = record(out)
+    assert told["tied"] == {"lm_head.decoder.weight": "esm.embeddings.word_embeddings.weight"}
+    assert told["dropped"] == {"esm.embeddings.position_ids": "buffer"} and told["changed"] == {}
+    assert_same(outputs(bsa_export.load(out)), outputs(model))
+    assert convert(out, tmp_path / "dense", "--to-dense").exit_code == 0
+    back = tensors(tmp_path / "dense")
+    assert back.keys() == state.keys() and all(same_bits(back[name], state[name]) for name in state)
+
+
+def test_modernbert_as_it_is_on_the_hub(tmp_path):
+    """A config.json from before `layer_types` and `rope_parameters`."""
+    source = save(random_model("modernbert"), tmp_path / "source")
+    fields = {name: value for name, value in config(source).items() if name not in ("layer_types", "rope_parameters")}
+    old = {"global_attn_every_n_layers": 3, "position_embedding_type": "absolute", "global_rope_theta": 160000.0}
+    (source / "config.json").write_text(json.dumps(fields | old | {"local_rope_theta": 10000.0}))
+    out = converted(source, "--max-length", 4 * LENGTH, "--block", 16)
+    assert transformers.AutoConfig.from_pretrained(out).layer_types[:2] == ["full_attention", "sliding_attention"]
+    assert "2 of 4" in convert(source, "--dry-run").stdout
+
+
+def test_nomic_bert_as_it_is_on_the_hub():
+    """transformers takes the sizes from its class, because the config.json has other names for them."""
+    fields = {"model_type": "nomic_bert", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 30528}
+    family = FAMILIES["nomic_bert"]
+    spec = dense_spec(family, fields, "", family.structures[1])
+    own = {name: entry.shape for name, entry in spec.items() if not name.startswith(("cls.", "pooler."))}
+    rows = {name: Tensor("F32", shape, Computed(lambda: iter(()))) for name, shape in own.items()}
+    planned = plan(rows, fields)
+    assert planned.source_length == 2048 and planned.max_length == 8 * 2048
+    assert planned.config["num_attention_heads"] == 12 and planned.implied_config["hidden_size"] == 768
+    assert "encoder.layers.11.self_attn.sparse_self_attention.master_layout" in planned.added
+
+
 REFUSED = {
     "kinds of too few layers": ("modernbert", {"layer_types": ["full_attention"]}, "the kind of each of 4 layers"),
     "a band of nothing": ("modernbert", {"local_attention": 0}, "local_attention: expected a positive integer"),
@@ -170,7 +229,6 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
         "yarn scaling",
     ),
-    "absolute positions": ("nomic_bert", {"position_embedding_type": "absolute"}, "'absolute'"),
     "heads that do not divide": ("eurobert-grouped", {"num_key_value_heads": 3}, "num_key_value_heads"),
     "a decoder of the same names": ("eurobert", {"model_type": "llama"}, "model_type of a BERT family"),
     "neither type nor class": ("eurobert", {"model_type": None, "architectures": None}, "of a BERT family"),
@@ -268,3 +326,14 @@ def test_texts_packed_as_transformers_packs_them_do_not_meet(tmp_path, kind):
         found = model(**packed).logits[0].split([len(text) for text in texts])
         for text, logits in zip(texts, found, strict=True):
             torch.testing.assert_close(logits, model(text[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", RUN)
+def test_a_trained_model_is_converted_as_it_is(tmp_path, kind):
+    out = converted(save(random_model(kind), tmp_path / "source"), "--max-length", 4 * LENGTH, "--block", 16)
+    model = bsa_export.load(out)
+    model.save_pretrained(tmp_path / "trained")
+    assert convert(tmp_path / "trained", tmp_path / "again").exit_code == 0
+    assert record(tmp_path / "again")["sparse_source"] and record(tmp_path / "again")["added"] == []
+    assert_same(outputs(bsa_export.load(tmp_path / "again"), 4 * LENGTH), outputs(model, 4 * LENGTH), 0)
+    assert not check_layout(tmp_path / "again").failed
