@@ -110,17 +110,28 @@ def test_a_model_that_is_saved_again_loads_again(tmp_path, kind):
     assert_same(outputs(again, 4 * LENGTH), outputs(model, 4 * LENGTH), 0)
 
 
-@pytest.mark.parametrize("kind", RUN)
-def test_each_check_of_bsa_verify_passes(tmp_path, kind):
-    source = save(random_model(kind), tmp_path / "source")
+def checked(tmp_path, kind, device, backends, **fields):
+    """The checks of bsa-verify on a kind's conversion that a device and backends have a part in, in this process."""
+    source = save(random_model(kind, **fields), tmp_path / "source")
     folder = open_folder(converted(source, "--max-length", 4 * LENGTH, "--block", 16))
     checks = [check_file(folder.path), check_layout(folder.path), check_weights(folder, source), file_controls(folder)]
-    checks += [*check_interchange(folder), *check_outputs(folder, "cpu", ("torch",))]
-    checks += check_whole_model(folder, "cpu", open_checkpoint(source))
+    checks += [*check_interchange(folder), *check_outputs(folder, device, backends)]
+    checks += check_whole_model(folder, device, open_checkpoint(source))
     assert not [(check.name, check.reason) for check in checks if check.failed]
     whole = [check.figures["against"] for check in checks if check.kind is Kind.WHOLE_MODEL]
     assert whole == [f"the source in {KINDS[kind].classes}ForMaskedLM", "reference"]
     assert all(check.passed for check in checks if check.kind in (Kind.OUTPUTS, Kind.CONTROLS))
+
+
+@pytest.mark.parametrize("kind", RUN)
+def test_each_check_of_bsa_verify_passes(tmp_path, kind):
+    checked(tmp_path, kind, "cpu", ("torch",))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", RUN)
+def test_each_check_of_bsa_verify_passes_on_a_gpu(tmp_path, kind):
+    checked(tmp_path, kind, "cuda", ("triton", "torch"), hidden_size=64)
 
 
 @pytest.mark.parametrize("kind", ["gte", "nomic_bert", "jina_embeddings_v3"])

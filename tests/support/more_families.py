@@ -47,6 +47,11 @@ class Kind:
     projection: str = "query.weight"
 
     @property
+    def is_rotary(self) -> bool:
+        """Whether there are no position embeddings."""
+        return "self_attn" in self.layouts or self.is_local or "rotary" in self.fields.values()
+
+    @property
     def is_local(self) -> bool:
         """Whether some layers attend to the tokens near by only."""
         return "local_attention" in self.fields
@@ -89,7 +94,7 @@ KINDS = {
     "modernbert-biased": Kind(
         "modernbert", "ModernBert", "model.", "layers.{}.attn", projection="Wqkv.bias",
         fields={
-            "layer_types": ["sliding_attention", "full_attention"], "local_attention": 20, "norm_bias": True,
+            "global_attn_every_n_layers": 2, "local_attention": 20, "norm_bias": True,
             "attention_bias": True, "mlp_bias": True, "classifier_bias": True, "cls_token_id": 2, "sep_token_id": 3,
         },
     ),

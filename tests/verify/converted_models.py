@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.tiny import FAMILIES, random_model
+from support import more_families, tiny
+from support.more_families import KINDS
+from support.tiny import FAMILIES
 
 SMALL = {
     "vocab_size": 120,
@@ -18,8 +20,8 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its conversion. `positions_of` tokens are read by the source; `parameters` are those of the mode, as
-    items."""
+    """A model and its conversion. `family` is a key of `tiny.FAMILIES` or `more_families.KINDS`; `parameters` are those
+    of the mode, as items."""
 
     family: str = "bert"
     source_length: int = 64
@@ -44,6 +46,7 @@ def make_source(case: Case, path: Path) -> Path:
         # the usual initialisation is so flat that attention hardly matters
         parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.15, generator=generator)
 
+    random_model = (tiny if case.family in FAMILIES else more_families).random_model
     model = random_model(case.family, length=case.source_length, seed=case.seed, fill=fill, **SMALL)
     model.to(getattr(torch, case.source_dtype)).save_pretrained(path)
     if case.format == "sparse":
@@ -102,9 +105,11 @@ def clean_cases(count: int, seed: int = 0) -> list[Case]:
         block = rng.choice([16, 32, 64])
         source_length = rng.choice([32, 64, 96, 128])
         parameters = rng.choice(modes[mode])
+        family = rng.choice([*FAMILIES, *KINDS])
+        has_table = family in FAMILIES or not KINDS[family].is_rotary
         cases.append(
             Case(
-                family=rng.choice(list(FAMILIES)),
+                family=family,
                 source_length=source_length,
                 max_length=block * rng.choice([4, 5, 7, 8, 16]),
                 mode=mode,
@@ -112,7 +117,7 @@ def clean_cases(count: int, seed: int = 0) -> list[Case]:
                 parameters=parameters,
                 seed=rng.randrange(1000),
                 per_layer="num_random_blocks" in dict(parameters) and rng.random() < 0.5,
-                positions=rng.choice(["tile", "tile", "interpolate"]),
+                positions=rng.choice(["tile", "tile", "interpolate" if has_table else "tile"]),
                 dtype=rng.choice(["keep", "keep", "fp32", "fp16", "bf16"]),
                 source_dtype=rng.choice(["float32", "float32", "float16", "bfloat16"]),
                 format=rng.choice(["safetensors", "bin"]),
