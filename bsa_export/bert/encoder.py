@@ -171,17 +171,18 @@ class Encoder:
         matching = [
             prefix
             for prefix in (self.prefix, *self.other_prefixes)
-            if (name.startswith(prefix) if prefix else self._is_inside(name))
+            if (name.startswith(prefix) if prefix else self.is_inside(name))
         ]
         return bool(matching) and max(matching, key=len) != self.prefix
 
     def unused_names(self, written: Iterable[str]) -> list[str]:
         """The written names of the encoder that its class does not compute with: all but those of `dense_spec`."""
         spec, prefix = self.dense_spec(), self.written_prefix
-        own = (name for name in written if (name.startswith(prefix) if prefix else self._is_inside(name)))
+        own = (name for name in written if (name.startswith(prefix) if prefix else self.is_inside(name)))
         return [name for name in own if name not in spec and not STORED_LAYOUT.fullmatch(name)]
 
-    def _is_inside(self, inner: str) -> bool:
+    def is_inside(self, inner: str) -> bool:
+        """Whether a name of a checkpoint without prefix is the encoder's."""
         return in_encoder(inner) or inner.partition(".")[0] in self.structure.tops()
 
     def dense_spec(self) -> Spec:
