@@ -74,7 +74,14 @@ def load(
     # transformers saves a model that ZeRO 3 trained under old names, such as LayerNorm.gamma, and reads them back.
     tensors = {folder.encoder.written_name(name): row for name, row in folder.tensors.items()}
     compare(tensors, folder.encoder.sparse_spec()).raise_if_any(folder.path)
-    model, loaded = _from_pretrained(folder, _model_class(folder), dtype)
+    model_class = _model_class(folder)
+    if not getattr(model_class, "_supports_attention_backend", False):
+        raise CheckpointError(
+            f"{model_class.__name__} of transformers {transformers.__version__} calls no registered attention function",
+            where=folder.path,
+            hint=NEWER,
+        )
+    model, loaded = _from_pretrained(folder, model_class, dtype)
     _refuse_misfits(folder.path, model, **loaded)
     for module in model.modules():
         if isinstance(module, StoredLayout):
@@ -82,6 +89,7 @@ def load(
     return model if device is None else model.to(device)  # type: ignore[arg-type]
 
 
+NEWER = "install a newer transformers: pip install --upgrade transformers"
 # The head that tensors of these names are, and transformers' table of the classes that have it. The first counts.
 HEADS = {
     "cls.seq_relationship.": "MODEL_FOR_PRETRAINING_MAPPING",
@@ -117,6 +125,10 @@ def _model_class(folder: ConvertedFolder) -> type[PreTrainedModel]:
     family = folder.encoder.family.name
     tables = [table for head, table in HEADS.items() if any(name.startswith(head) for name in folder.tensors)]
     table = getattr(transformers, tables[0] if tables else "MODEL_MAPPING")
+    if family not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"transformers {transformers.__version__} has no model_type {family}", where=folder.path, hint=NEWER
+        )
     model_class: type[PreTrainedModel] = table[transformers.CONFIG_MAPPING[family]]
     log.warning(
         "%s: architectures names %s, which transformers does not have; loaded as %s, by its tensors",

@@ -32,7 +32,7 @@ from bsa_export.conversion.plan import plan
 from bsa_export.converted.checks import Kind
 from bsa_export.converted.folder import open_folder
 from bsa_export.converted.integrity import check_file, check_layout
-from bsa_export.errors import AttentionError
+from bsa_export.errors import AttentionError, CheckpointError
 from bsa_export.ops import block_sparse_attention
 from bsa_export.verify.controls import file_controls
 from bsa_export.verify.interchange import check_interchange
@@ -348,3 +348,19 @@ def test_a_trained_model_is_converted_as_it_is(tmp_path, kind):
     assert record(tmp_path / "again")["sparse_source"] and record(tmp_path / "again")["added"] == []
     assert_same(outputs(bsa_export.load(tmp_path / "again"), 4 * LENGTH), outputs(model, 4 * LENGTH), 0)
     assert not check_layout(tmp_path / "again").failed
+
+
+def change(folder, **fields):
+    (folder / "config.json").write_text(json.dumps(config(folder) | fields))
+
+
+def test_a_transformers_that_is_too_old_is_named(tmp_path, monkeypatch):
+    """ModernBERT of transformers 5.0 does not call the attention interface, and GTE came later."""
+    out = converted(save(random_model("gte"), tmp_path / "source"))
+    monkeypatch.setattr(transformers.GteForMaskedLM, "_supports_attention_backend", False)
+    with pytest.raises(CheckpointError, match="calls no registered attention function.*install a newer transformers"):
+        bsa_export.load(out)
+    change(out, architectures=["OfATransformersToCome"])
+    monkeypatch.setattr(transformers, "CONFIG_MAPPING", {})
+    with pytest.raises(CheckpointError, match="has no model_type gte; install a newer transformers"):
+        bsa_export.load(out)
