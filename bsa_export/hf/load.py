@@ -123,12 +123,12 @@ def _model_class(folder: ConvertedFolder) -> type[PreTrainedModel]:
             )
         return found
     family = folder.encoder.family.name
-    tables = [table for head, table in HEADS.items() if any(name.startswith(head) for name in folder.tensors)]
-    table = getattr(transformers, tables[0] if tables else "MODEL_MAPPING")
     if family not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
             f"transformers {transformers.__version__} has no model_type {family}", where=folder.path, hint=NEWER
         )
+    tables = [table for head, table in HEADS.items() if any(name.startswith(head) for name in folder.tensors)]
+    table = getattr(transformers, tables[0] if tables else "MODEL_MAPPING")
     model_class: type[PreTrainedModel] = table[transformers.CONFIG_MAPPING[family]]
     log.warning(
         "%s: architectures names %s, which transformers does not have; loaded as %s, by its tensors",
