@@ -131,6 +131,7 @@ def complete(
         verification,
         config,
         facts=layout_facts(layouts, block, origin.source_length, interpolated, windows),
+        windows=windows,
         repo=repo or folder.resolve().name,
         picture=next((name for name in PICTURES if (folder / name).is_file()), None),
         unverified=unverified,
@@ -143,6 +144,7 @@ def render(
     config: dict[str, Any],
     *,
     facts: LayoutFacts | None = None,
+    windows: Sequence[int | None] = (),
     repo: str = "org/name",
     picture: str | None = None,
     unverified: str | None = None,
@@ -154,6 +156,7 @@ def render(
         verification: verification.json, or None if the folder is not verified.
         config: content of config.json.
         facts: of the stored layouts, for the section on limits.
+        windows: how many tokens to each side each layer attends to at most; None for a layer without such a bound.
         repo: what is loaded in the examples.
         picture: name of a picture of the layout in the folder.
         unverified: why it counts as not verified though it is published.
@@ -193,6 +196,8 @@ def render(
         passed_mark=PASSED_MARK,
         facts=facts,
         longer=record.max_length > record.origin.source_length,
+        local=[window for window in windows if window is not None],
+        layers=len(windows),
         versions=versions,
     )
     text += "\n"

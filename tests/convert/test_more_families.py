@@ -168,6 +168,7 @@ def test_local_layers_keep_the_blocks_that_their_band_touches(tmp_path):
     ]
     assert all(np.array_equal(head, touched) for layer in (1, 2) for head in layouts[layer])
     assert torch.equal(layouts[0], layouts[3]) and not np.array_equal(layouts[0][0], touched)
+    assert "| local layers | 2 of 4: a token attends to 12 tokens" in (tmp_path / "out" / "README.md").read_text()
     assert record(tmp_path / "out")["density"] == pytest.approx(float(torch.stack(layouts).float().mean()))
 
 
