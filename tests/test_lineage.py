@@ -264,6 +264,11 @@ def test_a_new_head_over_an_encoder_without_prefix(tmp_path):
     assert training.changed == ["bert.encoder.layer.1.output.dense.weight"]
     assert {name.partition(".")[0] for name in training.added} == {"classifier"}
     assert training.removed == []
+    masked = transformers.AutoModelForMaskedLM.from_pretrained(out)
+    masked.save_pretrained(tmp_path / "masked")
+    no_pooler = whole(tmp_path / "masked", tmp_path / "masked made", out)
+    assert {name.partition(".dense")[0] for name in read_conversion(no_pooler).trained_from.removed} == {"bert.pooler"}
+    assert check_weights(open_folder(no_pooler), out).passed
     assert check_weights(open_folder(made), out).passed
     loaded = bsa_export.load(made).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())

@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bsa_export.bert.families import POSITIONS, STORED_LAYOUT, encoder_prefix, encoder_prefixes
-from bsa_export.bert.other_models import in_encoder
+from bsa_export.bert.families import encoder_prefix, encoder_prefixes
+from bsa_export.bert.structure import STORED_LAYOUT
 from bsa_export.checkpoint.comparison import first_difference, same_bytes
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.table import Checkpoint, Tensor
@@ -42,7 +42,7 @@ class Ancestor:
     def name_in(self, name: str, prefix: str) -> str:
         """One of its names in a model whose encoder has another prefix, as a class with a head has."""
         own = self.folder.prefix
-        inside = name.startswith(own) if own else in_encoder(name)
+        inside = name.startswith(own) if own else self.folder.encoder.is_inside(name)
         return prefix + name.removeprefix(own) if inside else name
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -139,7 +139,8 @@ def training(ancestor: Ancestor, tensors: Mapping[str, Tensor], written_prefix: 
         written_prefix: the encoder's.
     """
     before = ancestor.tensors(written_prefix)
-    positions = written_prefix + POSITIONS
+    own = ancestor.folder.encoder.position_name
+    positions = own and ancestor.name_in(own, written_prefix)
     common = (name for name in tensors if name in before and not STORED_LAYOUT.fullmatch(name))  # layouts are the same
     changed = [name for name in common if not same_bytes(tensors[name], before[name])]
     return Training(
@@ -148,7 +149,7 @@ def training(ancestor: Ancestor, tensors: Mapping[str, Tensor], written_prefix: 
         changed=changed,
         added=[name for name in tensors if name not in before],
         removed=[name for name in before if name not in tensors],
-        first_row=_first_row(tensors[positions], before[positions]) if positions in changed else None,
+        first_row=_first_row(tensors[positions], before[positions]) if positions and positions in changed else None,
         repo=ancestor.repo,
         revision=ancestor.revision,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from bsa_export.bert.families import POSITIONS
+from bsa_export.bert.structure import POSITIONS
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.converted.checks import Check, Kind, result
 from bsa_export.converted.folder import ConvertedFolder, open_folder
@@ -21,7 +21,6 @@ from bsa_export.verify.carried import faults_of_kept_files
 from bsa_export.verify.rules import is_rounded
 
 LAYOUT = ".sparse_self_attention.master_layout"
-PARTS = ("embeddings.", "embeddings_project.", "encoder.", "pooler.")  # of an encoder without a prefix
 
 Progress = Callable[[int, int], None]
 
@@ -72,10 +71,16 @@ class _Comparison:
         progress: Progress | None,
     ):
         self.folder, self.record, self.training, self.progress = folder, record, training, progress
-        self.before = {_moved(name, before.prefix, folder.prefix): row for name, row in before.tensors.items()}
+        self.before = {self.moved(name, before.prefix): row for name, row in before.tensors.items()}
         self.positions = folder.prefix + POSITIONS
         self.unchanged = self.done = 0
         self.total = sum(row.nbytes for row in folder.tensors.values())
+
+    def moved(self, name: str, old: str) -> str:
+        """A name of the conversion, whose encoder has the prefix `old`, in the trained model; a head keeps its name."""
+        new = self.folder.prefix + name.removeprefix(old)
+        is_known = new in self.folder.tensors or new in self.training.removed
+        return new if name.startswith(old) and (old or is_known) else name
 
     def faults(self) -> Iterator[str]:
         """What is not as it should be, a sentence each."""
@@ -130,9 +135,3 @@ class _Comparison:
         """The dtype that the second conversion rounded a tensor to."""
         change = self.record.changed.get(name)
         return change.dtype[1] if change and change.dtype else None
-
-
-def _moved(name: str, old: str, new: str) -> str:
-    """A name of an encoder with the prefix `old` as it is with `new`; names outside the encoder stay."""
-    inside = name.startswith(old) if old else name.startswith(PARTS)
-    return new + name.removeprefix(old) if inside else name
