@@ -15,7 +15,7 @@ EXTRAS = {
     "verify": (*_RUN, "deepspeed>=0.16,<0.19.7"),
     "plot": ("matplotlib>=3.7",),
     "sentences": (*_RUN, "sentence-transformers>=5.2"),
-    "train": (*_RUN, "accelerate>=1.1"),
+    "train": (*_RUN, "accelerate>=1.1", "datasets>=2.19"),
 }
 
 
