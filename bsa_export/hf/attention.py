@@ -100,8 +100,7 @@ def attention(
     if key.shape[1] != query.shape[1]:  # grouped queries
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
 
-    # The keyword is passed where it is needed: only local layers have a window.
-    window: dict[str, Any] = {} if sliding_window is None else {"window": (sliding_window - 1, sliding_window - 1)}
+    window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
     if packed is not None:
         context = block_sparse_attention_varlen(
             query,
@@ -112,7 +111,7 @@ def attention(
             packed.cu_seqlens,
             packed.max_seqlen,
             scale=scaling,
-            **window,
+            window=window,
         )
         return context.transpose(1, 2), None
     padding = pairs = None
@@ -132,7 +131,7 @@ def attention(
         key_padding_mask=padding,
         attn_mask=pairs,
         scale=scaling,
-        **window,
+        window=window,
     )
     return context.transpose(1, 2), None
 

@@ -33,6 +33,7 @@ class Backend(Protocol):
         attn_mask: Tensor | None,
         rpe: Tensor | None,
         scale: float,
+        window: tuple[int, int] | None = None,
     ) -> str | None:
         """Why this backend cannot compute the call, or None."""
         ...

@@ -55,6 +55,7 @@ def refuses(
     attn_mask: Tensor | None,
     rpe: Tensor | None,
     scale: float,
+    window: tuple[int, int] | None = None,
 ) -> str | None:
     """What DeepSpeed refuses, what its kernels would compute wrong, and what is not installed. See `contract.py`."""
     batch, heads, seq, head_dim = query.shape

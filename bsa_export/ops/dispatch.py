@@ -148,7 +148,7 @@ def block_sparse_attention(
     scale = head_dim**-0.5 if scale is None else scale
     n = -(-seq // block)
     layout = layout[:, :n, :n]
-    module = _choose(backend, query, key, value, layout, block, masks, scale)
+    module = _choose(backend, query, key, value, layout, block, masks, scale, limits)
     return module.attend(query, key, value, layout, block, **masks, scale=scale, window=limits)
 
 
@@ -211,7 +211,7 @@ def block_sparse_attention_varlen(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     n = -(-max_seqlen // block)
     masks: dict[str, Tensor | None] = dict.fromkeys(("key_padding_mask", "attn_mask", "rpe"))
-    module = _choose(backend, query, key, value, layout[:, :n, :n], block, masks, scale)
+    module = _choose(backend, query, key, value, layout[:, :n, :n], block, masks, scale, limits)
     if module is _loaded["triton"]:
         varlen = cast(VarlenBackend, module)
         layout = layout[:, :n, :n]
@@ -239,6 +239,7 @@ def _choose(
     block: int,
     masks: dict[str, Tensor | None],
     scale: float,
+    window: tuple[int, int] | None,
 ) -> Backend:
     """The module of the backend that is to compute this call."""
     if backend == "auto":
@@ -258,7 +259,7 @@ def _choose(
             # It would be as large as the score matrix.
             reason = f"{learned[0]} requires a gradient, which only the reference backend computes"
         else:
-            reason = module.refuses(query, key, value, layout, block, **masks, scale=scale)
+            reason = module.refuses(query, key, value, layout, block, **masks, scale=scale, window=window)
             if reason is None:
                 return module
     raise AttentionError(str(reason), where=f"backend {names[-1]}")

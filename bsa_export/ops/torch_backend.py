@@ -51,6 +51,7 @@ def refuses(
     attn_mask: Tensor | None,
     rpe: Tensor | None,
     scale: float,
+    window: tuple[int, int] | None = None,
 ) -> str | None:
     """None: any device, dtype and mask will do."""
     return None

@@ -57,6 +57,9 @@ _sites = count(1)
 # The kinds of calls whose kernels were compiled for a forward and backward pass.
 _warm: set[tuple] = set()
 
+# Windows in smaller blocks are right in Triton's interpreter, and were not on an H200: docs/kernel-notes.md.
+SMALLEST_WINDOW_BLOCK = 64
+
 
 def _constant(function: Callable[P, R]) -> Callable[P, R]:
     """Has torch.compile call `function` while it traces, as `torch.compiler.assume_constant_result`, which takes a
@@ -170,6 +173,7 @@ def refuses(
     attn_mask: Tensor | None = None,
     rpe: Tensor | None = None,
     scale: float,
+    window: tuple[int, int] | None = None,
 ) -> str | None:
     """Why this backend cannot compute the call, or None."""
     if _NO_TRITON is not None:
@@ -182,6 +186,8 @@ def refuses(
         return f"the fused kernel computes float16, bfloat16 and float32, not {query.dtype}"
     if not 16 <= query.shape[-1] <= MAX_HEAD_DIM:
         return f"the fused kernel has head_dim 16 to {MAX_HEAD_DIM}, not {query.shape[-1]}"
+    if window is not None and query.device.type == "cuda" and block < SMALLEST_WINDOW_BLOCK:
+        return f"the fused kernel has windows in blocks of {SMALLEST_WINDOW_BLOCK} tokens or more, not {block}"
     if query.device.type != "cuda" and not interpreting():
         return f"the fused kernel runs on CUDA GPUs, not on {query.device.type}"
     if query.device.type != "cuda" and query.dtype == torch.bfloat16:

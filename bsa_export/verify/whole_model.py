@@ -129,10 +129,10 @@ def _register_reference() -> None:
             order = torch.randperm(query.shape[-1], generator=torch.Generator().manual_seed(seed))
         query, key, value = (x[..., order.to(x.device)] for x in (query, key, value))
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-        window: dict[str, Any] = {} if sliding_window is None else {"window": (sliding_window - 1,) * 2}
+        window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
         context = block_sparse_attention(
             query, key, value, stored.master_layout, stored.block,
-            key_padding_mask=attention_mask, scale=scaling, backend="reference", **window,
+            key_padding_mask=attention_mask, scale=scaling, backend="reference", window=window,
         )  # fmt: skip
         return context[..., order.argsort().to(context.device)].transpose(1, 2), None
 
