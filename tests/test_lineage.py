@@ -224,6 +224,17 @@ def test_the_card_names_the_repository_that_it_was_trained_from(out, trained, tm
     assert stated["license"] == "mit"
 
 
+def test_a_conversion_that_is_converted_again_was_not_trained(out, tmp_path):
+    made = whole(out, tmp_path / "made", None)
+    record = read_conversion(made)
+    assert record.trained_from.changed_nothing and record.training is None
+    tensors = ("| tensors added", "| tensors changed")
+    before, after = ((folder / "README.md").read_text().splitlines() for folder in (out, made))
+    assert [line for line in after if line.startswith(tensors)] == [line for line in before if line.startswith(tensors)]
+    assert any("was not trained after the conversion" in line for line in after)
+    assert check_weights(open_folder(made), out).passed
+
+
 def test_trained_twice(out, trained, tmp_path):
     made = whole(trained, tmp_path / "made", out)
     again = whole(train(made, tmp_path / "again", new_rows), tmp_path / "made again", made)

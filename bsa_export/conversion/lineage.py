@@ -60,9 +60,8 @@ def open_ancestor(source: Source) -> Ancestor:
         folder = open_folder(source.path)
         if folder.record is None:
             raise CheckpointError("expected a conversion", found=f"no {CONVERSION_RECORD}", where=source.path)
-        weights = {file.name for file in folder.checkpoint.files}
         faults, _ = digest_faults(folder, folder.record)
-        if wrong := [fault for fault in faults if fault.partition(":")[0] in weights]:
+        if wrong := [faults[file.name] for file in folder.checkpoint.files if file.name in faults]:
             raise CheckpointError(
                 "expected the conversion as it was before the training", found=wrong[0], where=source.path
             )

@@ -183,7 +183,7 @@ def render(
         names_attention=config.get("attn_implementation") == "block_sparse",
         record=record,
         origin=record.origin,
-        training=record.trained_from,
+        training=record.training,
         source=record.origin.source,
         repo=repo,
         parameters=[(name, _plain(value)) for name, value in record.sparsity.items() if name not in ("mode", "block")],
@@ -324,9 +324,9 @@ def read_card(card: Path) -> str:
 
 def _tensors(record: ConversionRecord) -> dict[str, list[str]]:
     """The names of tensors that are not copies of the source's, or of those of the conversion before a training."""
-    training = record.trained_from
+    training, origin = record.training, record.origin
     if training is None:
-        return {"added": record.added, "changed": list(record.changed), "dropped": list(record.dropped)}
+        return {"added": origin.added, "changed": list(origin.changed), "dropped": list(origin.dropped)}
     return {
         "added by training": training.added,
         "changed by training": training.changed,

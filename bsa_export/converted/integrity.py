@@ -65,7 +65,7 @@ def check_file(folder: Path) -> Check:
     else:
         faults += [*_config_faults(opened, opened.record), *_record_faults(opened, opened.record)]
         changed, compared = digest_faults(opened, opened.record)
-        faults += changed
+        faults += changed.values()
         figures["digests"] = f"{compared} of {len(opened.record.files)} files"
         if unexpected := unexpected_files(opened.path, opened.record):
             figures[NOT_RECORDED] = some(unexpected, 5)
@@ -204,23 +204,23 @@ def _record_faults(opened: ConvertedFolder, record: ConversionRecord) -> list[st
     ]
 
 
-def digest_faults(opened: ConvertedFolder, record: ConversionRecord) -> tuple[list[str], int]:
-    """What of the recorded files has another size or digest, a sentence each; and how many had a digest."""
-    faults, compared = [], 0
+def digest_faults(opened: ConvertedFolder, record: ConversionRecord) -> tuple[dict[str, str], int]:
+    """The recorded files that have another size or digest: name -> a sentence. And how many had a digest."""
+    faults, compared = {}, 0
     for name, expected in record.files.items():
         path = opened.path / name
         kind, digest = next(((kind, found) for kind in DIGESTS if (found := getattr(expected, kind))), (None, None))
         compared += kind is not None
         if not os.path.isfile(path):  # False also for a name that is too long for a file
-            faults.append(f"{name}: missing, though conversion.json records it")
+            faults[name] = f"{name}: missing, though conversion.json records it"
         elif path.stat().st_size != expected.bytes:
             found = path.stat().st_size
-            faults.append(f"{name}: expected {expected.bytes} bytes from conversion.json, found {found}")
+            faults[name] = f"{name}: expected {expected.bytes} bytes from conversion.json, found {found}"
         elif kind and DIGESTS[kind](path) != digest:
-            faults.append(f"{name}: its {kind} is not the one in conversion.json: it was changed since")
+            faults[name] = f"{name}: its {kind} is not the one in conversion.json: it was changed since"
     if record.files:
         unrecorded = {file.name for file in opened.checkpoint.files} - set(record.files)
-        faults += [f"{name}: conversion.json does not record it" for name in sorted(unrecorded)]
+        faults |= {name: f"{name}: conversion.json does not record it" for name in sorted(unrecorded)}
     return faults, compared
 
 

@@ -215,6 +215,11 @@ class Training:
     revision: str | None = None
 
     @property
+    def changed_nothing(self) -> bool:
+        """Whether every tensor is the conversion's, as where a conversion is converted once more."""
+        return not (self.changed or self.added or self.removed)
+
+    @property
     def only_new_rows(self) -> bool:
         """Whether nothing changed but position rows beyond those that the dense model has."""
         positions = self.record.origin.positions
@@ -294,6 +299,14 @@ class ConversionRecord:
         while record.trained_from is not None:
             record = record.trained_from.record
         return record
+
+    @property
+    def training(self) -> Training | None:
+        """The last training that changed something."""
+        found = self.trained_from
+        while found is not None and found.changed_nothing:
+            found = found.record.trained_from
+        return found
 
 
 @dataclass(frozen=True)
