@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from bsa_export.converted.checks import Check, Kind, Status
 from bsa_export.errors import BsaError
 from bsa_export.verify.documents import documents
-from bsa_export.verify.whole_model import EndToEnd, Inputs, attending, make_inputs
+from bsa_export.verify.whole_model import CPU_LONGEST, EndToEnd, Inputs, attending, make_inputs
 
 MASKED = 0.15
 CPU_TOKENS = 40_000  # documents are taken until there are so many
@@ -24,8 +24,8 @@ Progress = Callable[[int, int], None]
 
 
 def measure_drift(runs: EndToEnd, text: Path | None = None, progress: Progress | None = None) -> Check:
-    """Compares hidden states layer by layer on an input that the dense model can read, and losses where there is a
-    text.
+    """Compares hidden states layer by layer on an input that the dense model can read (on a CPU of CPU_LONGEST tokens
+    at most), and losses where there is a text.
 
     Args:
         runs: the model.
@@ -36,14 +36,15 @@ def measure_drift(runs: EndToEnd, text: Path | None = None, progress: Progress |
     no loss.
     """
     folder = runs.folder
-    inputs = make_inputs(folder, 1, folder.source_length, runs.device, seed=2)
+    length = min(folder.source_length, CPU_LONGEST) if runs.device == "cpu" else folder.source_length
+    inputs = make_inputs(folder, 1, length, runs.device, seed=2)
     sparse = _hidden_states(runs.model, inputs)
     with attending(runs.model, "sdpa"):
         dense = _hidden_states(runs.model, inputs)
     cosines = [cosine_similarity(a, b, dim=-1) for a, b in zip(sparse, dense, strict=True)]
     details = [{"layer": i, "cosine": float(x.mean()), "least": float(x.min())} for i, x in enumerate(cosines)]
     figures = {
-        "length": folder.source_length,
+        "length": length,
         "cosine of the last hidden states": float(cosines[-1].mean()),
         "least": float(cosines[-1].min()),
         "input": "random tokens",
