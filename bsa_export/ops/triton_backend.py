@@ -57,7 +57,7 @@ _sites = count(1)
 # The kinds of calls whose kernels were compiled for a forward and backward pass.
 _warm: set[tuple] = set()
 
-# Windows in smaller blocks are right in Triton's interpreter, and were not on an H200: docs/kernel-notes.md.
+# Windows in smaller blocks are right in Triton's interpreter. On a GPU this was not shown yet: docs/kernel-notes.md.
 SMALLEST_WINDOW_BLOCK = 64
 
 
