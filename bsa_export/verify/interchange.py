@@ -87,10 +87,15 @@ def _load_faults(folder: ConvertedFolder, module: nn.Module) -> Iterator[str]:
     parts = ("sparse_self_attention", *(SHARED if _has_projections(folder) else ()))
     if not _has_projections(folder):
         module = nn.ModuleDict({"sparse_self_attention": module.get_submodule("sparse_self_attention")})
+    own = folder.encoder.dense_spec()  # ALBERT's attention also has a norm, ESM's its frequencies
     for layer in range(folder.layers):
         start = folder.layout_name(layer).removesuffix(MASTER_LAYOUT)
         names = {name.removeprefix(start): name for name in folder.tensors if name.startswith(start)}
-        state = {inner: tensor(folder.tensors[name]) for inner, name in names.items() if inner.startswith(parts)}
+        state = {
+            inner: tensor(folder.tensors[name])
+            for inner, name in names.items()
+            if inner.startswith(parts) or name not in own
+        }
         if "query.weight" in state:
             module.to(state["query.weight"].dtype)
         try:
