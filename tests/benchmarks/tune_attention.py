@@ -77,10 +77,13 @@ def runner(kernel: str, block: int, layout, batch: int, heads: int, seq: int, he
         return lambda: backend._forward(q, k, v, layout, None, None, seq, block, scale)
     out, lse = backend._forward(q, k, v, layout, None, None, seq, block, scale)
     delta = (out.float() * g.float()).sum(-1).contiguous()
-    inputs = (q, k, v, layout, None, backend._read_mask(None, lse), None, seq, block, scale, "", g, lse, delta)
+    call = backend._Call(kernel, q, layout, None, None, seq, block, None, "")
+    read_mask = backend._read_mask(None, lse)
     if kernel == "query":
-        return lambda: backend._query_gradient(*inputs, out, torch.empty_like(q))
-    return lambda: backend._key_gradient(*inputs, torch.empty_like(k), torch.empty_like(v))
+        d_q = torch.empty_like(q)
+        return lambda: backend._query_gradient(call, q, k, v, out, g, read_mask, lse, delta, scale, d_q)
+    d_k, d_v = torch.empty_like(k), torch.empty_like(v)
+    return lambda: backend._key_gradient(call, q, k, v, g, read_mask, lse, delta, scale, d_k, d_v)
 
 
 def main():
