@@ -152,6 +152,16 @@ def test_a_false_record_fails(out, tmp_path, plant):
     assert check_weights(open_folder(made), out).failed
 
 
+@pytest.mark.parametrize("name", ["../dense/README.md", "/etc/hostname", "..", ""])
+def test_a_record_that_names_a_file_elsewhere_is_damaged(out, trained, tmp_path, name):
+    made = whole(trained, tmp_path / "made", out)
+    record = json.loads((made / "conversion.json").read_text())
+    claim(record, files=[name])
+    (made / "conversion.json").write_text(json.dumps(record))
+    with pytest.raises(BsaError, match="damaged"):
+        read_conversion(made)
+
+
 @pytest.mark.parametrize("name", [QUERY, LAYOUT])
 def test_a_tensor_that_changed_without_a_word_fails(out, tmp_path, name):
     made = whole(train(out, tmp_path / "trained", new_rows), tmp_path / "made", out)

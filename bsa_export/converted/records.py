@@ -214,6 +214,10 @@ class Training:
     repo: str | None = None
     revision: str | None = None
 
+    def __post_init__(self) -> None:
+        if any("/" in name or "\0" in name or name in ("", ".", "..") for name in self.files):
+            raise ValueError("files: expected names of files in the folder")
+
     @property
     def changed_nothing(self) -> bool:
         """Whether every tensor is the conversion's, as where a conversion is converted once more."""

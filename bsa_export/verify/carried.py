@@ -21,7 +21,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,7 +28,7 @@ from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint
 from bsa_export.converted.folder import ConvertedFolder
 from bsa_export.errors import BsaError
-from bsa_export.files import MAX_JSON_BYTES, read_json
+from bsa_export.files import MAX_JSON_BYTES, read_json, sha256
 from bsa_export.verify.bits import first_difference
 
 MODULES = "modules.json"
@@ -102,7 +101,7 @@ def faults_of_kept_files(folder: ConvertedFolder) -> Iterator[str]:
         path, recorded = folder.path / name, training.record.files.get(name)
         if recorded is None or not path.is_file():
             yield f"{name}: lost: conversion.json lists it as a file of the conversion before the training"
-        elif (path.stat().st_size, sha256(path.read_bytes()).hexdigest()) != (recorded.bytes, recorded.sha256):
+        elif path.stat().st_size != recorded.bytes or sha256(path) != recorded.sha256:
             yield f"{name}: it is not the file of the conversion before the training"
 
 
