@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.conversion import carried_files, json_text
-from bsa_export.conversion.carried_files import How, LeftBehind
+from bsa_export.conversion.carried_files import How
+from bsa_export.conversion.left_behind import LeftBehind
 from bsa_export.conversion.lengths import set_lengths
 from bsa_export.conversion.source_folder import encoder_folder
 from bsa_export.converted.records import LengthChange, NoteKind

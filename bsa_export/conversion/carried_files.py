@@ -12,15 +12,25 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from fnmatch import fnmatch
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 from bsa_export.bert.families import OLD_CONFIG
-from bsa_export.checkpoint.open import NOT_WEIGHTS, SHARD, WEIGHT_ENDINGS, open_checkpoint, other_file
+from bsa_export.checkpoint.open import SHARD, WEIGHT_ENDINGS, open_checkpoint, other_file
 from bsa_export.checkpoint.safetensors_file import read_safetensors
 from bsa_export.checkpoint.table import Checkpoint, SkipReason, Tensor, file_stamp
 from bsa_export.checkpoint.writer import FileRecord, write_safetensors
+from bsa_export.conversion.left_behind import (
+    CARD_FILES,
+    LICENSES,
+    PICKLES,
+    RECORDS,
+    SKIPPED_FOLDERS,
+    UNREMARKABLE,
+    LeftBehind,
+    matches,
+    reason_by_name,
+)
 from bsa_export.conversion.lengths import has_lengths, set_lengths
 from bsa_export.conversion.source_folder import (
     WITHOUT_LINKS,
@@ -33,18 +43,14 @@ from bsa_export.conversion.source_folder import (
     sorted_entries,
     stamp_of,
 )
-from bsa_export.converted.card import PICTURES
 from bsa_export.converted.names import (
     CARD,
     CONFIG,
-    CONVERSION_RECORD,
     MODULE_PICKLE,
     MODULES,
     PICKLE_INDEX,
-    PULL_RECORD,
     SENTENCE_FILES,
     TOKENIZER_FILES,
-    VERIFICATION_RECORD,
 )
 from bsa_export.converted.records import LengthChange, Note, NoteKind
 from bsa_export.errors import CheckpointError
@@ -62,30 +68,6 @@ SAFETENSORS = "model.safetensors"
 MOST_FILES = 10_000  # in the folders of all modules
 MOST_NAMES = 20  # in a note
 
-LICENSES = tuple(f"{name}{end}" for name in ("license", "licence", "notice", "copying") for end in ("", "[-._]*"))
-RECORDS = (CONVERSION_RECORD, VERIFICATION_RECORD, PULL_RECORD, *PICTURES)
-CARD_FILES = (CARD, "*.png", "*.svg", "*.jpg")
-CODE = ("*.py", "*.pyc", "*.so", "*.sh", "*.ipynb", "__pycache__")
-ADAPTERS = ("adapter_*",)
-OTHER_FORMATS = (
-    "*.h5", "*.msgpack", "*.ot", "*.onnx", "*.onnx_data", "*.gguf", "*.ggml", "*.tflite", "*.keras", "*.pb",
-    "*.mlmodel", "*.mlpackage", "*.ckpt.data-*", "*.ckpt.index", "*.ckpt.meta", "openvino_*", "onnx", "openvino",
-    "coreml",
-)  # fmt: skip
-TRAINING_STATE = (
-    *(name for name in NOT_WEIGHTS if not fnmatch("adapter_model.bin", name)),
-    "trainer_state.json", "training_args*", "sampler*.bin", "sampler*.pt", "events.out.tfevents*", "latest",
-    "checkpoint-*", "global_step*", "runs", "logs", "wandb", "mlruns", "eval",
-)  # fmt: skip
-PICKLES = (
-    *(f"*{ending}" for ending in WEIGHT_ENDINGS if ending != ".safetensors"),
-    "*.pkl",
-    "*.pickle",
-    "*.joblib",
-    "*.npy",
-    "*.npz",
-)
-
 
 class How(str, Enum):
     """How a file is carried over."""
@@ -96,32 +78,6 @@ class How(str, Enum):
     PATH_EDITED = "path edited"  # modules.json whose encoder moves to the top folder
 
     __str__ = str.__str__
-
-
-class LeftBehind(str, Enum):
-    """Why a file of the source is not carried over; notes show the value."""
-
-    CARD = "the source's model card"
-    REPLACED = "replaced by a new one"
-    RECORD = "a record of the source's own conversion"
-    OTHER_FORMAT = "weights in another format"
-    SAME_WEIGHTS = "another file of the encoder's weights"
-    OTHER_WEIGHTS = "weights of another model"
-    UNREADABLE = "not readable as tensors"
-    ADAPTER = "an adapter, not merged into the weights"
-    TRAINING_STATE = "state of a training run"
-    CODE = "code"
-    LINK = "a link out of the folder"
-    HIDDEN = "hidden"
-    NOT_OF_THE_MODEL = "not a file of the model, its tokenizer or its modules"
-
-    __str__ = str.__str__
-
-
-# In the folder of a module every other folder counts: a route of a router may have any name.
-SKIPPED_FOLDERS = {"__pycache__": LeftBehind.CODE, "onnx": LeftBehind.OTHER_FORMAT, "openvino": LeftBehind.OTHER_FORMAT}
-# Files of every repository of the Hub that no note needs to name.
-UNREMARKABLE = (LeftBehind.CARD, LeftBehind.REPLACED, LeftBehind.RECORD, LeftBehind.HIDDEN)
 
 
 @dataclass(frozen=True)
@@ -335,11 +291,11 @@ class _Planner:
             if os.path.isdir(entry.path):
                 if self.everything:
                     self.folder(folder / name)
-            elif _matches(name, patterns):
+            elif matches(name, patterns):
                 self.carry(name, path)
             elif not self.everything or Path(os.path.realpath(path)) in self.weights:
                 continue
-            elif _matches(name.lower(), LICENSES) or (self.keep_card and _matches(name, CARD_FILES)):
+            elif matches(name.lower(), LICENSES) or (self.keep_card and matches(name, CARD_FILES)):
                 self.carry(name, path)
             elif (reason := self.reason(path)) is None:
                 self.head(path, shown)
@@ -351,13 +307,13 @@ class _Planner:
         if path in self.modules:
             return
         if path not in self.above_modules:
-            self.left_behind[f"{_text(str(path))}/"] = _reason_by_name(path.name) or LeftBehind.NOT_OF_THE_MODEL
+            self.left_behind[f"{_text(str(path))}/"] = reason_by_name(path.name) or LeftBehind.NOT_OF_THE_MODEL
             return
         for entry in sorted_entries(self.root.folder / path):
             if os.path.isdir(entry.path):
                 self.folder(path / entry.name)
             else:
-                reason = _reason_by_name(entry.name) or LeftBehind.NOT_OF_THE_MODEL
+                reason = reason_by_name(entry.name) or LeftBehind.NOT_OF_THE_MODEL
                 self.left_behind[_text(str(path / entry.name))] = reason
 
     def reason(self, path: Path) -> LeftBehind | None:
@@ -369,7 +325,7 @@ class _Planner:
             return LeftBehind.REPLACED
         if name in RECORDS:
             return LeftBehind.RECORD
-        if reason := _reason_by_name(name):
+        if reason := reason_by_name(name):
             return reason
         if name.endswith(".index.json"):
             of_the_weights = Path(name.removesuffix(".index.json")).suffix in {
@@ -379,7 +335,7 @@ class _Planner:
         if SHARD.search(name) and name.endswith(WEIGHT_ENDINGS):
             return LeftBehind.SAME_WEIGHTS
         if not name.endswith(WEIGHT_ENDINGS):
-            return LeftBehind.UNREADABLE if _matches(name, PICKLES) else LeftBehind.NOT_OF_THE_MODEL
+            return LeftBehind.UNREADABLE if matches(name, PICKLES) else LeftBehind.NOT_OF_THE_MODEL
         return None if self.root.holds(path) else LeftBehind.LINK
 
     def head(self, path: Path, name: str) -> None:
@@ -489,12 +445,12 @@ class _Planner:
                 continue
             if name in (MODULE_PICKLE, PICKLE_INDEX) or (SHARD.search(name) and name.endswith(".bin")):
                 self.left_behind[_text(path)] = LeftBehind.SAME_WEIGHTS
-            elif (reason := _reason_by_name(name)) and reason is not LeftBehind.ADAPTER:
+            elif (reason := reason_by_name(name)) and reason is not LeftBehind.ADAPTER:
                 self.left_behind[_text(path)] = reason
             elif name.endswith(".safetensors"):
                 self.root.own(here / name)
                 self.put(_weights_file(path, How.COPIED, _table_of(here / name)))
-            elif _matches(name, PICKLES):
+            elif matches(name, PICKLES):
                 raise CheckpointError(
                     f"expected the weights of a module as {SAFETENSORS} or {MODULE_PICKLE}",
                     found=name,
@@ -563,23 +519,6 @@ def _table_of(path: Path) -> Checkpoint:
 
 def _nbytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(row.nbytes for row in tensors.values())
-
-
-def _matches(name: str, patterns: Collection[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
-
-
-def _reason_by_name(name: str) -> LeftBehind | None:
-    """Why a file or folder is left behind whatever is in it."""
-    if name.startswith("."):
-        return LeftBehind.HIDDEN
-    kinds: list[tuple[LeftBehind, Sequence[str]]] = [
-        (LeftBehind.CODE, CODE),
-        (LeftBehind.ADAPTER, ADAPTERS),
-        (LeftBehind.TRAINING_STATE, TRAINING_STATE),
-        (LeftBehind.OTHER_FORMAT, OTHER_FORMATS),
-    ]
-    return next((reason for reason, patterns in kinds if _matches(name, patterns)), None)
 
 
 def _text(name: str) -> str:
