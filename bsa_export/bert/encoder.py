@@ -18,18 +18,10 @@ from bsa_export.bert.expected_tensors import (
     read_sizes,
     sparse_spec,
 )
-from bsa_export.bert.families import (
-    BUFFERS,
-    FREQUENCIES,
-    Family,
-    encoder_prefix,
-    encoder_prefixes,
-    find_family,
-    reserved_rows,
-    written_name,
-)
+from bsa_export.bert.families import BUFFERS, FREQUENCIES, Family, reserved_rows, written_name
 from bsa_export.bert.implied import implied_norms_and_positions, implied_vocabulary
 from bsa_export.bert.other_models import in_encoder
+from bsa_export.bert.recognition import encoder_prefix, encoder_prefixes, find_family
 from bsa_export.bert.structure import POSITIONS, STORED_LAYOUT, Structure
 from bsa_export.checkpoint.foreign import recognise
 from bsa_export.checkpoint.table import Tensor

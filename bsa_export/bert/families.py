@@ -10,10 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from bsa_export.bert.other_models import appearance
 from bsa_export.bert.structure import (
     ALBERT,
     BERT,
@@ -37,7 +35,6 @@ from bsa_export.bert.structure import (
     Structure,
 )
 from bsa_export.errors import FamilyError
-from bsa_export.files import read_json
 
 FREQUENCIES = r"encoder\.layer\.\d+\.attention\.self\.rotary_emb\.inv_freq"  # of rotary positions, in GENA-LM
 _POST_NORM = r"encoder\.layer\.\d+\.attention\.output\.LayerNorm\..*"
@@ -378,8 +375,6 @@ FAMILIES = {
     )
 }
 
-OLD_CONFIG = "bert_config.json"
-_VOCABULARY = "vocab_size_or_config_json_file"  # the vocab_size of pytorch-pretrained-bert
 # Buffers that a model makes for itself, after the encoder's prefix: they are left out.
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 
@@ -397,130 +392,6 @@ def class_names(config: Mapping[str, object]) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise FamilyError("architectures: expected a list of names", found=repr(names), where="config.json")
     return names
-
-
-def find_config(folder: Path) -> Path:
-    """The config.json of a folder, or the bert_config.json that code before transformers wrote."""
-    path, old = folder / "config.json", folder / OLD_CONFIG
-    return old if old.is_file() and not path.exists() else path
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The content of a config.json. Raises FamilyError when it is not a JSON object.
-
-    The training config of DeepSpeed's recipe has it as `bert_model_config`. The recipe overwrites the vocab_size there
-    with that of its tokenizer, so it is left out: the tensors decide.
-    """
-    try:
-        config = read_json(path, error=FamilyError)
-    except FileNotFoundError:
-        raise FamilyError(
-            "expected the model's config.json (the number of attention heads cannot be read from weights)",
-            found="none",
-            where=path,
-            hint="name it with --config",
-        ) from None
-    if not isinstance(config, dict):
-        raise FamilyError("expected a JSON object", found=type(config).__name__, where=path)
-    if isinstance(inner := config.get("bert_model_config"), dict):
-        return {name: value for name, value in inner.items() if name not in ("vocab_size", _VOCABULARY)}
-    if isinstance(config.get(_VOCABULARY), int) and "vocab_size" not in config:
-        return {"vocab_size" if name == _VOCABULARY else name: value for name, value in config.items()}
-    return config
-
-
-def encoder_prefixes(names: Collection[str]) -> list[str]:
-    """What stands before each encoder's word embeddings, such as `bert.`; `""` for an encoder alone.
-
-    BERT's name of the word embeddings counts where it is there: others stand in parts that are no encoders too.
-    """
-    for words in dict.fromkeys(one.words for family in FAMILIES.values() for one in family.structures):
-        if found := sorted(name.removesuffix(words) for name in names if name == words or name.endswith(f".{words}")):
-            return found
-    return []
-
-
-def encoder_prefix(names: Collection[str], chosen: str | None = None) -> str:
-    """The prefix of the encoder that is meant, with its dot.
-
-    Args:
-        names: those of the tensors.
-        chosen: the prefix that the user names, with or without the dot at its end; needed where there are several.
-
-    Raises:
-        FamilyError: an encoder is missing, or there are several and `chosen` names none of them.
-    """
-    found = encoder_prefixes(names)
-    what = ", ".join(repr(prefix.removesuffix(".")) for prefix in found)
-    if chosen is not None:
-        match = [prefix for prefix in found if prefix.removesuffix(".") == chosen.removesuffix(".")]
-        if not match:
-            raise FamilyError(
-                f"no encoder has the prefix {chosen!r}", found=f"the prefixes {what}" if found else "no encoder"
-            )
-        return match[0]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise FamilyError(
-            "expected one encoder", found=f"{len(found)}, with the prefixes {what}", hint="choose one with --prefix"
-        )
-    some = ", ".join(sorted(names)[:4])
-    raise FamilyError(
-        f"expected a checkpoint of a BERT family ({family_list()}), with a tensor ...{WORDS}",
-        found=f"tensors such as {some}",
-    )
-
-
-def find_family(
-    config: Mapping, names: Collection[str], position_rows: int | None = None, prefix: str | None = None
-) -> Family:
-    """The family of a checkpoint: by `model_type`; without one by `architectures` or the names of its tensors.
-
-    Args:
-        config: content of config.json.
-        names: those of the tensors.
-        position_rows: of the position embeddings; without a prefix they identify RoBERTa (two more than a round
-            number).
-        prefix: the encoder's, if it is known.
-
-    Raises:
-        FamilyError: it is of none of the families.
-    """
-    kind = config.get("model_type")
-    families = FAMILIES.values()
-    if others := [family for family in families if kind is None or kind in family.stated_as]:
-        prefix = encoder_prefix(names) if prefix is None else prefix
-        inner = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-    if marked := next((family for family in others if family.stated_as and family.is_marked(inner)), None):
-        return marked
-    if kind is not None:
-        if isinstance(kind, str) and kind in FAMILIES:
-            return FAMILIES[kind]
-        raise FamilyError(
-            f"expected a model_type of a BERT family ({family_list()})", found=repr(kind), where="config.json"
-        )
-    assert prefix is not None
-    class_name = next(iter(class_names(config)), "")
-    if other := appearance(config, prefix):
-        model, sign = other
-        raise FamilyError(
-            f"expected a model of a BERT family ({family_list()})",
-            found=f"{model} ({sign})",
-            hint="if it is one of them, state its model_type in config.json",
-        )
-    if marked := next(
-        (family for family in families if family.structures != (BERT,) and family.is_marked(inner)), None
-    ):
-        return marked
-    last = prefix.rstrip(".").rpartition(".")[2]
-    roberta = position_rows is not None and position_rows % 16 == 2 and config.get("pad_token_id") == 1
-    return (
-        next((one for one in families if one.prefix == last and one.structures[0].words == WORDS), None)
-        or next((family for family in families if family.has_class(class_name)), None)
-        or next((family for family in families if family.is_marked(inner)), None)
-        or FAMILIES["roberta" if roberta else "bert"]
-    )
 
 
 def written_name(family: Family, prefix: str, name: str) -> str:

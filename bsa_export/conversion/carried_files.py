@@ -15,7 +15,7 @@ from enum import Enum
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
-from bsa_export.bert.families import OLD_CONFIG
+from bsa_export.bert.config_file import OLD_CONFIG
 from bsa_export.checkpoint.open import SHARD, WEIGHT_ENDINGS, open_checkpoint, other_file
 from bsa_export.checkpoint.safetensors_file import read_safetensors
 from bsa_export.checkpoint.table import Checkpoint, SkipReason, Tensor, file_stamp

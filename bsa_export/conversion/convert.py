@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bsa_export.bert.families import encoder_prefix, find_config, read_config
+from bsa_export.bert.config_file import find_config, read_config
+from bsa_export.bert.recognition import encoder_prefix
 from bsa_export.checkpoint.atomic_folder import AtomicFolder
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint, Tensor

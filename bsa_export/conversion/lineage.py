@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bsa_export.bert.families import encoder_prefix, encoder_prefixes
+from bsa_export.bert.recognition import encoder_prefix, encoder_prefixes
 from bsa_export.bert.structure import STORED_LAYOUT
 from bsa_export.checkpoint.comparison import first_difference, same_bytes
 from bsa_export.checkpoint.dtypes import read

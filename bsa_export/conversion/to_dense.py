@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from bsa_export.bert.config_file import find_config, read_config
 from bsa_export.bert.encoder import Encoder
-from bsa_export.bert.families import FAMILIES, Family, find_config, read_config
+from bsa_export.bert.families import FAMILIES, Family
 from bsa_export.bert.structure import POSITIONS, STORED_LAYOUT
 from bsa_export.checkpoint.atomic_folder import AtomicFolder
 from bsa_export.checkpoint.dtypes import cast, read

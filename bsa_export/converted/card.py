@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bsa_export.bert.families import FAMILIES, read_config
+from bsa_export.bert.config_file import read_config
+from bsa_export.bert.families import FAMILIES
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Tensor

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bsa_export.bert.config_file import read_config
 from bsa_export.bert.encoder import Encoder
-from bsa_export.bert.families import read_config
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint, Tensor
 from bsa_export.converted.names import CONFIG

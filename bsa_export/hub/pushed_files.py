@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from bsa_export.bert.families import read_config
+from bsa_export.bert.config_file import read_config
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.converted import card as model_card
 from bsa_export.converted.card import PASSED_MARK, UNVERIFIED_TAG

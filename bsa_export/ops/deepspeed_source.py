@@ -134,7 +134,7 @@ def _unpacked(path: Path, size: int, changed: int) -> TemporaryDirectory[str]:
         files = _read_zip(path) if zipfile.is_zipfile(path) else _read_tar(path)
     except (tarfile.TarError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, EOFError, ValueError) as error:
         raise _Unusable(f"expected a release of deepspeed as .tar.gz or .whl ({error})") from None
-    except (NotImplementedError, RuntimeError):  # a compression that zipfile lacks, or a password
+    except RuntimeError:  # a compression that zipfile lacks (NotImplementedError), or a password
         raise _Unusable("its compression or encryption is not supported") from None
     if "ops/sparse_attention/matmul.py" not in files:
         raise _Unusable(f"expected {RELEASES}, found no deepspeed/ops/sparse_attention/matmul.py in it")

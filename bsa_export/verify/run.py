@@ -10,8 +10,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from bsa_export.bert.config_file import find_config, read_config
 from bsa_export.bert.expected_tensors import compare
-from bsa_export.bert.families import find_config, read_config
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint
 from bsa_export.conversion.source_folder import encoder_folder

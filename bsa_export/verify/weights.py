@@ -14,16 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bsa_export.bert.families import (
-    BUFFERS,
-    FAMILIES,
-    encoder_prefix,
-    encoder_prefixes,
-    find_config,
-    read_config,
-    reserved_rows,
-)
+from bsa_export.bert.config_file import find_config, read_config
+from bsa_export.bert.families import BUFFERS, FAMILIES, reserved_rows
 from bsa_export.bert.positions import extend
+from bsa_export.bert.recognition import encoder_prefix, encoder_prefixes
 from bsa_export.bert.structure import POSITIONS, STORED_LAYOUT, TOKEN_TYPES
 from bsa_export.checkpoint.dtypes import DTYPES, cast, pieces, read
 from bsa_export.checkpoint.open import open_checkpoint

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bsa_export.bert.families import BUFFERS, encoder_prefix
+from bsa_export.bert.families import BUFFERS
+from bsa_export.bert.recognition import encoder_prefix
 from bsa_export.bert.structure import POSITIONS, STORED_LAYOUT
 from bsa_export.checkpoint.dtypes import TORCH_NAMES
 from bsa_export.checkpoint.table import Checkpoint

@@ -6,18 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from support.tiny import SIZES, SPECIAL, filled
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-SPECIAL = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3}
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-}
 
 
 @dataclass(frozen=True)
@@ -126,19 +119,8 @@ def random_model(
         fill: fills a parameter in place; by default from a normal distribution of standard deviation 0.3.
         fields: of the config.
     """
-    import torch
     import transformers
 
     row = KINDS[kind]
     settings = SIZES | SPECIAL | {"max_position_embeddings": length + row.reserved} | row.fields | fields
-    model_class = getattr(transformers, row.classes + head)
-    torch.manual_seed(seed)
-    model = model_class(model_class.config_class(**settings)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if fill is None:
-                parameter.normal_(0, 0.3, generator=generator)
-            else:
-                fill(parameter, generator)
-    return model
+    return filled(getattr(transformers, row.classes + head), settings, seed, fill)

@@ -64,14 +64,24 @@ def random_model(
         fill: fills a parameter in place; by default from a normal distribution of standard deviation 0.3.
         fields: of the config, by BERT's names; those not given are `SIZES`.
     """
-    import torch
     import transformers
 
     prefix, reserved = FAMILIES[family]
     settings = SIZES | (SPECIAL if reserved else {}) | {"max_position_embeddings": length + reserved} | fields
     if family == "distilbert":
         settings = {DISTILBERT.get(name, name): value for name, value in settings.items()}
-    model_class = getattr(transformers, prefix + head)
+    return filled(getattr(transformers, prefix + head), settings, seed, fill)
+
+
+def filled(
+    model_class: type[PreTrainedModel],
+    settings: dict[str, Any],
+    seed: int,
+    fill: Callable[[torch.nn.Parameter, torch.Generator], Any] | None,
+) -> PreTrainedModel:
+    """A model of a class, in evaluation mode, whose parameters are filled as `random_model` says."""
+    import torch
+
     torch.manual_seed(seed)
     model = model_class(model_class.config_class(**settings)).eval()
     generator = torch.Generator().manual_seed(seed)
