@@ -36,13 +36,13 @@ def conversion(place: Path, **options) -> Path:
     return out
 
 
-def train(out: Path, trained: Path, change) -> Path:
+def train(out: Path, trained: Path, change, files=("config.json", "vocab.txt", "tokenizer_config.json")) -> Path:
     """What `save_pretrained` writes after training: weights, config.json and tokenizer, and none of the records."""
     trained.mkdir(parents=True)
     weights = load_file(out / "model.safetensors")
     change(weights)
     save_file(weights, trained / "model.safetensors", {"format": "pt"})
-    for name in ("config.json", "vocab.txt", "tokenizer_config.json"):
+    for name in files:
         shutil.copy(out / name, trained / name)
     return trained
 
@@ -113,6 +113,18 @@ def test_a_trained_folder_without_a_tokenizer_gets_that_of_the_conversion(out, t
     (made / "vocab.txt").write_text("others\n")
     assert check_weights(open_folder(made), trained).failed
     assert check_weights(open_folder(made), out).failed
+
+
+def test_a_license_of_the_conversion_is_kept_and_a_changed_file_is_not(tmp_path):
+    source = dense_bert(tmp_path / "dense")
+    (source / "license.txt").write_text("MIT\n")
+    out = tmp_path / "out"
+    convert_source(Source(source), out, Options(max_length=LONGEST, block=16))
+    trained = train(out, tmp_path / "trained", everything, ("config.json",))
+    (out / "vocab.txt").write_text("others\n")
+    made = whole(trained, tmp_path / "made", out)
+    assert read_conversion(made).trained_from.files == ["license.txt"]
+    assert (made / "license.txt").read_text() == "MIT\n" and not (made / "vocab.txt").exists()
 
 
 def test_a_tokenizer_of_its_own_is_kept(out, trained, tmp_path):

@@ -6,7 +6,7 @@ license, the lengths before) is in the conversion's folder only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,9 +17,9 @@ from bsa_export.bert.structure import STORED_LAYOUT
 from bsa_export.checkpoint.comparison import first_difference, same_bytes
 from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.table import Checkpoint, Tensor
-from bsa_export.conversion import carried_files
-from bsa_export.conversion.carried_files import CarriedFile, CarriedFiles
+from bsa_export.conversion.carried_files import CarriedFile, CarriedFiles, How
 from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
+from bsa_export.conversion.source_folder import stamp_of
 from bsa_export.converted.folder import ConvertedFolder, open_folder
 from bsa_export.converted.integrity import digest_faults
 from bsa_export.converted.names import CONVERSION_RECORD, LICENSES, TOKENIZER_FILES, matches
@@ -38,6 +38,7 @@ class Ancestor:
     record: ConversionRecord
     repo: str | None
     revision: str | None
+    changed_files: frozenset[str]  # that are not as the record has them; weights are none of them
 
     def name_in(self, name: str, prefix: str) -> str:
         """One of its names in a model whose encoder has another prefix, as a class with a head has."""
@@ -67,7 +68,7 @@ def open_ancestor(source: Source) -> Ancestor:
             )
         pulled = read_pull(source.path)
     repo, revision = (pulled.repo, pulled.commit) if pulled else (source.repo, source.revision)
-    return Ancestor(folder, folder.record, repo, revision)
+    return Ancestor(folder, folder.record, repo, revision, frozenset(faults))
 
 
 def nearest_ancestor(folder: Path) -> Ancestor | None:
@@ -157,13 +158,19 @@ def training(ancestor: Ancestor, tensors: Mapping[str, Tensor], written_prefix: 
 def missing_files(ancestor: Ancestor, carried: CarriedFiles) -> list[CarriedFile]:
     """The conversion's tokenizer and licenses, where the trained folder has none: `model.save_pretrained` writes
     neither."""
-    there = {file.name for file in carried.carried}
-    length = ancestor.record.max_length
-    own = carried_files.plan(ancestor.folder.path, ancestor.folder.checkpoint, length, length).carried
-    wanted = [] if there & set(TOKENIZER_FILES) else list(TOKENIZER_FILES)
-    if not any(matches(name.upper(), LICENSES) for name in there):
-        wanted += [file.name for file in own if matches(file.name.upper(), LICENSES)]
-    return [file for file in own if file.name in wanted and file.name in ancestor.record.files]
+    there = [file.name for file in carried.carried if "/" not in file.name]
+    own = [name for name in ancestor.record.files if "/" not in name]
+    wanted: list[str] = []
+    for kind in (TOKENIZER_FILES, LICENSES):
+        if not any(_is_of(name, kind) for name in there):
+            wanted += [name for name in own if _is_of(name, kind)]
+    paths = {name: ancestor.folder.path / name for name in wanted if name not in ancestor.changed_files}
+    return [CarriedFile(name, How.COPIED, path, stamps={path: stamp_of(path)}) for name, path in paths.items()]
+
+
+def _is_of(name: str, kind: Sequence[str]) -> bool:
+    """Whether a file at the top is of a kind, licenses in any case of letters."""
+    return matches(name, kind) or matches(name.upper(), kind)
 
 
 def _first_row(one: Tensor, other: Tensor) -> int:
