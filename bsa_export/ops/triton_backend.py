@@ -57,9 +57,6 @@ _sites = count(1)
 # The kinds of calls whose kernels were compiled for a forward and backward pass.
 _warm: set[tuple] = set()
 
-# Windows in smaller blocks are right in Triton's interpreter. On a GPU this was not shown yet: docs/kernel-notes.md.
-SMALLEST_WINDOW_BLOCK = 64
-
 
 def _constant(function: Callable[P, R]) -> Callable[P, R]:
     """Has torch.compile call `function` while it traces, as `torch.compiler.assume_constant_result`, which takes a
@@ -186,8 +183,6 @@ def refuses(
         return f"the fused kernel computes float16, bfloat16 and float32, not {query.dtype}"
     if not 16 <= query.shape[-1] <= MAX_HEAD_DIM:
         return f"the fused kernel has head_dim 16 to {MAX_HEAD_DIM}, not {query.shape[-1]}"
-    if window is not None and query.device.type == "cuda" and block < SMALLEST_WINDOW_BLOCK:
-        return f"the fused kernel has windows in blocks of {SMALLEST_WINDOW_BLOCK} tokens or more, not {block}"
     if query.device.type != "cuda" and not interpreting():
         return f"the fused kernel runs on CUDA GPUs, not on {query.device.type}"
     if query.device.type != "cuda" and query.dtype == torch.bfloat16:
@@ -459,8 +454,10 @@ class _Call:
         factor: float,
         residual: Tensor | None = None,
         visible: tuple[Tensor, Tensor] | None = None,
+        delta: Tensor | None = None,
     ) -> None:
-        """Adds the partial results of shared rows into `target`, without their residuals where they have any."""
+        """Adds the partial results of shared rows into `target`, without their residuals where they have any, which
+        with a window are added to `delta`."""
         schedule = self.schedule
         if schedule.slots:
             keys, weights = visible or (partial, partial)
@@ -472,6 +469,7 @@ class _Call:
                 partial_residual=partial if residual is None else residual,
                 partial_visible=keys,
                 partial_weights=weights,
+                delta=partial if delta is None else delta,
                 splits=schedule.splits,
                 row_indices=schedule.row_indices,
                 cu_seqlens=cu_seqlens,
@@ -705,7 +703,7 @@ def _query_gradient(
             grad_scale=scale,
             **call.constants,
         )
-        call.sum(d_query, partial, bounds, sequences, scale, residual, partial_visible)
+        call.sum(d_query, partial, bounds, sequences, scale, residual, partial_visible, delta)
 
 
 def _visible_keys(

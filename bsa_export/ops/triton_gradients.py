@@ -290,7 +290,8 @@ def query_gradient_kernel(
 
     With a window the rows of a unit attend to different keys. The mean of the keys is then computed here, under their
     probabilities, for which a step costs one product more; that of the parts of shared rows is stored in `visible`,
-    float32 `[sequences, slots, SIZE, PADDED]`.
+    float32 `[sequences, slots, SIZE, PADDED]`. The residual is added to delta then, for the kernel of keys and values:
+    the first rows under a window such as (64, 0) have few keys, whose gradients take all of it.
     """
     (i_head, i_tile, begin, end_full_run, end_full, end_run, end, slot, i_seq, i_b, o_seq, length, beyond) = work_item(
         items, row_indices, column_indices, cu_seqlens, sequences, seq, SIZE, UNIT, VARLEN, WINDOW
@@ -472,6 +473,7 @@ def query_gradient_kernel(
     if slot < 0:
         if WINDOW is not None:
             b_dq -= b_residual[:, None] * b_mean
+            tl.store(delta + o_stat, b_delta + b_residual, mask=o_m < length)
         else:
             o_row = i_tile + tl.arange(0, 1) if UNIT == SIZE else o_m // UNIT
             m_row = o_row * UNIT < length
@@ -758,7 +760,10 @@ def key_gradient_kernel(
                 WINDOW=WINDOW,
                 PRECISION=PRECISION,
             )
-    for i_masked in tl.range(masked, end, num_stages=None if BIASED or WINDOW is not None else 1):
+    # With a window, the columns of gathered units must not be copied ahead: triton 3.6 then takes the position of each
+    # query for a multiple of UNIT, and compares several keys of a unit as one.
+    AHEAD: tl.constexpr = BIASED if WINDOW is None else UNIT == SIZE
+    for i_masked in tl.range(masked, end, num_stages=None if AHEAD else 1):
         i_step = masked_step(i_masked, first, last, live_steps, end_full, CUT)
         i_unit = step_unit(column_indices, i_step, SIZE, UNIT)
         o_c = step_columns(column_indices, i_step, SIZE, UNIT)
@@ -811,6 +816,7 @@ def sum_kernel(
     partial_residual,
     partial_visible,
     partial_weights,
+    delta,
     splits,
     row_indices,
     cu_seqlens,
@@ -832,7 +838,7 @@ def sum_kernel(
 ):
     """Adds the partial gradients of one shared row of tiles, in the order of their slots, and multiplies them by
     `factor`; with CENTERED, those of queries, whose residual is subtracted. WINDOWED, `partial_visible` are the parts
-    of the mean of the keys."""
+    of the mean of the keys, and the residual is added to `delta`."""
     i_head, i_tile, slot, n, i_seq, i_b, o_seq, length = shared_row(splits, cu_seqlens, sequences, seq, VARLEN)
     o_m = tl.arange(0, SIZE)
     o_dim = tl.arange(0, PADDED)
@@ -850,8 +856,12 @@ def sum_kernel(
             else:
                 b_visible += tl.load(partial_visible + (o_slot // UNIT)[:, None] * PADDED + o_dim[None, :])
                 b_weight += tl.load(partial_weights + o_slot // UNIT)
+    o_row = o_seq + row_offsets(row_indices, i_tile, SIZE, UNIT)
     if CENTERED:
         b_acc = _centered(b_acc, b_residual, b_visible, b_weight)
-    o_row = o_seq + row_offsets(row_indices, i_tile, SIZE, UNIT)
+        if WINDOWED:
+            p_delta = delta + (i_b.to(tl.int64) * heads + i_head) * seq + o_row
+            m_row = o_row < o_seq + length
+            tl.store(p_delta, tl.load(p_delta, mask=m_row, other=0.0) + b_residual, mask=m_row)
     targets = (target, stride_b, stride_h, stride_n)
     store_rows(targets, b_acc * factor, i_b, i_head, o_row, o_seq + length, DIM, PADDED)

@@ -121,7 +121,7 @@ def main() -> None:
             for length in options.lengths or LENGTHS[name]:
                 vocabulary = MODELS[name][1].get("vocab_size", 30000)
                 ids = torch.randint(5, vocabulary, (max(1, options.tokens // length), length), device="cuda")
-                baseline: dict[str, float] = {}
+                dense: dict[str, float] = {}  # tokens a second of SDPA
                 expected = None
                 for engine in options.engines:
                     if time.monotonic() > ends:
@@ -136,14 +136,16 @@ def main() -> None:
                             model.train(kind == "training")
                             torch.cuda.reset_peak_memory_stats()
                             rate = ids.numel() / milliseconds(step) / 1e3
-                            baseline.setdefault(kind, rate if engine == "sdpa" else float("nan"))
-                            peak, ratio = torch.cuda.max_memory_allocated() / 2**30, rate / baseline[kind]
-                            line = f"{rate:.3f} | {ratio:.2f} | {peak:.1f}"
+                            if engine == "sdpa":
+                                dense[kind] = rate
+                            peak = torch.cuda.max_memory_allocated() / 2**30
+                            ratio = f"{rate / dense[kind]:.2f}" if kind in dense else ""
+                            line = f"{rate:.3f} | {ratio} | {peak:.1f}"
                             print(f"| {name} | {length:,} | {engine} | {kind} | {line} |", flush=True)
                     except Exception as error:
                         words = json.dumps(" ".join(str(error).split())[:150])
                         print(f"| {name} | {length:,} | {engine} | {type(error).__name__} {words} | | | |", flush=True)
-                    model = None
+                    model = step = None  # both hold the weights
                     gc.collect()
                     torch.cuda.empty_cache()
 

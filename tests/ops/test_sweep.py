@@ -73,8 +73,6 @@ def _refuses(backend: str, case: Case, device: str) -> str | None:
     if backend == "triton":
         if case.attn_mask != "none" or case.rpe != "none":
             return "does not support attn_mask or rpe"
-        if case.window is not None and case.block < 64 and device == "cuda":
-            return "has windows in blocks of 64 tokens or more"
         if device == "cpu" and case.dtype == "bf16":
             return "interpreter multiplies bfloat16 matrices wrongly"
     if backend == "deepspeed":
