@@ -544,7 +544,7 @@ def _key_gradient_step(
     if MASKED and UNIT < SIZE:
         b_p = tl.where(tl.trans(step_mask(bit_masks, i_step, SIZE, UNIT)), b_p, 0.0)
     if MASKED:
-        b_p = in_window(b_p, o_c, o_m, 0.0, WINDOW)
+        b_p = in_window(b_p, o_c, o_m, place[3], 0.0, WINDOW)
     b_dv = add_product(b_dv, tl.trans(b_p.to(b_do.dtype)), b_do, PRECISION)
     b_dp = tl.dot(b_do, tl.trans(b_v) if PRECISION == "ieee" else b_v, input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[:, None])

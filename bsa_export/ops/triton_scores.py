@@ -41,13 +41,14 @@ def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def in_window(b_tile, o_query, o_key, nothing, WINDOW: tl.constexpr):
-    """`b_tile`, of queries (rows) and keys (columns), with `nothing` outside of the window."""
+def in_window(b_tile, o_query, o_key, length, nothing, WINDOW: tl.constexpr):
+    """`b_tile`, of queries (rows) and keys (columns), with `nothing` outside of the window and of the sequence."""
     if WINDOW is None:
         return b_tile
     else:
-        o_query = o_query[:, None]
-        m_window = (o_key[None, :] >= o_query - WINDOW[0]) & (o_key[None, :] <= o_query + WINDOW[1])
+        o_first = o_query - WINDOW[0]
+        o_last = tl.minimum(o_query + WINDOW[1], length - 1)
+        m_window = (o_key[None, :] >= o_first[:, None]) & (o_key[None, :] <= o_last[:, None])
         return tl.where(m_window, b_tile, nothing)
 
 
@@ -74,10 +75,10 @@ def scores(
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if BIASED:
         b_s = b_s * scale + tl.load(p_bias + o_c)[None, :]
-    elif MASKED:
+    elif MASKED and WINDOW is None:
         b_s = tl.where((o_c < length)[None, :], b_s, float("-inf"))
     if MASKED and UNIT < SIZE:
         b_s = tl.where(step_mask(bit_masks, i_step, SIZE, UNIT), b_s, float("-inf"))
     if MASKED:
-        b_s = in_window(b_s, o_m, o_c, float("-inf"), WINDOW)
+        b_s = in_window(b_s, o_m, o_c, length, float("-inf"), WINDOW)
     return b_s
