@@ -2,8 +2,9 @@
 without the dot).
 
 Prints a JSON object a kernel: what was compiled, its registers a thread, its bytes of spilled registers a thread, its
-shared memory, and how many registers its threads exchange, and how many of these are products, which `_rounded` has to
-round. Nothing is launched: the backend's own functions run on CPU tensors, and each launch becomes a compilation.
+shared memory, how many registers its threads exchange, how many of these are products, which `rounded` has to round,
+and how many loads of columns are copied ahead. Nothing is launched: the backend's own functions run on CPU tensors, and
+each launch becomes a compilation.
 """
 
 import contextlib
@@ -36,7 +37,7 @@ CALLS = [
     (torch.float32, 64, 64, False, False, None),
     (torch.float32, 64, 128, False, False, None),
     (torch.bfloat16, 64, 64, False, True, (64, 64)),
-    (torch.bfloat16, 64, 64, True, False, (64, 64)),
+    (torch.bfloat16, 16, 64, True, False, (64, 64)),
     (torch.float16, 16, 64, False, True, (64, 0)),
     (torch.float16, 128, 128, False, False, (64, 64)),
     (torch.float32, 64, 64, False, False, (64, 64)),
@@ -77,7 +78,8 @@ def usage(compiled) -> dict[str, int]:
     registers, spilled = map(int, re.search(r"REG:(\d+) STACK:(\d+)", shown).groups())
     exchanged, products = exchanges(compiled.asm["ptx"])
     told = {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
-    return told | {"exchanged": exchanged, "products": products}
+    copied = len(re.findall(r"async_copy_global_to_local .*-> <\d\d+xi32", compiled.asm["ttgir"]))
+    return told | {"exchanged": exchanged, "products": products, "columns_copied": copied}
 
 
 def exchanges(ptx: str) -> tuple[int, int]:

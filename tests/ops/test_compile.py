@@ -46,3 +46,5 @@ def test_kernels_compile_and_fit_into_registers(arguments, tmp_path):
         assert row["spilled"] <= MOST_SPILLED or full, row
     assert sum(row["exchanged"] for row in found) > 50
     assert not [row for row in found if row["products"]]
+    # positions that are copied ahead are compared wrongly: docs/kernel-notes.md, "Windows of tokens"
+    assert not [row for row in found if row["columns_copied"] and row.get("WINDOW") and row["UNIT"] < row["SIZE"]]
