@@ -3,14 +3,15 @@
     python examples/train_mlm.py --model out/ --documents docs.jsonl --output_dir trained/ --train positions
 
 `docs.jsonl` has a `text` in each line. Documents are packed into one row; each attends to itself only
-(`cu_seq_lens_q`). `--train positions` changes nothing but the position rows beyond the source's length, so what the
-model answers to shorter texts stays the same, bit for bit; `--train all` changes everything. The loss on held-out
-documents is printed before and after, by place in the document. All TrainingArguments are options: `--bf16`,
-`--deepspeed zero2.json`; several GPUs by `torchrun`. `bsa-convert trained/ made/ --trained-from out/` is the next step.
+(`cu_seq_lens_q`). `--train positions` changes nothing but the position rows beyond the source's length, so the answers
+to shorter texts stay the same, bit for bit. Prints the loss on held-out documents before and after, by place. All
+TrainingArguments are options: `--bf16`, `--deepspeed zero2.json`; several GPUs by `torchrun`.
+`bsa-convert trained/ made/ --trained-from out/` is the next step.
 """
 
 import json
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
@@ -24,16 +25,14 @@ SHARE = 0.15  # of the tokens is masked
 class Packed(DataCollatorWithFlattening):
     """Collates documents into one row and masks tokens: `labels` are -100 elsewhere."""
 
-    def __init__(self, mask_token: int, first_position: int, seed: int = 0):
+    def __init__(self, mask_token: int, first_position: int):
         super().__init__(return_flash_attn_kwargs=True, position_ids_start=first_position)
-        self.mask_token, self.generator = mask_token, torch.Generator().manual_seed(seed)
+        self.mask_token, self.generator = mask_token, torch.Generator()
 
     def __call__(self, rows: list[dict]) -> dict:
-        batch = super().__call__(rows)
-        ids = batch["input_ids"]  # [1, tokens]
+        ids = (batch := super().__call__(rows))["input_ids"]  # [1, tokens]
         masked = torch.rand(ids.shape, generator=self.generator) < SHARE
-        hidden = {"input_ids": ids.masked_fill(masked, self.mask_token), "labels": ids.masked_fill(~masked, -100)}
-        return {**batch, **hidden}
+        return batch | {"input_ids": ids.masked_fill(masked, self.mask_token), "labels": ids.masked_fill(~masked, -100)}
 
 
 def train_new_positions_only(model, first_new: int) -> None:
@@ -47,6 +46,7 @@ def train_new_positions_only(model, first_new: int) -> None:
 @torch.no_grad()
 def losses(model, rows: list[dict], collate: Packed, bounds: list[int]) -> list[float]:
     """Mean loss in nats of the masked tokens from each bound to the next; nan where no document is as long."""
+    collate.generator.manual_seed(1)  # masks the same tokens each time
     lost, place = [], []
     for row in rows:
         batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in collate([row]).items()}
@@ -63,14 +63,13 @@ def losses(model, rows: list[dict], collate: Packed, bounds: list[int]) -> list[
 class Choices:
     model: str
     documents: str
-    train: str = "all"  # or "positions"
+    train: Literal["all", "positions"] = "all"
     length: int = 4096  # tokens of a document, at most what the model reads
     source_length: int = 512
 
 
 def main() -> None:
     choices, arguments = HfArgumentParser((Choices, TrainingArguments)).parse_args_into_dataclasses()
-    arguments.remove_unused_columns = False
     tokenizer = AutoTokenizer.from_pretrained(choices.model)
     model = AutoModelForMaskedLM.from_pretrained(choices.model)
     first = getattr(model.base_model.embeddings, "padding_idx", -1) + 1  # RoBERTa's positions start behind the padding
@@ -79,20 +78,21 @@ def main() -> None:
     rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True, max_length=choices.length)["input_ids"]]
     training, held_out = [row for i, row in enumerate(rows) if i % 8], rows[::8]
     if choices.train == "positions":
+        arguments.weight_decay = 0.0  # it would change the other rows
         train_new_positions_only(model, first + choices.source_length)
     packed = Packed(tokenizer.mask_token_id, first)
     trainer = Trainer(model, arguments, packed, training, processing_class=tokenizer)
     trainer.model.to(arguments.device)
-
     bounds = [0, choices.source_length]
     while bounds[-1] < choices.length:
         bounds.append(min(2 * bounds[-1], choices.length))
-    before = losses(trainer.model.eval(), held_out, Packed(tokenizer.mask_token_id, first, seed=1), bounds)
+    before = losses(trainer.model.eval(), held_out, packed, bounds)
     trainer.train()
-    after = losses(trainer.model.eval(), held_out, Packed(tokenizer.mask_token_id, first, seed=1), bounds)
     trainer.save_model(arguments.output_dir)
+    after = losses(trainer.model.eval(), held_out, packed, bounds)
     for start, end, old, new in zip(bounds, bounds[1:], before, after, strict=False):
-        print(f"tokens {start} to {end - 1}: loss {old:.4f} before, {new:.4f} after")
+        if trainer.is_world_process_zero():
+            print(f"tokens {start} to {end - 1}: loss {old:.4f} before, {new:.4f} after")
 
 
 if __name__ == "__main__":
