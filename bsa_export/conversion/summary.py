@@ -84,11 +84,13 @@ def plan_facts(planned: Plan) -> Lines:
     if planned.positions:
         reserved = f", {planned.positions.reserved} reserved rows kept" if planned.positions.reserved else ""
         length += f", positions {POSITION_WORDS[planned.positions.method]}{reserved}"
+    layouts = [name for name, change in planned.changed.items() if change == Change(layout=True)]
     counts = {
         "copied": planned.copied,
-        "changed": to_json(planned.changed),
+        "layouts kept": layouts,
+        "changed": planned.changed.keys() - layouts,
         "added": planned.added,
-        "dropped": to_json(planned.dropped),
+        "dropped": planned.dropped,
         "tied": planned.tied,
     }
     blocks = planned.max_length // sparsity.block
