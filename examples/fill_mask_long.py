@@ -1,7 +1,8 @@
 """Guesses for a word hidden deep in a long text: `python examples/fill_mask_long.py out/ text.txt WORD`.
 
-`out/` is a converted masked LM (`bsa-convert bert/ out/ --max-length 4096`). The last WORD that the model reads is
-hidden; what it sees is the whole text before and after, not the 512 tokens that the dense model would be given.
+`out/` is a converted masked LM (`bsa-convert bert/ out/ --max-length 4096`). The last WORD within the model's length is
+masked. The model reads the text before and after it, 4,096 tokens here, where the dense model would read 512. Needs the
+extra `[run]`.
 """
 
 import re

@@ -1,8 +1,8 @@
 """Search inside a long document: `python examples/late_chunking.py out/ document.txt "What is asked?"`.
 
 `out/` is a converted sentence-transformers model (`bsa-convert all-MiniLM-L6-v2/ out/ --max-length 32768`). The
-document is read in one pass, and only then its tokens are pooled chunk by chunk, so that each chunk's vector has seen
-the text around it (late chunking, https://arxiv.org/abs/2409.04701). Needs `pip install sentence-transformers`.
+document is read in one pass. Then the token vectors of each chunk are averaged, so each chunk's vector depends on the
+text around it (late chunking, https://arxiv.org/abs/2409.04701). Needs the extra `[sentences]`.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Chapters as vectors, and the nearest of each: `python examples/long_document_embedding.py out/ chapters/*.txt`.
+"""One vector for each document, and the nearest other one: `python examples/long_document_embedding.py out/ *.txt`.
 
-`out/` is a converted sentence-transformers model (`bsa-convert all-MiniLM-L6-v2/ out/ --max-length 4096`); a chapter
-is read whole, up to that length, where the dense model would stop at 256 or 512 tokens. Needs `pip install
-sentence-transformers`.
+`out/` is a converted sentence-transformers model (`bsa-convert all-MiniLM-L6-v2/ out/ --max-length 4096`). It reads up
+to that many tokens of a document, where the dense model stops at 256 or 512. Needs the extra
+`[sentences]`.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A hand-written encoder with `BertSparseSelfAttention` learns its source: `python examples/own_model.py [STEPS]`."""
+"""Train a hand-written encoder with `BertSparseSelfAttention`, on this file: `python examples/own_model.py [STEPS]`."""
 
 import sys
 from pathlib import Path

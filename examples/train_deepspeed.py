@@ -4,9 +4,9 @@
         --stage 3 --bf16 --max_steps 100
 
 `docs.jsonl` has a `text` in each line. `--stage` is that of ZeRO: 2 shards gradients and optimizer states, 3 the
-weights too. All of transformers' TrainingArguments are options; `--resume_from_checkpoint run/checkpoint-100` goes on
-with a run. At the end `run/trained` holds the weights gathered from all ranks, and `run/converted` the model made of
-the fp32 master weights in the last checkpoint.
+weights too. All of transformers' TrainingArguments are options; `--resume_from_checkpoint run/checkpoint-100` continues
+a run. At the end `run/trained` holds the weights gathered from all ranks, and `run/converted` a converted folder made
+from the fp32 master weights in the last checkpoint. Needs the extra `[train]`, and deepspeed.
 """
 
 import json

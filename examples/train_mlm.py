@@ -3,10 +3,10 @@
     python examples/train_mlm.py --model out/ --documents docs.jsonl --output_dir trained/ --train positions
 
 `docs.jsonl` has a `text` in each line. Documents are packed into one row; each attends to itself only
-(`cu_seq_lens_q`). `--train positions` changes nothing but the position rows beyond the source's length, so the answers
-to shorter texts stay the same, bit for bit. Prints the loss on held-out documents before and after, by place. All
-TrainingArguments are options: `--bf16`, `--deepspeed zero2.json`; several GPUs by `torchrun`.
-`bsa-convert trained/ made/ --trained-from out/` is the next step.
+(`cu_seq_lens_q`). `--train positions` changes only the position embeddings beyond the source's length, so the outputs
+for shorter texts stay the same, bit for bit. Prints the loss on held-out documents before and after training, by place
+in the document. All TrainingArguments are options, such as `--bf16` and `--deepspeed zero2.json`; for several GPUs use
+`torchrun`. Then run `bsa-convert trained/ made/ --trained-from out/`. Needs the extra `[train]`.
 """
 
 import json
