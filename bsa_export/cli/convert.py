@@ -146,7 +146,9 @@ def _mode_options(function: Callable[..., None]) -> Callable[..., None]:
     metavar="[keep|fp32|fp16|bf16]",
     help="Dtype for floating tensors; float32, float16, half and bfloat16 are accepted too.",
 )
-@click.option("--prefix", metavar="NAME", help="Which encoder is converted, if the source holds several.")
+@click.option(
+    "--prefix", metavar="NAME", help="Prefix of the encoder to convert, such as query.bert, if SOURCE holds several."
+)
 @click.option(
     "--ignore-tensors",
     multiple=True,
@@ -174,7 +176,7 @@ def _mode_options(function: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--to-dense",
     is_flag=True,
-    help="The way back: SOURCE is a converted folder, and TARGET becomes the dense checkpoint.",
+    help="Convert back: SOURCE is a converted folder, and TARGET becomes the dense checkpoint.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and write nothing.")

@@ -17,8 +17,8 @@ from bsa_export.cli import command, repository
 def main(repo: tuple[str, str | None], folder: Path, overwrite: bool) -> None:
     """Download a converted model from the Hugging Face Hub into FOLDER.
 
-    REVISION is a branch, tag or commit. Sizes, hashes, file and layouts are checked before FOLDER appears. Nothing in
-    the repository is executed. To continue an interrupted pull, run it again.
+    REVISION is a branch, tag or commit. Sizes, hashes, weight files and layouts are checked before FOLDER appears.
+    Nothing in the repository is executed. To continue an interrupted pull, run it again.
     """
     from bsa_export import hub
 

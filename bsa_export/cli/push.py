@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
 @click.option("--message", metavar="TEXT", help="Message of the commit.")
 @click.option(
-    "--unverified", is_flag=True, help="Publish a folder that bsa-verify did not pass. The model card says so."
+    "--unverified", is_flag=True, help="Publish a folder that has not passed bsa-verify. The model card says so."
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be uploaded, and stop.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask for confirmation.")
@@ -43,8 +43,8 @@ def main(
 ) -> None:
     """Publish a converted model on the Hugging Face Hub.
 
-    FOLDER is made by bsa-convert and passed by bsa-verify. The files are shown before anything is uploaded. To continue
-    an interrupted push, run it again. The token comes from HF_TOKEN or from hf auth login.
+    FOLDER was made by bsa-convert and has passed bsa-verify. The files are shown before anything is uploaded. To
+    continue an interrupted push, run it again. The token comes from HF_TOKEN or from hf auth login.
     """
     from bsa_export import hub
 

@@ -24,14 +24,18 @@ BACKENDS = click.Choice(["torch", "triton", "deepspeed"])
     " could be compared.",
 )
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--source", metavar="SOURCE", help="What it was converted from: a path, or org/name of the Hub.")
+@click.option("--source", metavar="SOURCE", help="What FOLDER was converted from: a path, or org/name of the Hub.")
 @click.option(
     "--config",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="The source's config.json, if it is not next to the weights.",
 )
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to compute."
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Device to compute on.",
 )
 @click.option(
     "--backend",
@@ -74,9 +78,9 @@ def main(
 ) -> None:
     """Check that a converted model is right.
 
-    FOLDER is what bsa-convert wrote or bsa-pull fetched. Its files, layouts and weights are checked. Then every
-    backend that can run here computes its attention, each in a process of its own, and the results are compared with
-    plain PyTorch in float64. The result is recorded in FOLDER's verification.json, which bsa-push reads.
+    FOLDER is what bsa-convert wrote or bsa-pull downloaded. Its files, layouts and weights are checked. Then every
+    backend that can run here computes the model's attention, each in its own process, and the results are compared with
+    plain PyTorch in float64. The verdict is recorded in FOLDER's verification.json, which bsa-push reads.
     """
     if report is not None:
         from bsa_export.verify.run import check_report
