@@ -1,4 +1,4 @@
-"""What a backend is: the functions of its module, and what it answers to a second derivative."""
+"""What a backend is: the functions of its module, and the error for a second derivative."""
 
 from __future__ import annotations
 

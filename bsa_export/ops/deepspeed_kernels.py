@@ -107,14 +107,14 @@ def _import(path: Path, name: str) -> ModuleType:
 
 @cache
 def _folder() -> TemporaryDirectory[str]:
-    """Goes when the process does."""
+    """A folder that is removed when the process ends."""
     return TemporaryDirectory(prefix="bsa_export_deepspeed_")
 
 
 def _without_empty_shares(load_balance: Callable[..., Any]) -> Callable[..., Any]:
-    """DeepSpeed's `load_balance`, which shares the sums of block columns out, without the shares of no block that it
-    gives to columns that have another: both programs write the result, and the last one wins. It makes them where no
-    column keeps 4 blocks.
+    """DeepSpeed's `load_balance`, which divides the sums of block columns into shares, one for each program, without
+    its empty shares. If no column keeps 4 blocks, it adds an empty share to columns that have another one: both
+    programs then write the result, and the last one wins.
     """
 
     def balanced(sizes: Tensor, block: int) -> tuple[Tensor, ...]:

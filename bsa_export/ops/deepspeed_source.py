@@ -105,8 +105,8 @@ def _package_folders() -> list[Path]:
 
 
 def _in_folder(path: Path) -> Path:
-    """The package in a folder that is it, holds it (an unpacked release, site-packages), or holds one release's
-    file."""
+    """The package `deepspeed` in a folder: the folder is the package, holds it (an unpacked release, site-packages), or
+    holds the file of a release."""
     for folder in (path, path / "deepspeed", *sorted(path.glob("deepspeed-*/deepspeed"))):
         if _has_kernels(folder):
             return folder.resolve()

@@ -19,7 +19,7 @@ MOST_KINDS = 4096
 
 T = TypeVar("T")
 NO_OPTIONS: Mapping[str, Any] = {}
-# Values that are their own kind: Triton may compile a kernel again for another one.
+# Types of which every value is a kind of its own: Triton may compile a kernel again for another value.
 _PLAIN = frozenset((int, bool, str, tuple))
 # Types of which all values are of one kind; others are added by `one_kind`.
 _TYPED: set[type] = {float}
@@ -30,10 +30,10 @@ _compile: ContextVar[Callable[..., None] | None] = ContextVar("compile", default
 
 
 def start(kernel: Any, programs: int, options: Mapping[str, Any] = NO_OPTIONS, /, **arguments: Any) -> None:
-    """Runs `programs` programs of `kernel`; within `warmup`, none.
+    """Runs `programs` programs of `kernel`; within `warmup`, only compiles it.
 
-    A kernel that Triton compiled for a launch of the same kind runs at once: Triton takes longer to find it again than
-    to launch it.
+    A kernel that Triton compiled for a launch of the same kind is remembered here, because Triton takes longer to find
+    it again than to launch it.
 
     Args:
         kernel: a `triton.jit` function of two or more parameters, the first a tensor on the current device. Names of
@@ -80,8 +80,8 @@ def start(kernel: Any, programs: int, options: Mapping[str, Any] = NO_OPTIONS, /
 
 
 def one_kind(cls: type[T]) -> type[T]:
-    """Declares that a launch needs no other kernel for another value of this class, as with tiles of a tensor that is
-    an argument, too."""
+    """Declares that all values of this class use the same kernel, such as the tiles of a tensor that is an argument
+    too."""
     _TYPED.add(cls)
     return cls
 
@@ -93,7 +93,7 @@ def clear_compiled() -> None:
 
 @contextmanager
 def warmup(device: torch.device) -> Iterator[None]:
-    """Within it, `start` compiles for that GPU, in threads; when it ends, all that was started is ready to run.
+    """A context in which `start` only compiles, for that GPU and in threads. At its end all these kernels are compiled.
 
     Raises:
         Exception: what a compilation raised, as launching that kernel would.

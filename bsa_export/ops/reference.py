@@ -1,4 +1,4 @@
-"""Masked dense attention: the judge of every other backend."""
+"""Masked dense attention: what every other backend is compared with."""
 
 from __future__ import annotations
 

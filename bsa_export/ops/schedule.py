@@ -1,5 +1,4 @@
-"""Layout -> work list: which key blocks each tile of query rows visits, in what order, and how long rows are shared
-out.
+"""Layout -> work list: which key blocks each tile of query rows visits, in what order, and how long rows are split.
 
 A *tile* is `size` consecutive rows of the score matrix, a *step* up to `size` of its columns. Both are cut into
 *units*: blocks, or parts of a block that is larger than a tile. Unit rows that share a tile visit the union of their
@@ -34,7 +33,7 @@ PROGRAMS = 512
 LONG_ABOVE_MEAN = 2
 HEAVY_ABOVE_MEAN = 2
 
-# What the schedules of a cache may take, and the layouts that it remembers before it looks which of them still live.
+# Bytes that the schedules of a cache may take; layouts that it remembers before it removes those that were freed.
 MOST_BYTES = 512 << 20
 MOST_LAYOUTS = 4096
 
@@ -99,10 +98,14 @@ def build_schedule(
     sequences: int = 1,
     window: tuple[int, int] | None = None,
 ) -> Schedule:
-    """Makes the work list of `layout` (bool `[heads, n, n]`, `n = ceil(seq / block)`), on `device`; of its transpose if
-    `transposed`, as the gradients of keys and values need it: rows are then key blocks. Of the `sequences` that run
-    side by side it knows how much there is to do while a long row is worked on. Units that have no key in the `window`
-    of a query are left out, and those that have others too need a mask.
+    """Makes the work list of a layout on a device.
+
+    Args:
+        layout: bool `[heads, n, n]`, `n = ceil(seq / block)`.
+        transposed: the list of its transpose, as the gradients of keys and values need it: rows are then key blocks.
+        sequences: how many run at the same time: the more, the longer a row may be before it is split.
+        window: tokens to the left and to the right of a query that it attends to. Units outside of it are left out;
+            units that are partly outside need a mask.
     """
     across = tile.units
     kept, head_of = _distinct_heads(layout)
@@ -249,7 +252,7 @@ def _items(
     head_of: np.ndarray,
     sequences: int,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Shares rows that would still run when all others have ended out over several items, and puts long ones first."""
+    """Splits rows that would still run when all others have ended into several items, and puts long ones first."""
     of_all = sequences * int(steps.reshape(-1, n_tiles).sum(1)[head_of].sum())
     cap = max(MIN_STEPS_TO_SPLIT, int(SPLIT_ABOVE_MEAN * steps.mean()), of_all // PROGRAMS)
     parts = np.maximum(-(-steps // cap), 1)

@@ -38,14 +38,14 @@ LOG2_E = math.log2(math.e)
 # Tokens whose zeros one program writes.
 ROWS = 64
 
-# Elements of the keys that one program sums, with so many warps; with a mask, as keys and weights need twice the
-# registers.
+# Elements of the keys that one program sums, and its warps. With a mask there are fewer elements, as keys and weights
+# need twice the registers.
 ELEMENTS, WARPS = 32768, 2
 MASKED_ELEMENTS, MASKED_WARPS = 16384, 4
 # Values of a key mask that a program reads at once.
 MASK_VALUES = 4096
-# A row of what is added to scores has a multiple of these: any tile of keys is within it, and Triton knows its
-# alignment.
+# The length of a row of what is added to scores is a multiple of this: any tile of keys is within the row, and Triton
+# knows its alignment.
 BIAS_ROW = 128
 
 # Packed sequences share the memory for partial results in groups that fit into this.
@@ -456,8 +456,8 @@ class _Call:
         visible: tuple[Tensor, Tensor] | None = None,
         delta: Tensor | None = None,
     ) -> None:
-        """Adds the partial results of shared rows into `target`, without their residuals where they have any, which
-        with a window are added to `delta`."""
+        """Adds the partial results of shared rows into `target`. Their residuals, if they have any, are subtracted, and
+        with a window added to `delta`."""
         schedule = self.schedule
         if schedule.slots:
             keys, weights = visible or (partial, partial)

@@ -281,17 +281,19 @@ def query_gradient_kernel(
 ):
     """d_q, and delta = sum(out * d_out) per row, float32 `[batch, heads, seq]`, for the kernel of keys and values.
 
-    The gradients of a row's scores sum to 0. Those computed here have a residual, because `out`, from which delta
-    comes, is rounded, and the residual adds a part of the mean of the row's keys under its probabilities, as large as
-    that may be. It is subtracted with the mean of the same keys under their biases: what remains is the residual of
-    their spread. Only keys that the row attends to may count, since others may be of any size. Their sums come from
-    `visible_keys_kernel`: here every program would wait for them, there so many run at once that none matters. The
-    parts of a shared row leave residuals that are not rounding errors: `sum_kernel` adds them up first.
+    The exact gradients of a row's scores sum to 0. Those computed here sum to a residual, because delta comes from
+    `out`, which is rounded. This adds to d_q the residual times the mean of the row's keys, weighted by their
+    probabilities, and that mean may be large. So the residual times a mean of the same keys, weighted by their biases,
+    is subtracted; what remains depends only on how far the keys differ from each other. Only keys that the row attends
+    to count, since others may be of any size. Their sums come from `visible_keys_kernel`: here every program would wait
+    for them, there many programs run at once. The residual of a part of a shared row is more than a rounding error:
+    `sum_kernel` adds the parts first.
 
-    With a window the rows of a unit attend to different keys. The mean of the keys is then computed here, under their
-    probabilities, for which a step costs one product more; that of the parts of shared rows is stored in `visible`,
-    float32 `[sequences, slots, SIZE, PADDED]`. The residual is added to delta then, for the kernel of keys and values:
-    the first rows under a window such as (64, 0) have few keys, whose gradients take all of it.
+    With a window the rows of a unit attend to different keys. The mean of the keys, weighted by their probabilities, is
+    then computed here, with one more matrix product in each step; for the parts of shared rows it is stored in
+    `visible`, float32 `[sequences, slots, SIZE, PADDED]`. The residual is then also added to delta, for the kernel of
+    keys and values: the first rows under a window such as (64, 0) have few keys, whose gradients get the whole
+    residual.
     """
     (i_head, i_tile, begin, end_full_run, end_full, end_run, end, slot, i_seq, i_b, o_seq, length, beyond) = work_item(
         items, row_indices, column_indices, cu_seqlens, sequences, seq, SIZE, UNIT, VARLEN, WINDOW
@@ -760,8 +762,8 @@ def key_gradient_kernel(
                 WINDOW=WINDOW,
                 PRECISION=PRECISION,
             )
-    # With a window, the columns of gathered units must not be copied ahead: triton 3.6 then takes the position of each
-    # query for a multiple of UNIT, and compares several keys of a unit as one.
+    # With a window, the columns (queries) of gathered units must not be copied ahead. Triton 3.6 would take the
+    # position of each query for a multiple of UNIT, and compare it with several neighbouring keys at once.
     AHEAD: tl.constexpr = BIASED if WINDOW is None else UNIT == SIZE
     for i_masked in tl.range(masked, end, num_stages=None if AHEAD else 1):
         i_step = masked_step(i_masked, first, last, live_steps, end_full, CUT)
@@ -837,8 +839,8 @@ def sum_kernel(
     WINDOWED: tl.constexpr,
 ):
     """Adds the partial gradients of one shared row of tiles, in the order of their slots, and multiplies them by
-    `factor`; with CENTERED, those of queries, whose residual is subtracted. WINDOWED, `partial_visible` are the parts
-    of the mean of the keys, and the residual is added to `delta`."""
+    `factor`. CENTERED: they are gradients of queries, whose residual is subtracted. WINDOWED: `partial_visible` are the
+    parts of the mean of the keys, and the residual is added to `delta`."""
     i_head, i_tile, slot, n, i_seq, i_b, o_seq, length = shared_row(splits, cu_seqlens, sequences, seq, VARLEN)
     o_m = tl.arange(0, SIZE)
     o_dim = tl.arange(0, PADDED)

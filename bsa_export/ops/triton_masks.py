@@ -1,9 +1,8 @@
 """Key masks: what they leave of a sequence as it is, and what that makes of the steps of the fused kernels.
 
-A mask costs time where it changes something only: steps whose keys all take part unchanged, the *plain* ones, are
-computed as without it, those of keys that all are removed are left out. `key_mask_kernel` finds where they are, if
-these are the keys at the beginning or the end of a sequence; where there are others, their steps pass through the loops
-of those that need a mask.
+A mask costs time only where it changes something. Steps whose keys are all *plain*, neither removed nor with a number
+added to their scores, are computed as without a mask. Steps whose keys are all removed are left out. `key_mask_kernel`
+finds both kinds at the beginning and the end of a sequence; all other steps pass through the loops of masked steps.
 """
 
 import math
@@ -58,11 +57,12 @@ def split_steps(
     BIASED: tl.constexpr,
     CUT: tl.constexpr = False,
 ):
-    """What a key mask makes of the steps `[begin, end)`, whose columns ascend: `[first, last)` are plain. Those before
-    and behind them, up to `live`, pass through the loop of masked steps, which has its own from `masked` on: with them
-    it begins at `start`, see `masked_step`. Those of keys that all are removed are left out. Without a mask, not
-    BIASED, all are plain, but if the end of the sequence may CUT them: it is then as if a mask removed what is behind
-    `length`."""
+    """Splits the steps `[begin, end)`, whose columns ascend, by a key mask: (first, last, live, start).
+
+    Steps `[first, last)` are plain. Those before them and those behind them, up to `live`, pass through the loop of
+    masked steps. That loop's own steps begin at `masked`; with these it begins at `start`, see `masked_step`. Steps
+    whose keys are all removed are left out. Without a mask, not BIASED, all steps are plain. CUT: keys behind `length`
+    count as removed."""
     first, last, live, start = begin, end, end, masked
     if CUT:
         last = begin + steps_below(column_indices, begin, end, length - SIZE + 1, SIZE, UNIT)
@@ -96,8 +96,8 @@ def span_of_rows(spans, i_b, o_m, length):
 
 @triton.jit
 def masked_step(i_step, first, last, live, masked, MOVED: tl.constexpr):
-    """The step that comes at `i_step` of the loop of masked ones: before its own what `split_steps` left to it, `[last,
-    live)` and, at the beginning, the steps before `first`; all its own, if it left none, not MOVED."""
+    """The step at place `i_step` of the loop of masked steps. First come those that `split_steps` left to it, the steps
+    before `first` and then `[last, live)`, then the loop's own. Not MOVED: there are only the loop's own."""
     if not MOVED:
         return i_step
     i_early = i_step - (masked - (live - last))

@@ -11,15 +11,16 @@ from bsa_export.ops.triton_tiles import step_mask
 # Arguments whose value must not cause another compilation.
 ANY_VALUE = ["batch", "heads", "seq", "slots", "sequences", "units"]
 
-# Parts of a row's sum that are kept apart until the end: of this many columns a tensor core gives each thread its own,
-# so that no step pays for exchanging them.
+# Parts of a row's sum that are kept apart until the end, so that threads need not exchange sums in each step. A tensor
+# core gives a thread its own columns out of this many.
 PARTS: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
 def rounded(b_products):
-    """Products, each rounded before anything is added to it. Where threads exchange them for a sum, a thread would else
-    add another's to its own unrounded one: each would get another sum, and which of them is used would be chance."""
+    """Products, each rounded before anything is added to it. Where threads exchange products for a sum, each thread
+    would otherwise add the rounded products of others to its own unrounded one. Their sums would differ, and it would
+    be chance which of them is used."""
     return b_products + 0.0
 
 
@@ -31,9 +32,9 @@ def part_sums(b_tile, SIZE: tl.constexpr):
 
 @triton.jit
 def add_product(b_sum, b_left, b_right, PRECISION: tl.constexpr):
-    """`b_sum + b_left @ b_right`. In float32 the product is summed on its own first (an imprecise accumulator, which
-    only fp8 has, keeps the compiler from joining the sums): one sum over all steps loses a digit, and delta, which
-    comes from the output, too."""
+    """`b_sum + b_left @ b_right`. In float32 the product is summed on its own first, because one sum over all steps
+    loses a digit, also in delta, which is computed from the output. `max_num_imprecise_acc`, which only has a meaning
+    for fp8, keeps the compiler from joining the sums."""
     if PRECISION == "ieee":
         return b_sum + tl.dot(b_left, b_right, input_precision=PRECISION, max_num_imprecise_acc=1)
     else:
