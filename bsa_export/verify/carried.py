@@ -1,6 +1,6 @@
 """The files next to the weights: what the source's folder implies about them, by rules of this module. No torch.
 
-A judge of the conversion: the rules are stated here again, and nothing is imported from `conversion`.
+The rules are stated here again, so that they judge the conversion: nothing is imported from `conversion`.
 
 1. Tokenizer and sentence-transformers files of the source are in the folder under the same names.
 2. So is every file of the folders that modules.json names, at any depth. Hidden files, code, state of training and
@@ -89,7 +89,7 @@ def carried_faults(folder: ConvertedFolder, source: Path, checkpoint: Checkpoint
     weights = {file.name for file in folder.checkpoint.files}
     for name in unexpected_files(folder, {*expected, *weights, *kept}):
         if not _is_head(folder.path / name, top, checkpoint.folder):
-            yield f"{name}: nothing in the source stands behind it"
+            yield f"{name}: nothing in the source implies this file"
 
 
 def faults_of_kept_files(folder: ConvertedFolder) -> Iterator[str]:

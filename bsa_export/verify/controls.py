@@ -27,7 +27,7 @@ BROKEN = "the verifier is broken: it did not find"
 
 
 def file_controls(folder: ConvertedFolder) -> Check:
-    """Plants a changed layout bit, an empty row and a changed bit in a weight, and looks whether they are found."""
+    """Plants a changed layout bit, an empty row and a changed bit in a weight, and checks that they are found."""
     name = folder.layout_name(folder.layers // 2)
     layout = read(folder.tensors[name])
     flipped, emptied = layout.copy(), layout.copy()

@@ -1,5 +1,4 @@
-"""The drift: how far the sparse model is from the dense one. Information, not pass or fail: no rule says how far it
-may be."""
+"""The drift: how far the sparse model's outputs are from the dense model's. Its status is `info`: there is no bound."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ def measure_drift(runs: EndToEnd, text: Path | None = None, progress: Progress |
         text: plain text, or JSON lines with a `text` each: the documents whose masked tokens are predicted.
         progress: called with (windows done, windows in all).
 
-    Where the text is of no use to this model, which has no masked-LM head or no tokenizer, a figure says why there is
-    no loss.
+    If the model has no masked-LM head or no tokenizer for the text, a figure says why there is no loss.
     """
     folder = runs.folder
     length = min(folder.source_length, CPU_LONGEST) if runs.device == "cpu" else folder.source_length

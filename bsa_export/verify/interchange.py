@@ -1,4 +1,4 @@
-"""The interchange check: each layer's state dict loads, strict, into this package's module and into the installed
+"""The interchange check: each layer's state dict loads with `strict=True` into this package's module and into
 DeepSpeed's."""
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from bsa_export.verify.attention_inputs import tensor
 
 def check_interchange(folder: ConvertedFolder) -> list[Check]:
     """Loads each layer's query, key, value and layout with `strict=True` into both modules, and compares what they
-    then hold. Of a model whose projections have other names or are fused, only the layouts load; a figure says so.
+    then hold. If a model's projections have other names or are fused, only the layouts load; a figure says so.
 
-    DeepSpeed's classes are read from the installed package's files: the package itself, which takes seconds, is not
-    imported. Where DeepSpeed has a class for the sparsity config, the layout that it makes is compared with the stored
-    one too.
+    DeepSpeed's classes are read from its source files (`ops.deepspeed_source`). The package itself is not imported,
+    because that takes seconds. Where DeepSpeed has a class for the sparsity config, the layout that it makes is
+    compared with the stored one too.
     """
     sizes = SimpleNamespace(hidden_size=folder.encoder.sizes.hidden_size, num_attention_heads=folder.heads)
     ours = BertSparseSelfAttention(sizes, _EveryBlock(folder), max_seq_length=folder.longest)
@@ -132,8 +132,8 @@ def _deepspeed_layouts(folder: ConvertedFolder, theirs: SimpleNamespace) -> Iter
 
 
 def deepspeed_classes() -> SimpleNamespace | str:
-    """The installed deepspeed's `BertSparseSelfAttention`, `SparseSelfAttention` and, as `configs`, its module of
-    sparsity configs; or why there are none."""
+    """DeepSpeed's `BertSparseSelfAttention`, `SparseSelfAttention` and, as `configs`, its module of sparsity configs;
+    or why there are none."""
     try:
         from bsa_export.ops.deepspeed_source import find
     except ImportError as error:

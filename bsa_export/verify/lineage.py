@@ -1,6 +1,6 @@
 """The weights check of a trained model against the conversion that it was trained from. No torch.
 
-What can be judged: no tensor of the conversion is lost without a word, layouts stay, and what conversion.json lists as
+What is checked: every tensor of the conversion that is gone is listed, layouts stay, and what conversion.json lists as
 unchanged has the conversion's bits. What training changed is counted. The rules are stated here again, and nothing is
 imported from `conversion`.
 """
@@ -83,7 +83,7 @@ class _Comparison:
         return new if name.startswith(old) and (old or is_known) else name
 
     def faults(self) -> Iterator[str]:
-        """What is not as it should be, a sentence each."""
+        """What is wrong, a sentence each."""
         now, training = self.folder.tensors, self.training
         stated = {"added": set(training.added), "removed": set(training.removed)}
         found = {"added": now.keys() - self.before.keys(), "removed": self.before.keys() - now.keys()}

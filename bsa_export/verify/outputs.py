@@ -1,7 +1,7 @@
 """The outputs check: attention of each layer, with its own weights and layout, by every backend, against `reference`
 in float64.
 
-The bound is that of `ops.tolerance`: at most twice the error of plain PyTorch in the same dtype. Where the score
+The bound is that of `verify.tolerance`: at most twice the error of plain PyTorch in the same dtype. Where the score
 matrix would be too large, plain PyTorch computes some of its rows: a query of each block row, or of as many as the
 budget allows.
 """
@@ -125,8 +125,8 @@ def _affordable(folder: ConvertedFolder, length: int, device: str) -> tuple[int,
 
 
 def _rows_for(folder: ConvertedFolder, length: int, layers: int, device: str) -> int | None:
-    """How many queries plain PyTorch computes: all, or one of each block row and 64 at least, or what the budget
-    allows."""
+    """How many queries plain PyTorch computes: None for all; else one of each block row, at least 64, or as many as the
+    budget allows."""
     if length <= WHOLE:
         return None
     each = 16.0 * length * folder.encoder.sizes.hidden_size * layers  # float64, at a quarter of the speed of float32
@@ -174,7 +174,7 @@ class Call:
 
     @cached_property
     def plain_in_half(self) -> dict[str, Tensor]:
-        """Plain PyTorch that keeps its probabilities in the dtype for the gradients too: `ops.tolerance.in_half`."""
+        """Plain PyTorch that keeps its probabilities in the dtype for the gradients too: `verify.tolerance.in_half`."""
         return self._plain(self.dtype, attention=in_half)
 
     def errors_of(
@@ -182,8 +182,8 @@ class Call:
     ) -> dict[str, Errors]:
         """How far results of a backend are off in some heads, by name, compared with plain PyTorch.
 
-        The error of plain PyTorch depends on the order in which it sums, and may be small by luck. Where the bound is
-        exceeded, it is therefore taken as the largest of a few orders of head_dim.
+        The error of plain PyTorch depends on the order in which it sums, and may be small by luck. So where the bound
+        is exceeded, it is measured with more orders of head_dim, and the largest counts.
         """
 
         def beside(plain: Mapping[str, Tensor]) -> dict[str, Errors]:
@@ -316,7 +316,7 @@ def _picked_rows(situation: Situation, block: int, generator: torch.Generator) -
 def check_outputs(
     folder: ConvertedFolder, device: str, names: tuple[str, ...], progress: Progress | None = None
 ) -> Iterator[Check]:
-    """Compares the backends that run on `device`, one check each. Triton's interpreter is left to `verify.interpreter`.
+    """Compares the backends that run on `device`, one check each. Triton's interpreter is left to `verify.interpreted`.
 
     Args:
         folder: the converted folder.
@@ -376,7 +376,7 @@ class Ledger:
     Args:
         backend: its name.
         device: where it computes.
-        known: the tensors that conversion.json knows to hold no numbers: name -> `NaN` or `infinite`.
+        known: the tensors that hold such values by conversion.json: name -> `NaN` or `infinite`.
     """
 
     def __init__(self, backend: str, device: str, known: Mapping[str, str]):

@@ -1,5 +1,4 @@
-"""All checks in order, the verdict, and verification.json. Imports no torch: what computes runs in processes of its
-own."""
+"""All checks in order, the verdict, and verification.json. Imports no torch: what needs it runs in other processes."""
 
 from __future__ import annotations
 
@@ -61,20 +60,20 @@ def verify(
         config: the source's config.json, if it is not stored next to its weights.
         device: where to compute: `auto`, `cpu` or `cuda`.
         backend: compares these backends only, of BACKENDS; all unless given.
-        require: backends whose check fails where they cannot run here.
+        require: backends whose check fails if they cannot run here.
         text: a file whose masked tokens are predicted: plain text, or `.jsonl` with a `text` in each line.
         deepspeed: a release of DeepSpeed, as a file (.tar.gz, .whl) or a folder; $BSA_DEEPSPEED or the installed one
             unless given.
         report: a folder that report.html and its pictures are written into.
         on_check: called with each check when it has ended.
-        progress: called with the name of what begins; returns what is called with (done, in all), or None.
+        progress: called with the name of each step; returns a function that is called with (done, in all), or None.
 
     Returns:
         What was found; `verdict` sums it up, `raise_if_failed()` raises.
 
     Raises:
-        BsaError: an option is wrong, or the source or the text cannot be read; nothing is recorded then. The report
-            cannot be written; verification.json is written then.
+        BsaError: an option is wrong, or the source or the text cannot be read (nothing is recorded then), or the report
+            cannot be written (verification.json is written then).
     """
     for names in (backend, require):
         if unknown := [name for name in names if name not in BACKENDS]:
@@ -145,10 +144,10 @@ def run_checks(
     Args:
         wanted: what to verify, and how.
         on_check: called with each check when it has ended.
-        progress: called with the name of what begins; returns what is called with (done, in all), or None.
+        progress: called with the name of each step; returns a function that is called with (done, in all), or None.
 
     Returns:
-        what was found; `verdict` and `exit_code` sum it up.
+        What was found; `verdict` and `exit_code` sum it up.
 
     Raises:
         BsaError: the source cannot be opened; nothing is recorded then.

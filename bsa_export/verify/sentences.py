@@ -1,8 +1,7 @@
-"""The sentence embeddings check: sentence-transformers embeds short texts with the source and with the converted
-folder.
+"""The sentence embeddings check: sentence-transformers computes the same vectors of short texts with the source and
+with the converted folder.
 
-It runs on the CPU, with every block kept, so both models compute the same. What modules.json names is judged as a
-whole.
+It runs on the CPU, with every block kept, so both models compute the same. All modules of modules.json take part.
 """
 
 from __future__ import annotations

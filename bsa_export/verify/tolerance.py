@@ -1,10 +1,10 @@
 """When a result of attention counts as right: one rule, for the tests and for `bsa-verify`.
 
-A tolerance that is derived, not chosen: plain PyTorch (`reference`) computes the same attention in the same dtype, and
-both are compared with float64. The result may be off by at most twice as much, in the largest element, and in the root
-mean square, which finds what is small but everywhere. Plain PyTorch's error depends on the order in which it sums and
-is small by luck now and then: where the bound is exceeded, its error is the largest of a few orders of head_dim. After
-the tests of flash-attention (Dao-AILab/flash-attention 2, `tests/test_flash_attn.py`).
+The tolerance is derived, not chosen: plain PyTorch (`reference`) computes the same attention in the same dtype, and
+both are compared with float64. The result may have at most twice plain PyTorch's error, in the largest element, and in
+the root mean square, which finds errors that are small but everywhere. Plain PyTorch's error depends on the order in
+which it sums, and is sometimes small by luck. So where the bound is exceeded, its error is the largest of several
+orders of head_dim. After the tests of flash-attention (Dao-AILab/flash-attention 2, `tests/test_flash_attn.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is asked for and what is found in one run of bsa-verify, as values."""
+"""What one run of bsa-verify is asked for, and what it finds, as dataclasses."""
 
 from __future__ import annotations
 

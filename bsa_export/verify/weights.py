@@ -109,8 +109,8 @@ def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path:
 
 
 def _other_model(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: Path | None) -> str | None:
-    """Why the source is another model than the one that was converted, of which no tensor need be compared; None if it
-    is not."""
+    """Why the source is another model than the one that was converted, so that comparing tensors is of no use; None if
+    it is not."""
     path, recorded = config_path or find_config(checkpoint.folder), _record(folder).source.config
     config = read_config(path) if path.is_file() else recorded
     for name in SIZES:
@@ -124,7 +124,7 @@ def _other_model(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: P
 
 
 def _revision_hint(folder: ConvertedFolder, source_name: str | None) -> str:
-    """The recorded revision, for who names a repository without one."""
+    """A hint with the recorded revision, for users who name a repository without one."""
     origin = _record(folder).source
     if source_name is None or source_name != origin.repo or not origin.revision:
         return ""
@@ -151,7 +151,7 @@ class _Comparison:
         self.total = sum(row.nbytes for row in self.folder.tensors.values())
 
     def faults(self) -> Iterator[str]:
-        """What is not as it should be, a sentence each."""
+        """What is wrong, a sentence each."""
         record, written = self.record, self.folder.tensors
         accounted = set()
         for old, row in self.checkpoint.tensors.items():
@@ -210,7 +210,7 @@ class _Comparison:
         return stored.shape == exact.shape and bool((abs(stored - exact) <= exact * 2.0**-bits + 2.0**-25).all())
 
     def is_known(self, old: str, row: Tensor) -> bool:
-        """Whether the folder has room for a source's tensor: its name, and its shape but for the length."""
+        """Whether the folder has a place for a source's tensor: its name, and its shape except for the length."""
         new, kind = self.destination(old)
         found = self.folder.tensors.get(new)
         if old in self.record.dropped or kind == "layout":
@@ -218,8 +218,8 @@ class _Comparison:
         return found is not None and found.shape[new == self.positions :] == row.shape[new == self.positions :]
 
     def destination(self, old: str) -> tuple[str, str]:
-        """Where a source's tensor is to be found, and how it comes there: `own` name, `tied` to another, a stored
-        `layout`."""
+        """The name that a source's tensor should have in the folder, and how it is there: `own`, `tied` to another
+        tensor, or as a stored `layout`."""
         if match := STORED_LAYOUT.fullmatch(old):
             return self.folder.layout_name(int(match[2])), "layout"
         if holder := self.record.tied.get(old):
@@ -306,8 +306,8 @@ class _Comparison:
         return None
 
     def added(self, name: str, row: Tensor) -> str | None:
-        """A tensor that no source's tensor stands behind: a layout, which the layout check judges, or token types of
-        zeros."""
+        """What is wrong with a tensor that comes from no tensor of the source. A layout, which the layout check judges,
+        and token types of zeros are right."""
         self.advance(row.nbytes)
         if STORED_LAYOUT.fullmatch(name) and name in self.record.added:
             return None
@@ -317,7 +317,7 @@ class _Comparison:
                 if any(np.any(np.frombuffer(piece, np.uint8)) for piece in pieces(row))
                 else None
             )
-        return f"{name}: nothing in the source stands behind it"
+        return f"{name}: nothing in the source implies this tensor"
 
     def count(self, kind: str) -> None:
         self.counts[kind] = self.counts.get(kind, 0) + 1

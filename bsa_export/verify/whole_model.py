@@ -1,7 +1,7 @@
 """The whole-model check: a converted folder in its stock transformers class, against its source and against
 `reference`, end to end.
 
-The bound is that of `ops.tolerance`: at most twice the error of the same model on plain attention in the same dtype,
+The bound is that of `verify.tolerance`: at most twice the error of the same model on plain attention in the same dtype,
 both against float64.
 """
 
@@ -154,7 +154,7 @@ def attending(model: Any, implementation: str) -> Iterator[Any]:
 
 @contextmanager
 def every_block_kept(model: Any) -> Iterator[Any]:
-    """The model with layouts that drop nothing."""
+    """The model with layouts that keep every block."""
     stored = [module for module in model.modules() if hasattr(module, "master_layout")]
     before = [module.master_layout for module in stored]
     for module in stored:
@@ -168,7 +168,7 @@ def every_block_kept(model: Any) -> Iterator[Any]:
 
 @torch.no_grad()
 def outputs(model: Any, inputs: Inputs) -> dict[str, Tensor]:
-    """Last hidden states and, with a head that gives some for each token, logits: of the real tokens, `[tokens,
+    """Last hidden states and, if the head returns logits for each token, these: of the real tokens, `[tokens,
     size]`."""
     kept: dict[str, Tensor] = {}
     handle = model.base_model.register_forward_hook(lambda *call: kept.update(hidden=call[-1][0]))
@@ -311,7 +311,7 @@ class EndToEnd:
         return result(Kind.WHOLE_MODEL, faults, figures, details, part=part, numerical=True)
 
     def _backend(self) -> str:
-        """The backend that the model's attention takes here, which is left to choose."""
+        """The backend that `auto` chooses for the model's attention here."""
         head = torch.empty(
             (1, 1, self.folder.block, self.folder.encoder.head_dim),
             dtype=next(self.model.parameters()).dtype, device=self.device,
@@ -336,7 +336,7 @@ class EndToEnd:
         return self.folder.record
 
     def _rules(self) -> str:
-        """What the conversion changed of the source, and the source's model therefore gets too."""
+        """What the conversion changed in the source, so that the source's model gets it too."""
         dtype = self._record.options.dtype
         rules = [f"rounded to {dtype}"] if dtype in TORCH_NAMES else []
         rules += ["with the interpolated positions"] if self._interpolated() else []
@@ -358,7 +358,7 @@ class EndToEnd:
         model_class: Any = own or getattr(transformers, str(names[0]), None) or MODEL_MAPPING[kind]
 
         def class_name(name: str) -> str:
-            """A tensor's name in the source's class, which old code may have named otherwise."""
+            """A tensor's name in the source's class; old code may have used another one."""
             own_class = ATTRIBUTES[record.family][0] == ATTRIBUTES[record.family][1]
             return expected_name(record.family, prefix, name) if own_class else name
 

@@ -1,5 +1,4 @@
-"""Processes that compute: one for each backend, and one that runs the whole model. One that dies takes no other with
-it.
+"""Processes that compute: one for each backend, and one that runs the whole model. If one dies, the others continue.
 
 The parent imports no torch here: it starts a process with a `Job` and reads what the process reports, a JSON object a
 line. A tool that cannot run (an interpreter, a compiler, a version, a crash) is skipped with its reason. Only compared

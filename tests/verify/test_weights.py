@@ -155,7 +155,7 @@ def test_a_tensor_from_nowhere_is_found(damaged):
     source, folder = damaged()
     tensors = load_file(folder / "model.safetensors")
     save_file(tensors | {"extra": np.zeros(3, "f4")}, folder / "model.safetensors", metadata={"format": "pt"})
-    assert check(folder, source).reason == "extra: nothing in the source stands behind it"
+    assert check(folder, source).reason == "extra: nothing in the source implies this tensor"
 
 
 def test_a_lost_tensor_is_found(damaged):
