@@ -116,7 +116,7 @@ class CarriedFiles:
         return [change for file in self.carried for change in file.changes]
 
     def notes(self) -> list[Note]:
-        """What a user should know: what is left behind, one note a reason, without what every folder has."""
+        """Notes for the user: what is left behind, one note for each reason, without files that every folder has."""
         notes = []
         for reason in LeftBehind:
             names = [name for name, why in self.left_behind.items() if why is reason]
@@ -303,7 +303,7 @@ class _Planner:
                 self.left_behind[shown] = reason
 
     def folder(self, path: PurePosixPath) -> None:
-        """A folder that is not a module's: left behind as a whole, or with what is next to the modules inside it."""
+        """A folder that is not a module's: left behind as a whole, or what is next to the modules in it."""
         if path in self.modules:
             return
         if path not in self.above_modules:
@@ -394,7 +394,7 @@ class _Planner:
     # The folders of modules.
 
     def module(self, path: PurePosixPath) -> None:
-        """Every file of a module's folder, at any depth. There is no folder for a module without settings."""
+        """Every file of a module's folder, at any depth. A module without settings has no folder."""
         if not os.path.lexists(self.root.folder / path):
             return
         folders = [path]

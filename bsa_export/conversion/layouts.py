@@ -29,12 +29,12 @@ from bsa_export.sparsity.configs import (
 from bsa_export.sparsity.facts import check_layout, layout_hash
 from bsa_export.sparsity.layout_file import load_layouts
 
-BLOCKS = (64, 32, 16)  # tried in this order where no block is named
-TIMES_LONGER = 8  # than the source, where no length is named
-WINDOW_MODES = ("windowed", "local")  # whose windows can be named in tokens, instead of these parameters
+BLOCKS = (64, 32, 16)  # tried in this order unless the user names a block
+TIMES_LONGER = 8  # the new length in units of the source's, unless the user names a length
+WINDOW_MODES = ("windowed", "local")  # modes with `window`, in tokens, instead of these parameters
 WINDOW_PARAMETERS = ("num_local_blocks", "num_sliding_window_blocks")
 DEEPSPEED_BLOCK = 16  # the default of DeepSpeed's classes
-LONG_ENOUGH = 4096  # tokens of a source that keeps its length, where no length is named
+LONG_ENOUGH = 4096  # a source of at least so many tokens keeps its length, unless the user names a length
 
 
 def chosen_layouts(options: Options, encoder: Encoder) -> tuple[SparsityConfig, list[np.ndarray]]:
@@ -210,7 +210,7 @@ def _described_sparsity(config: Mapping[str, Any], section: Mapping[str, Any], h
 
 
 def _block_of(blocks: int, source_length: int) -> int:
-    """The block of a stored layout that no config describes: by the positions, or by the length of DeepSpeed's class.
+    """The block of a stored layout that no config describes: from the source's length or that of DeepSpeed's class.
 
     With that class and its default block a layout has 128 blocks a row.
     """

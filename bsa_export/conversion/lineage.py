@@ -1,7 +1,7 @@
 """The conversion that a model was trained from: found, checked against the trained tensors, and compared with them.
 
-`save_pretrained` and Trainer write weights, config.json and tokenizer. What a conversion knew besides (the source, its
-license, the lengths before) is in the conversion's folder only.
+`save_pretrained` and Trainer write weights, config.json and tokenizer. The source, its license and the lengths before
+the conversion are recorded only in the conversion's folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bsa_export.converted.records import ConversionRecord, Note, NoteKind, Train
 from bsa_export.errors import BsaError, CheckpointError
 from bsa_export.hub.source import Source
 
-FOLDERS_ABOVE = 3  # of the trained folder, in which the conversion is looked for: out/run/checkpoint-500
+FOLDERS_ABOVE = 3  # folders above the trained one in which the conversion is looked for: out/run/checkpoint-500
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Ancestor:
     record: ConversionRecord
     repo: str | None
     revision: str | None
-    changed_files: frozenset[str]  # that are not as the record has them; weights are none of them
+    changed_files: frozenset[str]  # files, not weights, that differ from their digest in the record
 
     def name_in(self, name: str, prefix: str) -> str:
-        """One of its names in a model whose encoder has another prefix, as a class with a head has."""
+        """The name of one of its tensors in a model whose encoder has another prefix, as in a class with a head."""
         own = self.folder.prefix
         inside = name.startswith(own) if own else self.folder.encoder.is_inside(name)
         return prefix + name.removeprefix(own) if inside else name
@@ -55,7 +55,7 @@ def open_ancestor(source: Source) -> Ancestor:
     """Opens a conversion that the user names.
 
     Raises:
-        BsaError: it is not a converted folder, or its weights are not those that its conversion.json is about.
+        BsaError: it is not a converted folder, or its weights are not those of its conversion.json.
     """
     with source.named_errors():
         folder = open_folder(source.path)
@@ -94,7 +94,7 @@ def find_ancestor(
         prefix: which encoder is meant, where it holds several.
 
     Returns:
-        The conversion, and a note where there should be one and none was found; None for what no conversion wrote.
+        The conversion, or None; and a note if the model was trained from a conversion that was not found.
 
     Raises:
         CheckpointError: the named one has other layouts.

@@ -54,7 +54,7 @@ class Options:
         return any(value is not None for value in given) or bool(self.parameters) or self.different_layout_per_layer
 
     def recorded(self) -> ChosenOptions:
-        """What conversion.json keeps of them: of a layout file its name."""
+        """The options as conversion.json records them; a layout file by its name."""
         own = {"layout": self.layout and self.layout.name, "ignore_tensors": list(self.ignore_tensors)}
         return ChosenOptions(**asdict(self) | own)
 

@@ -1,4 +1,4 @@
-"""The conversion itself, pure: a table and a config.json in, the table and config.json of the sparse model out."""
+"""The conversion without the disk: a table and a config.json in, the table and config.json of the sparse model out."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Plan:
 
 @dataclass
 class _Draft:
-    """What a plan is put together from; every step adds to it. `stored` are the source's layouts, layer -> name."""
+    """An unfinished plan, to which every step adds. `stored` are the source's layouts, layer -> name."""
 
     written: dict[str, Tensor] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
@@ -138,7 +138,7 @@ def plan(
 
     Raises:
         FamilyError: it is of no BERT family, or its tensors do not fit the config.
-        SparsityError: the sparsity or the length cannot be.
+        SparsityError: the sparsity or the length is not possible.
     """
     draft = _Draft()
     tensors = _without_ignored(draft, tensors, options.ignore_tensors)
@@ -219,7 +219,7 @@ def _without_ignored(draft: _Draft, tensors: Mapping[str, Tensor], patterns: Ite
 
 
 def _without_other_encoders(draft: _Draft, encoder: Encoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that do not belong to another encoder than the one that is meant."""
+    """All tensors except those of encoders that are not converted."""
     others = [name for name in tensors if encoder.is_of_other(name)]
     if others:
         draft.dropped |= dict.fromkeys(others, DropReason.OTHER_ENCODER)
@@ -239,7 +239,7 @@ def _note_removed_fields(draft: _Draft, config: Mapping[str, Any]) -> list[str]:
 
 
 def _map_names(draft: _Draft, encoder: Encoder, tensors: Mapping[str, Tensor], where: object) -> None:
-    """Gives every tensor its written name, apart from buffers, which are dropped, and stored layouts."""
+    """Sets the written name of every tensor, except buffers, which are dropped, and stored layouts."""
     for name, row in tensors.items():
         if encoder.is_frequencies(name):
             draft.dropped[name] = DropReason.BUFFER
@@ -260,7 +260,7 @@ def _map_names(draft: _Draft, encoder: Encoder, tensors: Mapping[str, Tensor], w
 
 
 def _note_implied_fields(draft: _Draft, encoder: Encoder, config: Mapping[str, Any]) -> None:
-    """Says where the tensors overrule config.json, and where the model computes with finer frequencies than stored."""
+    """Notes where the tensors overrule config.json, and where the model computes with finer frequencies than stored."""
     stated, words = config.get("vocab_size"), encoder.implied.get("vocab_size")
     if stated is not None and words is not None:
         text = (
@@ -294,7 +294,7 @@ def _add_token_types(draft: _Draft, encoder: Encoder) -> None:
 def _note_kept_layouts(
     draft: _Draft, encoder: Encoder, tensors: Mapping[str, Tensor], sparsity: SparsityConfig, layouts: list[np.ndarray]
 ) -> None:
-    """Says where the kept layouts are not those of the training, or do not cover all positions."""
+    """Notes where the kept layouts are not those of the training, or do not cover all positions."""
     if not draft.stored and getattr(sparsity, "num_random_blocks", None):
         redrawn = (
             "the checkpoint stores no layouts: random blocks are drawn again and differ from those used in training"
@@ -308,7 +308,7 @@ def _note_kept_layouts(
 
 
 def _extend_positions(draft: _Draft, encoder: Encoder, max_length: int, options: Options) -> Positions | None:
-    """Makes the position embeddings those of `max_length` tokens. Returns what was done, None for nothing."""
+    """Extends the position embeddings to `max_length` tokens. Returns what was done, None for nothing."""
     if encoder.position_name is None and options.positions != "tile":
         raise FamilyError(
             "rotary positions have no embeddings that could be extended", where="--positions", hint="leave it out"

@@ -1,4 +1,4 @@
-"""Whether a conversion fits into memory and onto the disk, said before it is begun."""
+"""Whether a conversion fits into memory and onto the disk, checked before it begins."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ WITHOUT_LINKS = "make a copy without links: cp -rL FOLDER COPY"
 
 
 class SourceFolder:
-    """The folder of the source, out of which no link leads.
+    """The folder of the source: which files are its own, and not behind a link out of it.
 
     A snapshot in the Hub's cache consists of links to `blobs/` of the same repository: those are its own files.
     """

@@ -33,7 +33,7 @@ def change_words(change: Change) -> str:
 
 
 def conversion_lines(done: Converted, names: bool = False) -> Lines:
-    """What a conversion did, and what its choice means; with the names that are not just copied, if they are wanted."""
+    """What a conversion did, and what it means for the model; on request with the names that are not just copied."""
     weights = [name for name in done.record.files if name.endswith(".safetensors") and "/" not in name]
     nbytes = sum(done.record.files[name].bytes for name in weights)
     files = f", {len(weights)} files of weights" if len(weights) > 1 else ""

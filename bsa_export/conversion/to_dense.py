@@ -45,7 +45,7 @@ class Dense:
         tensors: by the source's names.
         config: content of its config.json.
         max_length: tokens that it reads.
-        notes: where it is not the source bit for bit, a sentence each.
+        notes: how it differs from the source, a sentence each.
     """
 
     tensors: dict[str, Tensor]
@@ -60,7 +60,7 @@ def plan_dense(
     record: ConversionRecord | None,
     max_length: int | None = None,
 ) -> Dense:
-    """Works out the dense checkpoint of a sparse one: layouts go, names and positions become the source's.
+    """Plans the dense checkpoint of a sparse one: layouts are removed, names and positions become the source's.
 
     Args:
         tensors: of the sparse checkpoint.

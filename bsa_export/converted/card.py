@@ -324,7 +324,7 @@ def read_card(card: Path) -> str:
 
 
 def _tensors(record: ConversionRecord) -> dict[str, list[str]]:
-    """The names of tensors that are not copies of the source's, or of those of the conversion before a training."""
+    """The names of tensors that are not copies of the source's or, after a training, of the conversion's."""
     training, origin = record.training, record.origin
     if training is None:
         return {"added": origin.added, "changed": list(origin.changed), "dropped": list(origin.dropped)}

@@ -1,4 +1,4 @@
-"""A converted folder, opened: its table, its config.json, its conversion.json, and what they say the model is."""
+"""A converted folder, opened: its table, config.json and conversion.json, and what model they describe."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def check_layout(folder: Path) -> Check:
 
 
 def differences(layer: int, layout: np.ndarray, expected: list[np.ndarray] | None) -> Iterator[str]:
-    """What of a layer's layout `[heads, n, n]` is not as in `expected`, in a sentence for each head."""
+    """Where a layer's layout `[heads, n, n]` differs from `expected`, a sentence for each head."""
     if expected is None or expected[layer].shape != layout.shape:
         return
     for head in np.flatnonzero((layout != expected[layer]).any(axis=(1, 2))):
@@ -321,7 +321,7 @@ def expected_layouts(opened: ConvertedFolder) -> tuple[list[np.ndarray] | None, 
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """sha256 of the files that make the converted model, by name.
+    """sha256 of the files of the converted model, by name.
 
     With a conversion.json they are those that it lists, and the record itself: what bsa-push publishes as the model.
     Without one they are those that look like files of a model.

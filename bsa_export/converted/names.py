@@ -1,4 +1,4 @@
-"""The names of the files that make a converted folder: which belong to the model, and which people add."""
+"""The names of files in a converted folder: which belong to the model, and which people add."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ Record = TypeVar("Record")
 class DropReason(str, Enum):
     """Why a tensor of the source is not in the converted folder."""
 
-    BUFFER = "buffer"  # the model makes it itself, with these values
-    CHANGED_BUFFER = "buffer with other values"  # the model makes it itself, with other values
+    BUFFER = "buffer"  # the model computes it, with these values
+    CHANGED_BUFFER = "buffer with other values"  # the model computes it, with other values
     IGNORED = "ignored"  # --ignore-tensors names it
     OTHER_ENCODER = "other encoder"  # it belongs to another encoder than --prefix chooses
 
@@ -253,7 +253,7 @@ class ConversionRecord:
         not_finite: tensor -> `NaN` or `infinite`, for those that hold such a value.
         removed_fields: fields of the source's config.json that are not in the new one.
         attn_implementation: what config.json names as the attention; None in records from before it did.
-        files: what was written, the record and the card excepted from judgement.
+        files: what was written, except the record, the card and its picture.
         lengths: what changed in the files of the tokenizer and of sentence-transformers; None in records before 0.2.
         trained_from: the earlier conversion, where the source is a model that was trained from one.
     """

@@ -76,10 +76,10 @@ def pull(
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> PullResult:
-    """Gets a published conversion: the command bsa-pull.
+    """Downloads a converted model: the command bsa-pull.
 
     Downloads the files of one commit that its conversion.json lists, the card, licenses and pictures. Checks sizes,
-    hashes, file and layouts. Then makes the folder, whole or not at all. `pulled.json` in it names the commit.
+    hashes, weight files and layouts. Then makes the folder, whole or not at all. `pulled.json` in it names the commit.
     Nothing of the repository is executed, and no code or pickle is downloaded. An interrupted pull continues from the
     Hub's cache.
 

@@ -102,13 +102,13 @@ def push(
     """Publishes a converted folder: the command bsa-push. It is `upload(plan(...))`, without a question in between.
 
     Args:
-        folder: what bsa-convert made and bsa-verify passed.
+        folder: a folder of bsa-convert that has passed bsa-verify.
         repo: `org/name`.
         private: makes a new repository private.
         revision: the branch to commit to, main by default; made from main if it is not there.
         create_pr: opens a pull request against main instead of committing.
         message: of the commit.
-        unverified: publishes a folder that bsa-verify did not pass, or that changed since; the card says so.
+        unverified: publishes a folder that has not passed bsa-verify, or that changed since; the card says so.
         progress: whether to show bars on stderr.
 
     Returns:
@@ -134,7 +134,7 @@ def plan(
     """Checks a folder and a repository, and says what a push would do. Changes neither.
 
     Args:
-        folder: what bsa-convert made and bsa-verify passed.
+        folder: a folder of bsa-convert that has passed bsa-verify.
         repo_id: `org/name`.
         private: makes a new repository private.
         revision: the branch to commit to, main by default; made from main if it is not there.

@@ -55,7 +55,7 @@ def verify(
     """Checks that a converted folder is right, as the command bsa-verify does. Writes verification.json into it.
 
     Args:
-        folder: what bsa-convert wrote or bsa-pull fetched.
+        folder: what bsa-convert wrote or bsa-pull downloaded.
         source: what it was converted from: a path, or a repository of the Hub (`org/name[@revision]`).
         config: the source's config.json, if it is not stored next to its weights.
         device: where to compute: `auto`, `cpu` or `cuda`.
