@@ -3,12 +3,10 @@
 The rules are stated here again, so that they judge the conversion: nothing is imported from `conversion`.
 
 1. Tokenizer and sentence-transformers files of the source are in the folder under the same names.
-2. So is every file of the folders that modules.json names, at any depth. Hidden files, code, state of training and
-other
+2. So is every file of the folders that modules.json names, at any depth. Hidden files, code, training state and other
    formats of weights are not expected.
 3. A file has the source's bytes. Weights have the source's tensors; pickled ones are stored as safetensors. JSON has
-the
-   source's values; where the model reads more tokens than the source, the lengths in it are the new length. An
+   the source's values; where the model reads more tokens than the source, the lengths in it are the new length. An
    encoder that has a folder of its own moves to the top: modules.json has that path, and a class that exists today.
 4. A trained model may keep the tokenizer and license of its conversion, with the bytes that were recorded there.
 5. No other tokenizer, module, weights or code is in the folder.

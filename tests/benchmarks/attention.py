@@ -1,13 +1,11 @@
 """Attention on one GPU: the fused kernel next to DeepSpeed's kernels, FlexAttention and SDPA, forward and backward.
 
-    python tests/benchmarks/attention.py [--lengths 4096 16384] [--patterns windowed fixed] [--blocks 64] [--peers-at
-    4096]
+    python tests/benchmarks/attention.py [--lengths 4096 16384] [--patterns windowed fixed] [--blocks 64]
 
-Prints a table a length: pattern, block, density, milliseconds and TFLOP/s on kept blocks (`4 * batch * heads * seq^2 *
-    head_dim *
-density` forward, 2.5 times that backward), and how far each goal is met; then some rows in other dtypes and head dims.
-Times are the GPU's, medians of CUDA graph replays; what a call costs the CPU stands below. A row is checked against
-float64 on a part of its rows first, its gradients too, and not timed if it is wrong.
+Prints a table for each length: pattern, block, density, milliseconds and TFLOP/s on kept blocks (`4 * batch * heads *
+seq^2 * head_dim * density` forward, 2.5 times that backward), and how far each goal is met; then some rows in other
+dtypes and head dims. Times are the GPU's, medians of CUDA graph replays; the CPU's time for a call is below. Each
+result and its gradients are first compared with float64 on some query rows, and not timed if they are wrong.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 Not a test: `python tests/benchmarks/convert.py` on an idle machine (about 8 GB of disk for `--memory-factor 4`, else
 4 GB). Each round runs every way once, in turn, from a warm page cache; a figure is the median of the rounds with their
 range, a ratio the median of the rounds' ratios. Peak memory is the process's largest resident set. The converted file
-is
-compared with the source bit for bit first: if they differ, nothing is reported.
+is compared with the source bit for bit first: if they differ, nothing is reported.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
     python tests/benchmarks/key_masks.py [--length 4096] [--patterns windowed fixed] [--blocks 16 64]
 
-Prints a table: milliseconds forward / backward without a mask; with one that masks nothing; of sequences padded to
-    different
-lengths, removed or by a number that is added; where a tenth of all keys is removed, anywhere; and of the same texts in
-a row, without padding. Each is checked against float64 on a part of the batch before it is timed.
+Prints a table: milliseconds forward / backward without a mask; with one that masks nothing; with sequences padded to
+different lengths, their padding removed or masked by an added number; with a tenth of all keys removed, anywhere; and
+with the same texts packed, without padding. Each is compared with float64 on a part of the batch before it is timed.
 """
 
 from __future__ import annotations

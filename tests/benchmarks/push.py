@@ -1,11 +1,10 @@
-"""Pushing a converted BERT-base (440 MB) to a Hub on loopback: whole processes of `bsa-push` and `hf upload`, in turn.
+"""Pushing a converted BERT-base (450 MB) to a Hub on loopback: whole processes of `bsa-push` and `hf upload`, in turn.
 
-Not a test: `python tests/benchmarks/push.py` on an idle machine (2 GB of disk). Every run meets an empty Hub
-    (tests/hub/hub_server.py in a
-process of its own) with an empty HF_HOME, with hf_xet and without it. bsa-push also checks the folder against
-verification.json before, and the repository against the folder afterwards. A figure is the median of the rounds with
-their range, a ratio the median of the rounds' ratios. After each run the repository's files are compared with the
-folder's by sha256: if they differ, nothing is reported.
+Not a test: `python tests/benchmarks/push.py` on an idle machine (2 GB of disk). Every run starts with an empty Hub
+(tests/hub/hub_server.py in a process of its own) and an empty HF_HOME, with hf_xet and without it. bsa-push also checks
+the folder against verification.json before, and the repository against the folder afterwards. A figure is the median of
+the rounds with their range, a ratio the median of the rounds' ratios. After each run the repository's files are
+compared with the folder's by sha256: if they differ, nothing is reported.
 """
 
 from __future__ import annotations
