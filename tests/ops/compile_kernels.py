@@ -1,10 +1,10 @@
 """Compiles the fused kernels for a GPU that is not here: `python compile_kernels.py 90` (its compute capability,
 without the dot).
 
-Prints a JSON object a kernel: what was compiled, its registers a thread, its bytes of spilled registers a thread, its
-shared memory, how many registers its threads exchange, how many of these are products, which `rounded` has to round,
-and how many loads of columns are copied ahead. Nothing is launched: the backend's own functions run on CPU tensors, and
-each launch becomes a compilation.
+Prints a JSON object for each kernel: what was compiled, its registers and its bytes of spilled registers for each
+thread, its shared memory, how many registers its threads exchange, how many of these are products, which
+`triton_scores.rounded` has to round, and how many loads of columns are copied ahead. Nothing is launched: the backend's
+own functions run on CPU tensors, and each launch becomes a compilation.
 """
 
 import contextlib
