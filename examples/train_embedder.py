@@ -3,11 +3,9 @@
     python examples/train_embedder.py --model out/ --documents docs.jsonl --output_dir trained/ --bf16 \
         --per_device_train_batch_size 128 --max_steps 60 --learning_rate 5e-5 --dataloader_num_workers 4
 
-Each line of `docs.jsonl` has a `text` and, if there is one, a `query` that it answers. Without one, a sentence of the
-text is drawn each time that the document is used. The other documents of the batch are negatives. In the test, each
-held-out document must be found by a sentence from beyond its first 512 tokens; the mean reciprocal rank is printed
-before and after training. All SentenceTransformerTrainingArguments are options. Needs the extras `[train]` and
-`[sentences]`.
+Each line of `docs.jsonl` has a `text` and, if there is one, a `query` that it answers; else a sentence of the text is
+drawn each time. In the test, each held-out document must be found by a sentence from beyond its first 512 tokens. All
+SentenceTransformerTrainingArguments are options. Needs the extras `[train]` and `[sentences]`.
 """
 
 import json
