@@ -21,7 +21,6 @@ from bsa_export.sparsity.configs import (
     FixedSparsityConfig,
     LocalSlidingWindowSparsityConfig,
     WindowedSparsityConfig,
-    make_layouts,
     windowed_for,
 )
 from bsa_export.sparsity.facts import (
@@ -34,6 +33,7 @@ from bsa_export.sparsity.facts import (
     layout_hash,
 )
 from bsa_export.sparsity.layout_file import load_layouts
+from bsa_export.sparsity.layouts import make_layouts
 
 UNCHANGED = {"short_inputs_differ": False, "repeats_positions": False, "needs_training": False}
 

@@ -10,9 +10,9 @@ from bsa_export.sparsity.configs import (
     BigBirdSparsityConfig,
     BSLongformerSparsityConfig,
     FixedSparsityConfig,
-    make_layouts,
     windowed_for,
 )
+from bsa_export.sparsity.layouts import make_layouts
 from bsa_export.sparsity.pictures import DROPPED, KEPT, layout_figure, plot_layouts
 from bsa_export.version import install_hint
 

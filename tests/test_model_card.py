@@ -14,8 +14,10 @@ from safetensors.numpy import save_file
 from bsa_export.converted import card as model_card
 from bsa_export.converted.records import ConversionRecord
 from bsa_export.errors import CheckpointError
-from bsa_export.sparsity.configs import make_layouts, sparsity_config, windowed_for
+from bsa_export.sparsity.configs import windowed_for
 from bsa_export.sparsity.facts import layout_facts
+from bsa_export.sparsity.layouts import make_layouts
+from bsa_export.sparsity.sections import sparsity_config
 from bsa_export.version import PROJECT_URL
 
 CONVERSION = {

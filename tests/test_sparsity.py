@@ -30,12 +30,10 @@ from bsa_export.sparsity.configs import (
     SparsityConfig,
     VariableSparsityConfig,
     WindowedSparsityConfig,
-    config_class_path,
-    make_layouts,
-    sparsity_config,
-    sparsity_config_from_class_path,
     windowed_for,
 )
+from bsa_export.sparsity.layouts import make_layouts
+from bsa_export.sparsity.sections import config_class_path, sparsity_config, sparsity_config_from_class_path
 
 DEEPSPEED_MODES = ["dense", "fixed", "variable", "bigbird", "bslongformer", "local"]
 

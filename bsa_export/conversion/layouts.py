@@ -20,14 +20,12 @@ from bsa_export.sparsity.configs import (
     MODES,
     CustomSparsityConfig,
     SparsityConfig,
-    make_layouts,
-    sparsity_config,
-    sparsity_config_from_class_path,
     windowed_for,
-    with_local_layers,
 )
 from bsa_export.sparsity.facts import check_layout, layout_hash
 from bsa_export.sparsity.layout_file import load_layouts
+from bsa_export.sparsity.layouts import make_layouts, with_local_layers
+from bsa_export.sparsity.sections import sparsity_config, sparsity_config_from_class_path
 
 BLOCKS = (64, 32, 16)  # tried in this order unless the user names a block
 TIMES_LONGER = 8  # the new length in units of the source's, unless the user names a length

@@ -25,8 +25,9 @@ from bsa_export.conversion.layouts import chosen_layouts, kept_layouts
 from bsa_export.conversion.options import BARE, Options
 from bsa_export.converted.records import Change, DropReason, Note, NoteKind, Positions, StoredBuffer, Training
 from bsa_export.errors import FamilyError
-from bsa_export.sparsity.configs import SparsityConfig, config_class_path
+from bsa_export.sparsity.configs import SparsityConfig
 from bsa_export.sparsity.facts import LayoutFacts, attention_flops, layout_facts
+from bsa_export.sparsity.sections import config_class_path
 from bsa_export.text import some
 
 

@@ -13,7 +13,8 @@ from bsa_export.checkpoint.table import Checkpoint, Tensor
 from bsa_export.converted.names import CONFIG
 from bsa_export.converted.records import ConversionRecord, read_conversion
 from bsa_export.errors import CheckpointError, FamilyError, SparsityError
-from bsa_export.sparsity.configs import MODES, SparsityConfig, sparsity_config, sparsity_config_from_class_path
+from bsa_export.sparsity.configs import MODES, SparsityConfig
+from bsa_export.sparsity.sections import sparsity_config, sparsity_config_from_class_path
 
 
 @dataclass(frozen=True)

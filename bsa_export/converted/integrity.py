@@ -36,8 +36,10 @@ from bsa_export.converted.names import (
 from bsa_export.converted.records import ConversionRecord
 from bsa_export.errors import BsaError, FamilyError, SparsityError
 from bsa_export.files import MAX_JSON_BYTES, read_json, sha256
-from bsa_export.sparsity.configs import DEEPSPEED_LENGTH, config_class_path, make_layouts, with_local_layers
+from bsa_export.sparsity.configs import DEEPSPEED_LENGTH
 from bsa_export.sparsity.facts import check_layout as check_array
+from bsa_export.sparsity.layouts import make_layouts, with_local_layers
+from bsa_export.sparsity.sections import config_class_path
 from bsa_export.text import some
 
 # The figure that names files which conversion.json does not list.

@@ -11,10 +11,10 @@ from bsa_export.sparsity.configs import (
     SparsityConfig,
     VariableSparsityConfig,
     WindowedSparsityConfig,
-    make_layouts,
-    sparsity_config,
     windowed_for,
 )
+from bsa_export.sparsity.layouts import make_layouts
+from bsa_export.sparsity.sections import sparsity_config
 
 __all__ = [
     "MODES",

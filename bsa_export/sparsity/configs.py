@@ -14,16 +14,16 @@ Parameters count blocks; `attention` is `bidirectional` or `unidirectional`.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from numbers import Integral
-from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NoReturn
 
 import numpy as np
 
 from bsa_export.errors import SparsityError
 from bsa_export.sparsity.facts import check_layout
+from bsa_export.sparsity.parameters import MAX_INTEGER, checked, count, parameter_types, shown
 from bsa_export.sparsity.patterns import add_global, add_random, aligned_windows, causal, sliding_window
 from bsa_export.text import size
 
@@ -33,79 +33,6 @@ DEEPSPEED_LENGTH = 2048  # tokens of the master layout in DeepSpeed's BertSparse
 MAX_BLOCKS = 16384  # of a sequence: a head's layout takes the square of that in bytes
 MAX_LAYOUT_BYTES = 16 << 30  # of the heads of a layer that differ
 MAX_HEADS = 4096
-MAX_INTEGER = 2**31 - 1  # of a parameter
-MAX_ITEMS = MAX_BLOCKS  # of a parameter that is a list
-
-
-def _count(default: int, minimum: int = 0) -> Any:
-    return field(default=default, metadata={"minimum": minimum})
-
-
-def _types(cls: type) -> dict[str, Any]:
-    """The types of a config class' parameters, whichever module declares them and whether as text or not."""
-    try:
-        return get_type_hints(cls)
-    except Exception:  # an annotation that names what only a type checker sees
-        known = {"int": int, "bool": bool, "str": str, "float": float}
-        return {parameter.name: known.get(str(parameter.type), parameter.type) for parameter in fields(cls)}
-
-
-def _checked(kind: Any, value: object, minimum: int = -MAX_INTEGER, maximum: int = MAX_INTEGER) -> object:
-    """Returns a parameter of type `kind` as a plain int, bool, str or new list; raises TypeError with what was
-    expected.
-
-    Types other than these, `Literal`, and lists and unions of them are not checked.
-    """
-    origin, options = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        problems = []
-        for option in options:
-            try:
-                return _checked(option, value, minimum, maximum)
-            except TypeError as problem:
-                problems.append(str(problem).removeprefix("expected "))
-        raise TypeError(f"expected {' or '.join(problems)}")
-    if origin is list:
-        kinds = {int: "integers", bool: "booleans", str: "texts", float: "numbers"}
-        message = f"expected a list of {kinds.get(options[0], 'values')}"
-        if not isinstance(value, list | tuple):
-            raise TypeError(message)
-        if len(value) > MAX_ITEMS:
-            raise TypeError(f"{message}, at most {MAX_ITEMS:,}")
-        try:
-            return [_checked(options[0], item) for item in value]
-        except TypeError as problem:
-            raise TypeError(f"{message}: {problem}") from None
-    if origin is Literal:
-        if isinstance(value, str | int) and value in options:
-            return value
-        raise TypeError(f"expected {' or '.join(map(str, options))}")
-    if kind is int:
-        integer = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
-        if integer is None or integer < minimum:
-            raise TypeError("expected an integer" + (f" of at least {minimum}" if minimum > -MAX_INTEGER else ""))
-        if integer > maximum:
-            raise TypeError(f"expected an integer of at most {maximum:,}")
-        return integer
-    if kind is bool:
-        if isinstance(value, bool | np.bool_):
-            return bool(value)
-        raise TypeError("expected true or false")
-    if kind is float and (not isinstance(value, int | float) or isinstance(value, bool)):
-        raise TypeError("expected a number")
-    if kind is str and not isinstance(value, str):
-        raise TypeError("expected text")
-    if kind is NoneType and value is not None:
-        raise TypeError("expected null")
-    return value
-
-
-def _shown(value: object) -> str:
-    """A parameter's value for a message."""
-    try:
-        return repr(value)
-    except ValueError:  # Python converts no integer of more than 4,300 digits
-        return "an integer of thousands of digits"
 
 
 @dataclass
@@ -126,19 +53,18 @@ class SparsityConfig:
     _at_most_a_row: ClassVar[tuple[str, ...]] = ()
 
     num_heads: int = field(metadata={"minimum": 1, "maximum": MAX_HEADS})
-    block: int = _count(16, minimum=1)
+    block: int = count(16, minimum=1)
     different_layout_per_head: bool = False
 
     def __post_init__(self) -> None:
-        types = _types(type(self))
+        types = parameter_types(type(self))
         for parameter in fields(self):
             value, bounds = getattr(self, parameter.name), parameter.metadata
             minimum, maximum = bounds.get("minimum", -MAX_INTEGER), bounds.get("maximum", MAX_INTEGER)
             try:
-                checked = _checked(types[parameter.name], value, minimum, maximum)
+                setattr(self, parameter.name, checked(types[parameter.name], value, minimum, maximum))
             except TypeError as error:
                 self._refuse(parameter.name, str(error))
-            setattr(self, parameter.name, checked)
         if getattr(self, "horizontal_global_attention", False) and getattr(self, "attention", "") == "unidirectional":
             self._refuse("horizontal_global_attention", "expected false when unidirectional")
         self._validate()
@@ -147,7 +73,7 @@ class SparsityConfig:
         """Refuses what a pattern cannot be made of."""
 
     def _refuse(self, parameter: str, message: str) -> NoReturn:
-        raise SparsityError(message, found=_shown(getattr(self, parameter)), where=f"{self.mode}: {parameter}")
+        raise SparsityError(message, found=shown(getattr(self, parameter)), where=f"{self.mode}: {parameter}")
 
     @property
     def num_layout_heads(self) -> int:
@@ -189,7 +115,7 @@ class SparsityConfig:
         for head, pattern in enumerate(heads):
             pattern[:] = patterns[head % len(patterns)]
             add_random(pattern, getattr(self, "num_random_blocks", 0), self._random_columns(n), rng)
-        return _read_only(heads, self.num_heads)
+        return read_only(heads, self.num_heads)
 
     @classmethod
     def parameter_names(cls) -> list[str]:
@@ -209,10 +135,10 @@ class SparsityConfig:
     def _num_blocks(self, seq_len: int) -> int:
         if not isinstance(seq_len, Integral) or seq_len < 1 or seq_len % self.block:
             message = f"expected a length that is a multiple of block {self.block}"
-            raise SparsityError(message, found=_shown(seq_len), where=self.mode)
+            raise SparsityError(message, found=shown(seq_len), where=self.mode)
         if seq_len > MAX_BLOCKS * self.block:
             message = f"expected at most {MAX_BLOCKS * self.block:,} tokens in blocks of {self.block}"
-            raise SparsityError(message, found=_shown(seq_len), where=self.mode, hint="choose larger blocks")
+            raise SparsityError(message, found=shown(seq_len), where=self.mode, hint="choose larger blocks")
         return seq_len // self.block
 
     def _patterns(self, n: int) -> list[np.ndarray]:
@@ -224,7 +150,7 @@ class SparsityConfig:
         return [range(n)] * n
 
 
-def _read_only(heads: np.ndarray, num_heads: int) -> np.ndarray:
+def read_only(heads: np.ndarray, num_heads: int) -> np.ndarray:
     """`[num_heads, n, n]` that cannot be written to: `heads`, or its one head for all."""
     return np.broadcast_to(heads, (num_heads, *heads.shape[1:]))
 
@@ -253,11 +179,11 @@ class FixedSparsityConfig(SparsityConfig):
 
     mode = "fixed"
 
-    num_local_blocks: int = _count(4, minimum=1)
-    num_global_blocks: int = _count(1, minimum=1)
+    num_local_blocks: int = count(4, minimum=1)
+    num_global_blocks: int = count(1, minimum=1)
     attention: Attention = "bidirectional"
     horizontal_global_attention: bool = False
-    num_different_global_patterns: int = _count(1, minimum=1)
+    num_different_global_patterns: int = count(1, minimum=1)
 
     def _validate(self) -> None:
         groups, rest = divmod(self.num_local_blocks, self.num_global_blocks)
@@ -328,7 +254,7 @@ class VariableSparsityConfig(SparsityConfig):
     mode = "variable"
     _at_most_a_row = ("num_random_blocks",)
 
-    num_random_blocks: int = _count(0)
+    num_random_blocks: int = count(0)
     local_window_blocks: list[int] = field(default_factory=lambda: [4])
     global_block_indices: list[int] = field(default_factory=lambda: [0])
     global_block_end_indices: list[int] | None = None
@@ -360,9 +286,9 @@ class BigBirdSparsityConfig(SparsityConfig):
     mode = "bigbird"
     _at_most_a_row = ("num_random_blocks", "num_sliding_window_blocks", "num_global_blocks")
 
-    num_random_blocks: int = _count(1)
-    num_sliding_window_blocks: int = _count(3)
-    num_global_blocks: int = _count(1)
+    num_random_blocks: int = count(1)
+    num_sliding_window_blocks: int = count(3)
+    num_global_blocks: int = count(1)
     attention: Attention = "bidirectional"
 
     def _validate(self) -> None:
@@ -391,7 +317,7 @@ class BSLongformerSparsityConfig(SparsityConfig):
     mode = "bslongformer"
     _at_most_a_row = ("num_sliding_window_blocks",)
 
-    num_sliding_window_blocks: int = _count(3)
+    num_sliding_window_blocks: int = count(3)
     global_block_indices: list[int] = field(default_factory=lambda: [0])
     global_block_end_indices: list[int] | None = None
     attention: Attention = "bidirectional"
@@ -419,7 +345,7 @@ class LocalSlidingWindowSparsityConfig(SparsityConfig):
     _at_most_a_row = ("num_sliding_window_blocks",)
 
     different_layout_per_head: bool = field(default=False, init=False)
-    num_sliding_window_blocks: int = _count(3)
+    num_sliding_window_blocks: int = count(3)
     attention: Attention = "bidirectional"
 
     def _patterns(self, n: int) -> list[np.ndarray]:
@@ -441,9 +367,9 @@ class WindowedSparsityConfig(SparsityConfig):
 
     mode = "windowed"
 
-    block: int = _count(64, minimum=1)
-    num_local_blocks: int = _count(8, minimum=1)
-    num_sliding_window_blocks: int = _count(9)
+    block: int = count(64, minimum=1)
+    num_local_blocks: int = count(8, minimum=1)
+    num_sliding_window_blocks: int = count(9)
     attention: Attention = "bidirectional"
 
     def _patterns(self, n: int) -> list[np.ndarray]:
@@ -461,7 +387,7 @@ class CustomSparsityConfig(SparsityConfig):
 
     mode = "custom"
 
-    block: int = _count(64, minimum=1)
+    block: int = count(64, minimum=1)
     different_layout_per_head: bool = True
     layout: np.ndarray | None = field(default=None, compare=False, repr=False)
 
@@ -479,7 +405,7 @@ class CustomSparsityConfig(SparsityConfig):
         if heads not in (1, self.num_heads) or blocks < n:
             message = f"expected [{self.num_heads}, {n}, {n}] or more blocks"
             raise SparsityError(message, found=list(self.layout.shape), where="custom: layout")
-        return _read_only(self.layout[:, :n, :n].astype(np.uint8), self.num_heads)
+        return read_only(self.layout[:, :n, :n].astype(np.uint8), self.num_heads)
 
 
 MODES: dict[str, type[SparsityConfig]] = {
@@ -496,10 +422,6 @@ MODES: dict[str, type[SparsityConfig]] = {
     )
 }
 
-# Where DeepSpeed's reader of JSON (deepspeed/runtime/constants.py) and its classes have different defaults.
-_JSON_DEFAULTS = {"bigbird": {"num_random_blocks": 0}}
-_DEEPSPEED_CLASS_DEFAULTS = {"local": {"attention": "unidirectional"}}
-
 
 def windowed_for(source_length: int, num_heads: int, block: int = 64) -> WindowedSparsityConfig:
     """The default config for a dense model that reads `source_length` tokens: aligned windows of that length, in whole
@@ -509,93 +431,3 @@ def windowed_for(source_length: int, num_heads: int, block: int = 64) -> Windowe
     local = -(-source_length // block)
     sliding = local + 1 if local > 1 else 1
     return WindowedSparsityConfig(num_heads, block, num_local_blocks=local, num_sliding_window_blocks=sliding)
-
-
-def make_layouts(
-    config: SparsityConfig, seq_len: int, num_layers: int, seed: int = 0, different_layout_per_layer: bool = False
-) -> list[np.ndarray]:
-    """Makes the master layout of each layer, uint8 `[num_heads, seq_len / block, seq_len / block]`, read-only.
-
-    Heads with the same layout share memory, see `SparsityConfig.shared_layout`. Layers share one array, unless they are
-    to differ and the pattern is random: then each takes its own draw in sequence from one `random.Random(seed)`, as a
-    DeepSpeed model does that is built layer by layer after `random.seed(seed)`.
-    """
-    rng = random.Random(seed)
-    if different_layout_per_layer and getattr(config, "num_random_blocks", None):
-        return [config.shared_layout(seq_len, rng) for _ in range(num_layers)]
-    return [config.shared_layout(seq_len, rng)] * num_layers
-
-
-def with_local_layers(layouts: Sequence[np.ndarray], windows: Sequence[int | None], block: int) -> list[np.ndarray]:
-    """The layouts `[heads, n, n]` of all layers, those of local layers replaced by the blocks that their band touches.
-
-    Args:
-        layouts: one for each layer.
-        windows: how many tokens to each side a layer attends to; None for a layer that keeps its layout.
-        block: side of a block in tokens.
-    """
-    bands: dict[int, np.ndarray] = {}
-    heads, n, _ = layouts[0].shape
-    for window in {window for window in windows if window is not None}:
-        to_each_side = (window + block - 1) // block  # of two blocks, the nearest tokens decide
-        band = sliding_window(2 * to_each_side + 1, n).astype(np.uint8)
-        bands[window] = _read_only(band[None], heads)
-    pairs = zip(layouts, windows, strict=True)
-    return [layout if window is None else bands[window] for layout, window in pairs]
-
-
-def sparsity_config(section: Mapping[str, Any], num_heads: int) -> SparsityConfig:
-    """Builds the config that a `sparse_attention` section of a DeepSpeed JSON config describes.
-
-    Absent keys have DeepSpeed's JSON defaults. They are those of the classes, except that mode is `fixed` and that
-    `bigbird` has no random block (its class has one). A `num_heads` in the section must be the model's.
-
-    Raises:
-        SparsityError: an unknown mode or key, or a bad value.
-    """
-    mode = section.get("mode", "fixed") if isinstance(section, Mapping) else "fixed"
-    if not isinstance(mode, str) or mode not in MODES:
-        raise SparsityError(f"expected one of {', '.join(MODES)}", found=_shown(mode), where="sparse_attention: mode")
-    return _build(MODES[mode], _JSON_DEFAULTS.get(mode, {}), section, num_heads)
-
-
-def config_class_path(config: SparsityConfig) -> str:
-    """`module:class` as GENA-LM's config.json names it: DeepSpeed's for its patterns, ours for our own."""
-    module = "bsa_export.sparsity" if config.mode in ("windowed", "custom") else "deepspeed.ops.sparse_attention"
-    return f"{module}:{type(config).__name__}"
-
-
-def sparsity_config_from_class_path(path: str, section: Mapping[str, Any], num_heads: int) -> SparsityConfig:
-    """Builds the config that `sparse_config_cls` and `sparse_attention` of a config.json describe, as GENA-LM writes
-    them.
-
-    Absent keys take the class' defaults: for DeepSpeed's `LocalSlidingWindowSparsityConfig` that is unidirectional.
-
-    Raises:
-        SparsityError: another class, an unknown key, or a bad value.
-    """
-    module, _, name = path.rpartition(":") if isinstance(path, str) else ("", "", "")
-    known = {cls.__name__: cls for cls in MODES.values()}
-    package = module.split(".")[0]
-    if name not in known or package not in ("deepspeed", "bsa_export"):
-        paths = ", ".join(config_class_path(cls(1)) for cls in MODES.values())
-        raise SparsityError(f"expected one of {paths}", found=_shown(path), where="sparse_config_cls")
-    cls = known[name]
-    defaults = _DEEPSPEED_CLASS_DEFAULTS.get(cls.mode, {}) if package == "deepspeed" else {}
-    return _build(cls, defaults, section, num_heads)
-
-
-def _build(
-    cls: type[SparsityConfig], defaults: dict[str, Any], section: Mapping[str, Any], num_heads: int
-) -> SparsityConfig:
-    if not isinstance(section, Mapping):
-        raise SparsityError("expected an object", found=type(section).__name__, where="sparse_attention")
-    fixed = {"mode": cls.mode, "num_heads": num_heads}
-    for name, value in fixed.items():
-        if section.get(name, value) != value:
-            raise SparsityError(f"expected {value}", found=_shown(section[name]), where=f"sparse_attention: {name}")
-    names = cls.parameter_names()
-    for name in section:
-        if name not in names and name != "mode":
-            raise SparsityError(f"expected parameters among {', '.join(names)}", found=_shown(name), where=cls.mode)
-    return cls(**{name: value for name, value in {**defaults, **section, **fixed}.items() if name != "mode"})

@@ -36,7 +36,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, 
 import bsa_export
 from bsa_export.hf.prenorm_config import BsaBertConfig
 from bsa_export.hf.stored_layout import StoredLayout
-from bsa_export.sparsity.configs import sparsity_config
+from bsa_export.sparsity.sections import sparsity_config
 
 SIZES = {
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},

@@ -33,7 +33,8 @@ import bsa_export
 from bsa_export.converted.card import metadata
 from bsa_export.converted.folder import open_folder
 from bsa_export.converted.integrity import check_file
-from bsa_export.sparsity.configs import BigBirdSparsityConfig, make_layouts, windowed_for
+from bsa_export.sparsity.configs import BigBirdSparsityConfig, windowed_for
+from bsa_export.sparsity.layouts import make_layouts
 from bsa_export.verify.weights import check_weights
 
 LAYOUT = "encoder.layer.{}.attention.self.sparse_self_attention.master_layout"
