@@ -210,6 +210,48 @@ def test_the_conversion_of_another_model_around_it_is_not_taken(out, tmp_path):
     assert NoteKind.NO_ANCESTOR in [note.kind for note in record.notes]
 
 
+def test_of_several_conversions_around_it_the_one_that_it_resembles_is_taken(out, tmp_path):
+    """The nearest has other layouts, the next one the weights of another model."""
+    right = Path(shutil.copytree(out, tmp_path / "right"))
+    unrelated = right / "unrelated"
+    convert_source(Source(dense_bert(tmp_path / "2", seed=2)), unrelated, Options(max_length=LONGEST, block=16))
+    conversion(unrelated, mode="local")
+    trained = train(out, unrelated / "out" / "trained", everything)
+    assert read_conversion(whole(trained, tmp_path / "made", None)).trained_from.path == "right"
+    shutil.move(unrelated, tmp_path / "elsewhere")
+    record = read_conversion(whole(tmp_path / "elsewhere" / "out" / "trained", tmp_path / "none", None))
+    assert record.trained_from is None and NoteKind.NO_ANCESTOR in [note.kind for note in record.notes]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_named_conversion_of_another_model_is_remarked_on(trained, tmp_path, dtype):
+    unrelated = tmp_path / "unrelated"
+    convert_source(Source(dense_bert(tmp_path / "2", seed=2)), unrelated, Options(max_length=LONGEST, block=16))
+    record = read_conversion(whole(trained, tmp_path / "made", unrelated))
+    assert NoteKind.UNLIKE_ANCESTOR in [note.kind for note in record.notes]
+
+    def rounded(weights) -> None:
+        everything(weights)
+        weights.update({name: row.astype(dtype) for name, row in weights.items() if row.dtype == np.float32})
+
+    record = read_conversion(
+        whole(train(unrelated, tmp_path / "own", rounded, ("config.json", "vocab.txt")), tmp_path / "fits", unrelated)
+    )
+    assert record.notes == []
+
+
+def test_without_stored_layouts_the_sparsity_must_be_that_of_the_conversion(out, tmp_path):
+    def without_layouts(weights) -> None:
+        for name in [name for name in weights if name.endswith("master_layout")]:
+            del weights[name]
+
+    trained = train(out, tmp_path / "trained", without_layouts)
+    other = conversion(tmp_path, mode="local")
+    with pytest.raises(BsaError):
+        whole(trained, tmp_path / "made", other)
+    assert read_conversion(whole(trained, tmp_path / "made", out)).trained_from is not None
+
+
 @pytest.mark.parametrize("kind", ["other layouts", "other size", "overwritten", "dense"])
 def test_what_it_was_not_trained_from_is_refused(out, trained, tmp_path, kind):
     ancestor = tmp_path / "ancestor"

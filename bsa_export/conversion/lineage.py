@@ -6,16 +6,18 @@ license, the lengths before) is in the conversion's folder only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bsa_export.bert.recognition import encoder_prefix, encoder_prefixes
 from bsa_export.bert.structure import STORED_LAYOUT
 from bsa_export.checkpoint.comparison import first_difference, same_bytes
-from bsa_export.checkpoint.dtypes import read
+from bsa_export.checkpoint.dtypes import FLOATS, first_values, read
 from bsa_export.checkpoint.table import Checkpoint, Tensor
 from bsa_export.conversion.carried_files import CarriedFile, CarriedFiles, How
 from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
@@ -27,7 +29,11 @@ from bsa_export.converted.records import ConversionRecord, Note, NoteKind, Train
 from bsa_export.errors import BsaError, CheckpointError
 from bsa_export.hub.source import Source
 
+SECTION = "sparse_attention"  # of config.json
 FOLDERS_ABOVE = 3  # of the trained folder, in which the conversion is looked for: out/run/checkpoint-500
+# Correlation of weights. Fine-tuning keeps more than 0.9; between models that share no training it is about 0.
+RELATED = 0.1
+COMPARED = 1 << 14  # elements of each weight matrix
 
 
 @dataclass(frozen=True)
@@ -71,21 +77,24 @@ def open_ancestor(source: Source) -> Ancestor:
     return Ancestor(folder, folder.record, repo, revision, frozenset(faults))
 
 
-def nearest_ancestor(folder: Path) -> Ancestor | None:
-    """The conversion in the trained folder or in one of the folders around it; None if there is none that is whole."""
+def ancestors_around(folder: Path) -> Iterator[Ancestor]:
+    """The conversions in the trained folder and in the folders around it, the nearest first; only those that are
+    whole."""
     for place in islice((folder, *folder.resolve().parents), 1 + FOLDERS_ABOVE):
         if (place / CONVERSION_RECORD).is_file():
             try:
-                return open_ancestor(Source(place))
+                yield open_ancestor(Source(place))
             except BsaError:
                 continue
-    return None
 
 
 def find_ancestor(
     named: Source | None, checkpoint: Checkpoint, config: Mapping[str, Any], prefix: str | None = None
 ) -> tuple[Ancestor | None, list[Note]]:
     """The conversion that a checkpoint was trained from.
+
+    One that was not named must fit, and its weights must be related to the trained ones. Of several, it is the one
+    whose weights are most like them.
 
     Args:
         named: the one that the user names.
@@ -94,7 +103,8 @@ def find_ancestor(
         prefix: which encoder is meant, where it holds several.
 
     Returns:
-        The conversion, and a note where there should be one and none was found; None for what no conversion wrote.
+        The conversion, with a note where it is named and its weights are unrelated; None for what no conversion wrote,
+        and with a note where there should be one and none was found.
 
     Raises:
         CheckpointError: the named one has other layouts.
@@ -109,17 +119,40 @@ def find_ancestor(
                 where=checkpoint.folder,
                 hint="name the conversion that it was trained from with --trained-from",
             )
-        return ancestor, []
+        if resemblance(ancestor, checkpoint.tensors, prefix) >= RELATED:
+            return ancestor, []
+        unlike = (
+            f"the weights do not resemble those of {named.repo or named.path.resolve().name}, which --trained-from "
+            "names: was the model trained from another conversion?"
+        )
+        return ancestor, [Note(NoteKind.UNLIKE_ANCESTOR, unlike)]
     if not _from_a_conversion(config):
         return None, []
-    found = nearest_ancestor(checkpoint.folder)
-    if found is not None and _misfit(found, checkpoint.tensors, config, prefix) is None:
-        return found, []
+    around = ancestors_around(checkpoint.folder)
+    fitting = [one for one in around if _misfit(one, checkpoint.tensors, config, prefix) is None]
+    alike = [resemblance(one, checkpoint.tensors, prefix) for one in fitting]
+    if fitting and max(alike) >= RELATED:
+        return fitting[alike.index(max(alike))], []
     text = (
         "the conversion that this model was trained from was not found: name it with --trained-from, so that its "
         "source, its license and the tokenizer's former lengths are recorded"
     )
     return None, [Note(NoteKind.NO_ANCESTOR, text)]
+
+
+def resemblance(ancestor: Ancestor, tensors: Mapping[str, Tensor], prefix: str | None = None) -> float:
+    """How much trained weights are like those of a conversion: the median correlation of their weight matrices, at most
+    1; 0 where no matrix can be compared. Reads the first `COMPARED` elements of each."""
+    found = []
+    for name, before in ancestor.tensors(encoder_prefix(tensors, prefix)).items():
+        now = tensors.get(name)
+        if now is None or now.shape != before.shape or len(now.shape) != 2 or not {now.dtype, before.dtype} <= FLOATS:
+            continue
+        pair = np.stack([first_values(row, COMPARED).astype(np.float64) for row in (now, before)])
+        pair = pair[:, np.isfinite(pair).all(0)]
+        if pair.size and (pair.max(1) > pair.min(1)).all():
+            found.append(float(np.corrcoef(pair)[0, 1]))
+    return float(np.median(found)) if found else 0.0
 
 
 def with_layouts(ancestor: Ancestor, tensors: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, Tensor]:
@@ -194,7 +227,8 @@ def _misfit(
     stored = _layouts(tensors)
     expected = _layouts(ancestor.tensors(encoder_prefix(tensors, prefix)))
     if not stored:
-        return None
+        section = config.get(SECTION)
+        return None if section in (None, ancestor.folder.config[SECTION]) else f"another {SECTION} in config.json"
     if stored.keys() != expected.keys():
         return "layouts of other layers"
     other = next((name for name, row in stored.items() if not _same_layout(row, expected[name])), None)

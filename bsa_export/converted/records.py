@@ -45,6 +45,7 @@ class NoteKind(str, Enum):
     LENGTHS_DIFFER = "lengths differ"
     IGNORED_TENSORS = "ignored tensors"
     NO_ANCESTOR = "no ancestor"
+    UNLIKE_ANCESTOR = "unlike ancestor"
     OTHER_ENCODER = "other encoder"
     CONFIG_FIELD = "config field"
     FREQUENCIES = "rotary frequencies"
