@@ -288,6 +288,24 @@ def test_the_card_names_the_repository_that_it_was_trained_from(out, trained, tm
     assert stated["license"] == "mit"
 
 
+def test_license_and_base_model_are_those_of_the_nearest_generation(out, trained, tmp_path):
+    first = Path(shutil.copytree(out, tmp_path / "first"))
+    pulled = {"repo": "alice/long-bert", "revision": "main", "commit": "0" * 40, "files": {}}
+    (first / "pulled.json").write_text(json.dumps(pulled))
+    (trained / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\nTrained on our own texts.\n")
+    second = whole(trained, tmp_path / "second", first)
+    third = whole(train(second, tmp_path / "again", everything), tmp_path / "third", second)
+    stated = metadata(third / "README.md")
+    assert (stated["base_model"], stated["license"]) == ("alice/long-bert", "cc-by-nc-4.0")
+    (second / "README.md").write_text("---\nlicense: gpl-3.0\n---\nOur card.\n")
+    assert metadata(whole(tmp_path / "again", tmp_path / "4", second) / "README.md")["license"] == "gpl-3.0"
+
+
+def test_a_card_does_not_deny_a_training_that_is_not_known(trained, tmp_path):
+    card = (whole(trained, tmp_path / "made", None) / "README.md").read_text()
+    assert "was not trained after the conversion" not in card and "may have been trained" in card
+
+
 def test_a_conversion_that_is_converted_again_was_not_trained(out, tmp_path):
     made = whole(out, tmp_path / "made", None)
     record = read_conversion(made)

@@ -294,7 +294,6 @@ def conversion_record(
 ) -> ConversionRecord:
     """The record of a conversion."""
     training = planned.trained_from
-    former = None if training is None else training.record.origin.source.license
     return ConversionRecord(
         bsa_export=__version__,
         family=planned.family.name,
@@ -302,7 +301,7 @@ def conversion_record(
             path=_text(source.path.resolve().name),
             repo=source.repo,
             revision=source.revision,
-            license=card.source_license(_folder(source)) or former,
+            license=card.source_license(_folder(source)) or (training and training.license),
             files={_text(path.name): FileEntry(path.stat().st_size) for path in source_files},
             config=planned.source_config,
         ),

@@ -22,6 +22,7 @@ from bsa_export.checkpoint.table import Checkpoint, Tensor
 from bsa_export.conversion.carried_files import CarriedFile, CarriedFiles, How
 from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
 from bsa_export.conversion.source_folder import stamp_of
+from bsa_export.converted.card import source_license
 from bsa_export.converted.folder import ConvertedFolder, open_folder
 from bsa_export.converted.integrity import digest_faults
 from bsa_export.converted.names import CONVERSION_RECORD, LICENSES, TOKENIZER_FILES, matches
@@ -185,6 +186,7 @@ def training(ancestor: Ancestor, tensors: Mapping[str, Tensor], written_prefix: 
         first_row=_first_row(tensors[positions], before[positions]) if positions and positions in changed else None,
         repo=ancestor.repo,
         revision=ancestor.revision,
+        license=source_license(ancestor.folder.path) or ancestor.record.source.license,
     )
 
 

@@ -344,13 +344,12 @@ def _metadata(record: ConversionRecord, verification: VerificationRecord | None,
         tags.append("sentence-transformers")
     if verification is None or verification.verdict is not Verdict.PASSED:
         tags.append(UNVERIFIED_TAG)
-    source, training = record.source, record.trained_from
-    base_model = (training and training.repo) or record.origin.source.repo
+    base_model = record.base_model
     data = ModelCardData(
         base_model=base_model and printable(base_model, 300),
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
-        license=source.license and printable(source.license, 300),
+        license=record.source.license and printable(record.source.license, 300),
         pipeline_tag="sentence-similarity" if _has_sentences(record) else _head(config)[0],
         tags=tags,
     )

@@ -203,6 +203,7 @@ class Training:
         files: names of the conversion's files that the trained folder lacks: its tokenizer, its license.
         repo: its repository on the Hub, None if it did not come from there.
         revision: the commit in that repository.
+        license: the one that its card states, else that of its own source.
     """
 
     path: str
@@ -214,6 +215,7 @@ class Training:
     files: list[str] = field(default_factory=list)
     repo: str | None = None
     revision: str | None = None
+    license: str | None = None
 
     def __post_init__(self) -> None:
         if any("/" in name or "\0" in name or name in ("", ".", "..") for name in self.files):
@@ -304,6 +306,21 @@ class ConversionRecord:
         while record.trained_from is not None:
             record = record.trained_from.record
         return record
+
+    @property
+    def base_model(self) -> str | None:
+        """The nearest repository that the model comes from: that of a conversion it was trained from, or the source."""
+        record = self
+        while record.trained_from is not None:
+            if record.trained_from.repo is not None:
+                return record.trained_from.repo
+            record = record.trained_from.record
+        return record.source.repo
+
+    @property
+    def lost_conversion(self) -> bool:
+        """Whether it comes from a conversion that was not found, so that nobody knows what was trained since."""
+        return any(note.kind is NoteKind.NO_ANCESTOR for note in self.origin.notes)
 
     @property
     def training(self) -> Training | None:
