@@ -301,6 +301,64 @@ def test_license_and_base_model_are_those_of_the_nearest_generation(out, trained
     assert metadata(whole(tmp_path / "again", tmp_path / "4", second) / "README.md")["license"] == "gpl-3.0"
 
 
+CARD = """---
+tags:
+- sentence-transformers
+- loss:CosineSimilarityLoss
+widget:
+- source_sentence: hello
+  sentences:
+  - bye: 1
+{more}
+---
+# Ours
+
+Our words.
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "base_model", "relation"),
+    [
+        ("base_model: /home/alice/out", "alice/long-bert", "finetune"),
+        ("base_model: out", "alice/long-bert", "finetune"),
+        ("base_model: [alice/long-bert]", ["alice/long-bert"], "finetune"),
+        ("base_model: bob/other", "bob/other", None),
+        ("language: en", "alice/long-bert", "finetune"),
+    ],
+)
+def test_a_kept_card_is_completed(tmp_path, more, base_model, relation):
+    source = dense_bert(tmp_path / "dense")
+    (source / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "Transformer"}]')
+    out = tmp_path / "out"
+    convert_source(Source(source), out, Options(max_length=LONGEST, block=16))
+    (out / "pulled.json").write_text(
+        json.dumps({"repo": "alice/long-bert", "revision": "main", "commit": "0" * 40, "files": {}})
+    )
+    trained = train(out, tmp_path / "trained", everything, ("config.json", "modules.json"))
+    (trained / "README.md").write_text(CARD.format(more=more))
+    card = whole(trained, tmp_path / "made", out) / "README.md"
+    stated = metadata(card)
+    assert (stated["base_model"], stated.get("base_model_relation"), stated["license"]) == (base_model, relation, "mit")
+    assert stated["widget"] == [{"source_sentence": "hello", "sentences": [{"bye": 1}]}]
+    assert (
+        stated["tags"][:2] == ["sentence-transformers", "loss:CosineSimilarityLoss"] and "bsa_export" in stated["tags"]
+    )
+    text = card.read_text()
+    assert "\n# Ours\n\nOur words.\n" in text and "import bsa_export" in text and "`alice/long-bert`" in text
+
+
+def test_a_kept_card_that_cannot_be_read_stays(tmp_path):
+    source = dense_bert(tmp_path / "dense")
+    (source / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "Transformer"}]')
+    out = tmp_path / "out"
+    convert_source(Source(source), out, Options(max_length=LONGEST, block=16))
+    trained = train(out, tmp_path / "trained", everything, ("config.json", "modules.json"))
+    (trained / "README.md").write_text("---\ntags: [\n---\nOur words.\n")
+    made = whole(trained, tmp_path / "made", out)
+    assert (made / "README.md").read_text() == (trained / "README.md").read_text()
+
+
 def test_a_card_does_not_deny_a_training_that_is_not_known(trained, tmp_path):
     card = (whole(trained, tmp_path / "made", None) / "README.md").read_text()
     assert "was not trained after the conversion" not in card and "may have been trained" in card

@@ -285,7 +285,8 @@ def convert_source(
         files |= {name: file for name, file in carried_files.write(carried, staging).items() if name != CARD}
         record = replace(conversion_record(planned, source, checkpoint.files, options, files), lengths=carried.changes)
         write_json(staging / CONVERSION_RECORD, to_json(record))
-        card.write(staging, repo=_text(target.resolve().name), layouts=planned.layouts)
+        if not card.write(staging, repo=_text(target.resolve().name), layouts=planned.layouts):
+            card.add_lineage(staging)
     return Converted(target, planned, record, time.perf_counter() - started)
 
 

@@ -205,6 +205,66 @@ def render(
     return f"{text}<!-- bsa_export wrote this card (sha256 {_sha256(text)}); an edited one is kept -->\n"
 
 
+def add_lineage(folder: Path) -> None:
+    """Completes the kept card of a trained model: metadata that it lacks, and a section that names this package.
+
+    Every word of the card and every value of its metadata stay. A base model that is a path, or the name of the
+    conversion's folder, as Trainer writes it, is no repository and is replaced. Metadata that cannot be read stay too.
+
+    Args:
+        folder: the converted folder, with conversion.json and README.md.
+    """
+    folder = Path(folder)
+    record, text = read_conversion(folder), read_card(folder / CARD).lstrip("\ufeff")
+    assert record is not None
+    try:
+        stated = metadata_of(text, folder / CARD)
+    except CheckpointError:
+        return
+    from huggingface_hub import repocard
+
+    written = text.replace("\r\n", "\n")
+    found = repocard.REGEX_YAML_BLOCK.match(written)
+    rest = written[found.end() :] if found else written
+    section = "" if "bsa_export" in rest else f"\n\n{_lineage_section(record)}"
+    block = _completed(stated.to_dict(), record)
+    (folder / CARD).write_text(f"---\n{block}\n---\n{rest.rstrip()}{section}\n", encoding="utf-8")
+
+
+def _completed(stated: dict[str, Any], record: ConversionRecord) -> str:
+    """The metadata of a kept card with what it lacks, as YAML."""
+    from huggingface_hub import CardData
+
+    training, named = record.trained_from, stated.get("base_model")
+    base_model = record.base_model and printable(record.base_model, 300)
+    if isinstance(named, str) and (named.count("/") > 1 or named[:1] in "./~" or (training and named == training.path)):
+        del stated["base_model"]
+    if base_model and stated.setdefault("base_model", base_model) in (base_model, [base_model]):
+        stated.setdefault("base_model_relation", "finetune")
+    if record.source.license:
+        stated.setdefault("license", printable(record.source.license, 300))
+    tags = stated.setdefault("tags", [])
+    if isinstance(tags, list):
+        stated["tags"] = [*tags, *(tag for tag in _tags(record) if tag not in tags)]
+    return CardData(**stated).to_yaml()
+
+
+def _lineage_section(record: ConversionRecord) -> str:
+    """What a card of another library does not say."""
+    training, origin = record.trained_from, record.origin.source
+    lines = [
+        "## Block-sparse attention",
+        f"The model needs the Python package [bsa_export]({PROJECT_URL}): `{install_command('run')}`. "
+        "Write `import bsa_export` before the model is loaded.",
+    ]
+    if training is not None:
+        lines.append(
+            f"It was trained from {markdown_code(training.repo or training.path)}, a conversion of "
+            f"{markdown_code(origin.repo or origin.path)} to block-sparse attention."
+        )
+    return "\n\n".join(lines)
+
+
 def is_edited(folder: Path) -> bool:
     """Whether the folder has a card that `write` did not write, or that was changed since."""
     try:
@@ -339,9 +399,7 @@ def _metadata(record: ConversionRecord, verification: VerificationRecord | None,
     """The YAML at the top. Of the Hub's relations (adapter, merge, quantized, finetune) the last is for new weights."""
     from huggingface_hub import ModelCardData
 
-    tags = ["bsa_export", "block-sparse-attention", "long-context", record.family]
-    if _has_sentences(record):
-        tags.append("sentence-transformers")
+    tags = _tags(record)
     if verification is None or verification.verdict is not Verdict.PASSED:
         tags.append(UNVERIFIED_TAG)
     base_model = record.base_model
@@ -354,6 +412,12 @@ def _metadata(record: ConversionRecord, verification: VerificationRecord | None,
         tags=tags,
     )
     return data.to_yaml()
+
+
+def _tags(record: ConversionRecord) -> list[str]:
+    """The tags by which the Hub finds the model."""
+    tags = ["bsa_export", "block-sparse-attention", "long-context", record.family]
+    return [*tags, "sentence-transformers"] if _has_sentences(record) else tags
 
 
 def _has_sentences(record: ConversionRecord) -> bool:
