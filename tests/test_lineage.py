@@ -125,6 +125,25 @@ def test_a_license_of_the_conversion_is_kept_and_a_changed_file_is_not(tmp_path)
     made = whole(trained, tmp_path / "made", out)
     assert read_conversion(made).trained_from.files == ["license.txt"]
     assert (made / "license.txt").read_text() == "MIT\n" and not (made / "vocab.txt").exists()
+    assert [note.kind for note in read_conversion(made).notes] == [NoteKind.LEFT_BEHIND]
+
+
+def test_a_card_of_a_trained_model_is_not_lost_in_silence(out, trained, tmp_path):
+    (trained / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nTrained on our own texts.\n")
+    made = whole(trained, tmp_path / "made", out)
+    assert metadata(made / "README.md")["license"] == "cc-by-4.0"
+    assert ["README.md" in note.text for note in read_conversion(made).notes] == [True]
+
+
+def test_a_link_out_of_the_conversion_is_not_followed(out, trained, tmp_path):
+    ancestor = Path(shutil.copytree(out, tmp_path / "ancestor"))
+    shutil.move(ancestor / "vocab.txt", tmp_path / "secret")
+    (ancestor / "vocab.txt").symlink_to(tmp_path / "secret")
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (trained / name).unlink()
+    with pytest.raises(BsaError, match="link"):
+        whole(trained, tmp_path / "made", ancestor)
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_tokenizer_of_its_own_is_kept(out, trained, tmp_path):

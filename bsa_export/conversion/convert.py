@@ -199,10 +199,8 @@ def _plan_source(
         keep_card=planned.sparse_source and card.is_edited(_folder(source)),
     )
     if ancestor is not None:
-        kept = lineage.missing_files(ancestor, carried)
-        carried = replace(carried, carried=[*carried.carried, *kept])
-        training = _training(ancestor, tensors, planned)
-        planned = replace(planned, trained_from=replace(training, files=[file.name for file in kept]))
+        carried, kept = lineage.with_missing_files(ancestor, carried)
+        planned = replace(planned, trained_from=replace(_training(ancestor, tensors, planned), files=kept))
     notes = [*planned.notes, *missing, *carried.notes()]
     files = {*carried.left_behind, *(file.source.name for file in carried.carried)}
     skipped = {entry.name: entry.why for entry in checkpoint.skipped if entry.name not in files}

@@ -39,6 +39,8 @@ class LeftBehind(str, Enum):
     """Why a file of the source is not carried over; notes show the value."""
 
     CARD = "the source's model card"
+    TRAINED_CARD = "the trained model's card; the new one keeps its license"
+    STALE = "of the conversion, changed or deleted since"
     REPLACED = "replaced by a new one"
     RECORD = "a record of the source's own conversion"
     OTHER_FORMAT = "weights in another format"

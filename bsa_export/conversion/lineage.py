@@ -21,7 +21,8 @@ from bsa_export.checkpoint.dtypes import FLOATS, first_values, read
 from bsa_export.checkpoint.table import Checkpoint, Tensor
 from bsa_export.conversion.carried_files import CarriedFile, CarriedFiles, How
 from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
-from bsa_export.conversion.source_folder import stamp_of
+from bsa_export.conversion.left_behind import LeftBehind
+from bsa_export.conversion.source_folder import SourceFolder, stamp_of
 from bsa_export.converted.card import source_license
 from bsa_export.converted.folder import ConvertedFolder, open_folder
 from bsa_export.converted.integrity import digest_faults
@@ -190,17 +191,24 @@ def training(ancestor: Ancestor, tensors: Mapping[str, Tensor], written_prefix: 
     )
 
 
-def missing_files(ancestor: Ancestor, carried: CarriedFiles) -> list[CarriedFile]:
-    """The conversion's tokenizer and licenses, where the trained folder has none: `model.save_pretrained` writes
-    neither."""
+def with_missing_files(ancestor: Ancestor, carried: CarriedFiles) -> tuple[CarriedFiles, list[str]]:
+    """Adds the conversion's tokenizer and licenses, where the trained folder has none: `model.save_pretrained` writes
+    neither. Those that changed since the conversion are left behind, and no link out of its folder is followed.
+
+    Returns:
+        All files, and the names of those that were added.
+    """
     there = [file.name for file in carried.carried if "/" not in file.name]
     own = [name for name in ancestor.record.files if "/" not in name]
     wanted: list[str] = []
     for kind in (TOKENIZER_FILES, LICENSES):
         if not any(_is_of(name, kind) for name in there):
             wanted += [name for name in own if _is_of(name, kind)]
-    paths = {name: ancestor.folder.path / name for name in wanted if name not in ancestor.changed_files}
-    return [CarriedFile(name, How.COPIED, path, stamps={path: stamp_of(path)}) for name, path in paths.items()]
+    stale = {name: LeftBehind.STALE for name in wanted if name in ancestor.changed_files}
+    folder = SourceFolder(ancestor.folder.path)
+    paths = {name: folder.own(folder.folder / name) for name in wanted if name not in stale}
+    added = [CarriedFile(name, How.COPIED, path, stamps={path: stamp_of(path)}) for name, path in paths.items()]
+    return CarriedFiles([*carried.carried, *added], {**carried.left_behind, **stale}), list(paths)
 
 
 def _is_of(name: str, kind: Sequence[str]) -> bool:
