@@ -160,6 +160,29 @@ def test_rounding_afterwards_is_not_training(out, tmp_path):
     assert check_weights(open_folder(made), out).passed
 
 
+@pytest.mark.parametrize(("before", "now"), [("fp32", np.float16), ("fp16", np.float32)])
+def test_another_dtype_is_not_training(tmp_path, before, now):
+    """Positions alone are trained, and the model is saved in another dtype than that of the conversion."""
+    out = conversion(tmp_path, dtype=before)
+
+    def change(weights) -> None:
+        for name, values in weights.items():
+            weights[name] = values.astype(now) if values.dtype.kind == "f" else values
+        weights[POSITIONS][LENGTH + 3 :] += 1
+
+    made = whole(train(out, tmp_path / "trained", change), tmp_path / "made", out)
+    training = read_conversion(made).trained_from
+    assert set(training.changed) - set(training.cast) == {POSITIONS} and training.first_row == LENGTH + 3
+    assert not training.only_new_rows
+    assert check_weights(open_folder(made), out).passed
+    twice = whole(tmp_path / "trained", tmp_path / "twice", out, dtype="bf16")
+    assert check_weights(open_folder(twice), out).passed
+    weights = load_file(made / "model.safetensors")
+    weights[QUERY].flat[-1] *= 2
+    save_file(weights, made / "model.safetensors", {"format": "pt"})
+    assert check_weights(open_folder(made), out).failed
+
+
 def claim(record, **fields) -> None:
     record["trained_from"] |= fields
 
@@ -170,6 +193,8 @@ def claim(record, **fields) -> None:
         lambda record: claim(record, changed=[]),
         lambda record: claim(record, changed=[POSITIONS, QUERY]),
         lambda record: claim(record, first_row=LENGTH + 4),
+        lambda record: claim(record, cast=[POSITIONS]),
+        lambda record: claim(record, cast=[QUERY]),
         lambda record: claim(record, added=[QUERY]),
         lambda record: claim(record, removed=["pooler.dense.weight"]),
         lambda record: record["trained_from"]["record"]["files"].clear(),

@@ -215,7 +215,8 @@ def _training(ancestor: Ancestor, tensors: Mapping[str, Tensor], planned: Plan) 
     """What the training changed, by the names that the plan writes; before the plan rounds anything."""
     left_out = planned.dropped.keys() | planned.tied.keys()
     trained = {planned.renamed.get(name, name): row for name, row in tensors.items() if name not in left_out}
-    return lineage.training(ancestor, trained, encoder_prefix(trained))
+    rounded = {name for name, change in planned.changed.items() if change.dtype}
+    return lineage.training(ancestor, trained, encoder_prefix(trained), rounded)
 
 
 def check_options(options: Options) -> None:
@@ -300,7 +301,7 @@ def conversion_record(
             path=_text(source.path.resolve().name),
             repo=source.repo,
             revision=source.revision,
-            license=card.source_license(_folder(source)) or (training and training.license),
+            license=card.source_license(_folder(source)) or (training.license if training else None),
             files={_text(path.name): FileEntry(path.stat().st_size) for path in source_files},
             config=planned.source_config,
         ),

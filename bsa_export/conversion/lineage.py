@@ -6,7 +6,7 @@ license, the lengths before) is in the conversion's folder only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from bsa_export.bert.recognition import encoder_prefix, encoder_prefixes
 from bsa_export.bert.structure import STORED_LAYOUT
 from bsa_export.checkpoint.comparison import first_difference, same_bytes
-from bsa_export.checkpoint.dtypes import FLOATS, first_values, read
+from bsa_export.checkpoint.dtypes import CASTS, FLOATS, cast, first_values, read
 from bsa_export.checkpoint.table import Checkpoint, Tensor
 from bsa_export.conversion.carried_files import CarriedFile, CarriedFiles, How
 from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
@@ -165,26 +165,34 @@ def with_layouts(ancestor: Ancestor, tensors: Mapping[str, Tensor], prefix: str 
     return {**tensors, **_layouts(ancestor.tensors(encoder))}
 
 
-def training(ancestor: Ancestor, tensors: Mapping[str, Tensor], written_prefix: str) -> Training:
+def training(
+    ancestor: Ancestor, tensors: Mapping[str, Tensor], written_prefix: str, rounded: Collection[str] = ()
+) -> Training:
     """What the training changed. Reads all tensors of both.
 
     Args:
         ancestor: the conversion.
         tensors: the trained ones, by their written names.
         written_prefix: the encoder's.
+        rounded: names of those that are rounded afterwards. A tensor that training stored in another dtype is rounded
+            twice then, so that nobody can judge later whether its values were the conversion's.
     """
     before = ancestor.tensors(written_prefix)
     own = ancestor.folder.encoder.position_name
     positions = own and ancestor.name_in(own, written_prefix)
     common = (name for name in tensors if name in before and not STORED_LAYOUT.fullmatch(name))  # layouts are the same
     changed = [name for name in common if not same_bytes(tensors[name], before[name])]
+    twice = {name for name in changed if name in rounded and tensors[name].dtype != before[name].dtype}
+    same_values = [name for name in changed if name not in twice and _is_cast(before[name], tensors[name])]
+    moved = positions in changed and positions not in twice and positions not in same_values
     return Training(
         path=ancestor.folder.path.resolve().name,
         record=ancestor.record,
         changed=changed,
+        cast=same_values,
         added=[name for name in tensors if name not in before],
         removed=[name for name in before if name not in tensors],
-        first_row=_first_row(tensors[positions], before[positions]) if positions and positions in changed else None,
+        first_row=_first_row(before[positions], tensors[positions]) if positions and moved else None,
         repo=ancestor.repo,
         revision=ancestor.revision,
         license=source_license(ancestor.folder.path) or ancestor.record.source.license,
@@ -216,13 +224,30 @@ def _is_of(name: str, kind: Sequence[str]) -> bool:
     return matches(name, kind) or matches(name.upper(), kind)
 
 
-def _first_row(one: Tensor, other: Tensor) -> int:
-    """The first row in which two tables differ."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return 0
-    at = first_difference(one, other)
+def _is_cast(before: Tensor, now: Tensor) -> bool:
+    """Whether a tensor has the values of another one, rounded to another dtype."""
+    return now.dtype != before.dtype and now.shape == before.shape and _first_change(before, now) is None
+
+
+def _first_row(before: Tensor, now: Tensor) -> int | None:
+    """The first row in which the values of two tables differ; None where their shapes do."""
+    if now.shape != before.shape:
+        return None
+    at = _first_change(before, now)
     assert at is not None
-    return at // (one.nbytes // one.shape[0])
+    return at // (now.nbytes // now.shape[0])
+
+
+def _first_change(before: Tensor, now: Tensor) -> int | None:
+    """The first byte that differs from another tensor of its shape, rounded to its dtype; None if none does."""
+    if now.dtype != before.dtype:
+        if now.dtype not in CASTS or before.dtype not in FLOATS:
+            return 0
+        before = cast("", before, now.dtype)
+    try:
+        return first_difference(before, now)
+    except CheckpointError:  # a value that is too large for the dtype
+        return 0
 
 
 def _misfit(

@@ -390,7 +390,8 @@ def _tensors(record: ConversionRecord) -> dict[str, list[str]]:
         return {"added": origin.added, "changed": list(origin.changed), "dropped": list(origin.dropped)}
     return {
         "added by training": training.added,
-        "changed by training": training.changed,
+        "changed by training": [name for name in training.changed if name not in set(training.cast)],
+        "only stored in another dtype": training.cast,
         "dropped by training": training.removed,
     }
 

@@ -197,9 +197,11 @@ class Training:
         path: the name of the conversion's folder.
         record: its conversion.json.
         changed: written names of tensors with other values, or of another shape or dtype.
+        cast: those of `changed` that have the conversion's values, rounded to another dtype.
         added: written names that the conversion does not have.
         removed: the conversion's names that the trained model does not have.
-        first_row: the first row of the position embeddings that changed; None where none did, or there are none.
+        first_row: the first row of the position embeddings whose values changed; None where none did, there are none,
+            or the table has another shape.
         files: names of the conversion's files that the trained folder lacks: its tokenizer, its license.
         repo: its repository on the Hub, None if it did not come from there.
         revision: the commit in that repository.
@@ -216,6 +218,7 @@ class Training:
     repo: str | None = None
     revision: str | None = None
     license: str | None = None
+    cast: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if any("/" in name or "\0" in name or name in ("", ".", "..") for name in self.files):

@@ -20,6 +20,7 @@ from bsa_export.verify.bits import both, first_difference, rows_of
 from bsa_export.verify.carried import faults_of_kept_files
 from bsa_export.verify.rules import is_rounded
 
+FLOATS = {"F64", "F32", "F16", "BF16"}
 LAYOUT = ".sparse_self_attention.master_layout"
 
 Progress = Callable[[int, int], None]
@@ -52,7 +53,8 @@ def check_lineage(folder: ConvertedFolder, ancestor: Path, progress: Progress | 
         before.checkpoint.check_unchanged()
     except BsaError as error:
         return result(Kind.WEIGHTS, [str(error)])
-    figures: dict[str, object] = {"unchanged": comparison.unchanged, "changed by training": len(training.changed)}
+    figures: dict[str, object] = {"unchanged": comparison.unchanged, "in another dtype only": len(training.cast)}
+    figures["changed by training"] = len(set(training.changed) - set(training.cast))
     figures |= {"added": len(training.added), "removed": len(training.removed)}
     if training.first_row:
         figures["first position rows unchanged"] = training.first_row
@@ -90,6 +92,8 @@ class _Comparison:
         for kind, names in found.items():
             for name in sorted(names ^ stated[kind]):
                 yield f"{name}: it is {'' if name in names else 'not '}{kind}, and conversion.json says otherwise"
+        for name in sorted(set(training.cast) - set(training.changed)):
+            yield f"{name}: conversion.json lists it as stored in another dtype, and not as changed"
         for name in sorted(name for name in found["removed"] if name.endswith(LAYOUT)):
             yield f"{name}: lost: the conversion has it"
         for name, row in now.items():
@@ -109,6 +113,10 @@ class _Comparison:
             return (
                 None if same else f"{name}: conversion.json lists it as unchanged, and it differs from the conversion's"
             )
+        if name in self.training.cast:
+            return (
+                None if self.is_cast(before, now) else f"{name}: its values are not the conversion's in another dtype"
+            )
         if same and self.rounded_to(name) is None:
             return f"{name}: conversion.json lists it as changed by training, and it has the conversion's bits"
         if name == self.positions and (first := self.training.first_row):
@@ -119,7 +127,8 @@ class _Comparison:
         """Whether the position rows before the first one that changed are those of the conversion."""
         if now.shape[1:] != before.shape[1:] or min(now.shape[0], before.shape[0]) < first:
             return f"{name}: expected {first} rows as in the conversion, found {list(now.shape)}"
-        if self.is_same(name, rows_of(before, 0, first), rows_of(now, 0, first)):
+        early = rows_of(before, 0, first), rows_of(now, 0, first)
+        if self.is_same(name, *early) or self.is_cast(*early):
             return None
         return f"{name}: conversion.json says that it changed from row {first} on, and earlier rows differ"
 
@@ -130,6 +139,12 @@ class _Comparison:
         if self.rounded_to(name) == now.dtype != before.dtype:
             return all(is_rounded(one, other, before.dtype, now.dtype).all() for one, other in both(before, now))
         return now.dtype == before.dtype and first_difference(before, now) is None
+
+    def is_cast(self, before: Tensor, now: Tensor) -> bool:
+        """Whether a tensor has the conversion's values, rounded to another dtype."""
+        if now.shape != before.shape or now.dtype == before.dtype or not {now.dtype, before.dtype} <= FLOATS:
+            return False
+        return all(is_rounded(one, other, before.dtype, now.dtype).all() for one, other in both(before, now))
 
     def rounded_to(self, name: str) -> str | None:
         """The dtype that the second conversion rounded a tensor to."""
