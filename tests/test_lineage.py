@@ -442,6 +442,14 @@ def test_the_way_back_has_the_lengths_of_the_dense_source(out, trained, tmp_path
     assert tokenizer == {"model_max_length": LENGTH, "max_length": LENGTH, "stride": LONGEST}
 
 
+def test_the_way_back_without_a_record_says_what_is_not_known(out, trained, tmp_path):
+    dense = to_dense(trained, tmp_path / "dense")
+    assert dense.plan.max_length == LONGEST and any("--trained-from" in note for note in dense.plan.notes)
+    assert not any("--trained-from" in note for note in to_dense(out, tmp_path / "own").plan.notes)
+    fault = check_weights(open_folder(trained), out)
+    assert fault.failed and "--trained-from" in fault.reason
+
+
 def test_a_new_head_over_an_encoder_without_prefix(tmp_path):
     """The class with a head puts the encoder's names behind a prefix."""
     torch = pytest.importorskip("torch")

@@ -20,7 +20,7 @@ from bsa_export.checkpoint.comparison import first_difference, same_bytes
 from bsa_export.checkpoint.dtypes import CASTS, FLOATS, cast, first_values, read
 from bsa_export.checkpoint.table import Checkpoint, Tensor
 from bsa_export.conversion.carried_files import CarriedFile, CarriedFiles, How
-from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
+from bsa_export.conversion.config_fields import from_a_conversion
 from bsa_export.conversion.left_behind import LeftBehind
 from bsa_export.conversion.source_folder import SourceFolder, stamp_of
 from bsa_export.converted.card import source_license
@@ -128,7 +128,7 @@ def find_ancestor(
             "names: was the model trained from another conversion?"
         )
         return ancestor, [Note(NoteKind.UNLIKE_ANCESTOR, unlike)]
-    if not _from_a_conversion(config):
+    if not from_a_conversion(config):
         return None, []
     around = ancestors_around(checkpoint.folder)
     fitting = [one for one in around if _misfit(one, checkpoint.tensors, config, prefix) is None]
@@ -279,9 +279,3 @@ def _same_layout(trained: Tensor, converted: Tensor) -> bool:
     if trained.dtype == converted.dtype:
         return same_bytes(trained, converted)
     return trained.shape == converted.shape and bool(((read(trained) != 0) == (read(converted) != 0)).all())
-
-
-def _from_a_conversion(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that this package wrote the model before it was trained."""
-    path = config.get("sparse_config_cls")
-    return config.get(ATTENTION) == BLOCK_SPARSE or (isinstance(path, str) and path.startswith("bsa_export."))

@@ -63,7 +63,11 @@ def check_weights(
         source_name: what a person calls the source.
     """
     if folder.record is None:
-        return result(Kind.WEIGHTS, ["there is no conversion.json, which says what was done to the source's tensors"])
+        missing = (
+            "there is no conversion.json, which says what was done to the source's tensors: "
+            "for a trained model, bsa-convert FOLDER OUT --trained-from CONVERSION writes one"
+        )
+        return result(Kind.WEIGHTS, [missing])
     try:
         if is_ancestor(folder, source):
             return check_lineage(folder, source, progress)
