@@ -193,6 +193,10 @@ def claim(record, **fields) -> None:
         lambda record: claim(record, changed=[]),
         lambda record: claim(record, changed=[POSITIONS, QUERY]),
         lambda record: claim(record, first_row=LENGTH + 4),
+        lambda record: claim(record, first_row=LENGTH + 2),
+        lambda record: claim(record, changed=[POSITIONS, LAYOUT]),
+        lambda record: claim(record, changed=[POSITIONS, "other.weight"]),
+        lambda record: record["trained_from"]["record"].update(source_length=LENGTH + 16),
         lambda record: claim(record, cast=[POSITIONS]),
         lambda record: claim(record, cast=[QUERY]),
         lambda record: claim(record, added=[QUERY]),
@@ -206,6 +210,27 @@ def test_a_false_record_fails(out, tmp_path, plant):
     plant(record)
     (made / "conversion.json").write_text(json.dumps(record))
     assert check_weights(open_folder(made), out).failed
+
+
+def test_a_first_row_of_positions_that_did_not_change_fails(out, tmp_path):
+    def query(weights) -> None:
+        weights[QUERY] += 1
+
+    made = whole(train(out, tmp_path / "trained", query), tmp_path / "made", out)
+    record = json.loads((made / "conversion.json").read_text())
+    claim(record, first_row=LENGTH)
+    (made / "conversion.json").write_text(json.dumps(record))
+    assert check_weights(open_folder(made), out).failed
+
+
+@pytest.mark.parametrize("fields", [{"first_row": -1}, {"changed": [QUERY, QUERY]}, {"cast": 5}])
+def test_a_record_of_the_wrong_kind_is_damaged(out, trained, tmp_path, fields):
+    made = whole(trained, tmp_path / "made", out)
+    record = json.loads((made / "conversion.json").read_text())
+    claim(record, **fields)
+    (made / "conversion.json").write_text(json.dumps(record))
+    with pytest.raises(BsaError, match="damaged"):
+        read_conversion(made)
 
 
 @pytest.mark.parametrize("name", ["../dense/README.md", "/etc/hostname", "..", ""])

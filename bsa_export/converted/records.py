@@ -223,6 +223,11 @@ class Training:
     def __post_init__(self) -> None:
         if any("/" in name or "\0" in name or name in ("", ".", "..") for name in self.files):
             raise ValueError("files: expected names of files in the folder")
+        if self.first_row is not None and self.first_row < 0:
+            raise ValueError("first_row: expected a row")
+        for names in (self.changed, self.cast, self.added, self.removed, self.files):
+            if len(set(names)) != len(names):
+                raise ValueError("expected each name once")
 
     @property
     def changed_nothing(self) -> bool:

@@ -21,6 +21,11 @@ from bsa_export.verify.carried import faults_of_kept_files
 from bsa_export.verify.rules import is_rounded
 
 FLOATS = {"F64", "F32", "F16", "BF16"}
+# What the record of a conversion states about its tensors. A conversion that was made again has other versions.
+STATED = (
+    "family", "seed", "source_length", "max_length", "sparsity", "positions", "lengths", "renamed", "changed", "added",
+    "dropped", "tied", "buffers", "trained_from",
+)  # fmt: skip
 LAYOUT = ".sparse_self_attention.master_layout"
 
 Progress = Callable[[int, int], None]
@@ -47,6 +52,11 @@ def check_lineage(folder: ConvertedFolder, ancestor: Path, progress: Progress | 
         before = open_folder(ancestor)
         if before.record is None or before.record.files != training.record.files:
             fault = "this is not the conversion that it was trained from: their conversion.json list other files"
+            return result(Kind.WEIGHTS, [fault])
+        if other := next(
+            (name for name in STATED if getattr(before.record, name) != getattr(training.record, name)), ""
+        ):
+            fault = f"trained_from in conversion.json states another {other} than the conversion's own conversion.json"
             return result(Kind.WEIGHTS, [fault])
         comparison = _Comparison(folder, before, folder.record, training, progress)
         faults = [*comparison.faults(), *faults_of_kept_files(folder)]
@@ -92,6 +102,11 @@ class _Comparison:
         for kind, names in found.items():
             for name in sorted(names ^ stated[kind]):
                 yield f"{name}: it is {'' if name in names else 'not '}{kind}, and conversion.json says otherwise"
+        common = {name for name in now.keys() & self.before.keys() if not name.endswith(LAYOUT)}
+        for name in sorted(set(training.changed) - common):
+            yield f"{name}: conversion.json lists it as changed by training: it is not a weight of both models"
+        if training.first_row is not None and self.positions not in set(training.changed) - set(training.cast):
+            yield f"{self.positions}: conversion.json says that it changed from a row on, and lists it as unchanged"
         for name in sorted(set(training.cast) - set(training.changed)):
             yield f"{name}: conversion.json lists it as stored in another dtype, and not as changed"
         for name in sorted(name for name in found["removed"] if name.endswith(LAYOUT)):
@@ -119,18 +134,24 @@ class _Comparison:
             )
         if same and self.rounded_to(name) is None:
             return f"{name}: conversion.json lists it as changed by training, and it has the conversion's bits"
-        if name == self.positions and (first := self.training.first_row):
+        if name == self.positions and (first := self.training.first_row) is not None:
             return self.early_rows(name, before, now, first)
         return None
 
     def early_rows(self, name: str, before: Tensor, now: Tensor, first: int) -> str | None:
-        """Whether the position rows before the first one that changed are those of the conversion."""
-        if now.shape[1:] != before.shape[1:] or min(now.shape[0], before.shape[0]) < first:
-            return f"{name}: expected {first} rows as in the conversion, found {list(now.shape)}"
-        early = rows_of(before, 0, first), rows_of(now, 0, first)
-        if self.is_same(name, *early) or self.is_cast(*early):
-            return None
-        return f"{name}: conversion.json says that it changed from row {first} on, and earlier rows differ"
+        """Whether the position rows before the first one that changed are those of the conversion, and that is not."""
+        if now.shape[1:] != before.shape[1:] or min(now.shape[0], before.shape[0]) <= first:
+            return f"{name}: expected more than {first} rows as in the conversion, found {list(now.shape)}"
+
+        def kept(start: int, rows: int) -> bool:
+            pair = rows_of(before, start, rows), rows_of(now, start, rows)
+            return self.is_same(name, *pair) or self.is_cast(*pair)
+
+        if first and not kept(0, first):
+            return f"{name}: conversion.json says that it changed from row {first} on, and earlier rows differ"
+        if self.rounded_to(name) is None and kept(first, 1):
+            return f"{name}: conversion.json says that it changed from row {first} on, and that row is the conversion's"
+        return None
 
     def is_same(self, name: str, before: Tensor, now: Tensor) -> bool:
         """Whether a tensor has the conversion's bits, or those rounded as the second conversion was asked to."""
