@@ -115,6 +115,24 @@ def test_a_trained_folder_without_a_tokenizer_gets_that_of_the_conversion(out, t
     assert check_weights(open_folder(made), out).failed
 
 
+def test_the_tokenizer_of_another_vocabulary_is_not_taken(out, tmp_path):
+    """Training added a token, and did not save the tokenizer."""
+    words = "bert.embeddings.word_embeddings.weight"
+
+    def add_a_token(weights) -> None:
+        weights[words] = np.concatenate([weights[words], weights[words][:1]])
+        weights["cls.predictions.bias"] = np.append(weights["cls.predictions.bias"], np.float32(0))
+
+    trained = train(out, tmp_path / "trained", add_a_token, ("config.json",))
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+    made = whole(trained, tmp_path / "made", out)
+    record = read_conversion(made)
+    assert record.trained_from.files == [] and not (made / "vocab.txt").exists()
+    assert [note.kind for note in record.notes] == [NoteKind.LEFT_BEHIND]
+    assert check_weights(open_folder(made), out).passed
+
+
 def test_a_license_of_the_conversion_is_kept_and_a_changed_file_is_not(tmp_path):
     source = dense_bert(tmp_path / "dense")
     (source / "license.txt").write_text("MIT\n")

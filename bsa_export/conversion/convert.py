@@ -199,7 +199,7 @@ def _plan_source(
         keep_card=planned.sparse_source and card.is_edited(_folder(source)),
     )
     if ancestor is not None:
-        carried, kept = lineage.with_missing_files(ancestor, carried)
+        carried, kept = lineage.with_missing_files(ancestor, carried, config)
         planned = replace(planned, trained_from=replace(_training(ancestor, tensors, planned), files=kept))
     notes = [*planned.notes, *missing, *carried.notes()]
     files = {*carried.left_behind, *(file.source.name for file in carried.carried)}

@@ -41,6 +41,7 @@ class LeftBehind(str, Enum):
     CARD = "the source's model card"
     TRAINED_CARD = "the trained model's card; the new one keeps its license"
     STALE = "of the conversion, changed or deleted since"
+    OTHER_VOCABULARY = "of the conversion, whose vocabulary has another size; save the trained tokenizer with the model"
     REPLACED = "replaced by a new one"
     RECORD = "a record of the source's own conversion"
     OTHER_FORMAT = "weights in another format"

@@ -31,6 +31,7 @@ from bsa_export.converted.records import ConversionRecord, Note, NoteKind, Train
 from bsa_export.errors import BsaError, CheckpointError
 from bsa_export.hub.source import Source
 
+VOCABULARY = "vocab_size"  # of config.json
 SECTION = "sparse_attention"  # of config.json
 FOLDERS_ABOVE = 3  # of the trained folder, in which the conversion is looked for: out/run/checkpoint-500
 # Correlation of weights. Fine-tuning keeps more than 0.9; between models that share no training it is about 0.
@@ -68,11 +69,19 @@ def open_ancestor(source: Source) -> Ancestor:
     with source.named_errors():
         folder = open_folder(source.path)
         if folder.record is None:
-            raise CheckpointError("expected a conversion", found=f"no {CONVERSION_RECORD}", where=source.path)
+            raise CheckpointError(
+                "expected a conversion",
+                found=f"no {CONVERSION_RECORD}",
+                where=source.path,
+                hint="--trained-from names what bsa-convert wrote before the training",
+            )
         faults, _ = digest_faults(folder, folder.record)
         if wrong := [faults[file.name] for file in folder.checkpoint.files if file.name in faults]:
             raise CheckpointError(
-                "expected the conversion as it was before the training", found=wrong[0], where=source.path
+                "expected the conversion as it was before the training",
+                found=wrong[0],
+                where=source.path,
+                hint="convert its source again with the same options, and name that folder",
             )
         pulled = read_pull(source.path)
     repo, revision = (pulled.repo, pulled.commit) if pulled else (source.repo, source.revision)
@@ -199,9 +208,17 @@ def training(
     )
 
 
-def with_missing_files(ancestor: Ancestor, carried: CarriedFiles) -> tuple[CarriedFiles, list[str]]:
+def with_missing_files(
+    ancestor: Ancestor, carried: CarriedFiles, config: Mapping[str, Any]
+) -> tuple[CarriedFiles, list[str]]:
     """Adds the conversion's tokenizer and licenses, where the trained folder has none: `model.save_pretrained` writes
     neither. Those that changed since the conversion are left behind, and no link out of its folder is followed.
+    A tokenizer for another number of tokens is left behind too.
+
+    Args:
+        ancestor: the conversion.
+        carried: what comes from the trained folder.
+        config: content of the trained config.json.
 
     Returns:
         All files, and the names of those that were added.
@@ -213,6 +230,8 @@ def with_missing_files(ancestor: Ancestor, carried: CarriedFiles) -> tuple[Carri
         if not any(_is_of(name, kind) for name in there):
             wanted += [name for name in own if _is_of(name, kind)]
     stale = {name: LeftBehind.STALE for name in wanted if name in ancestor.changed_files}
+    if config.get(VOCABULARY) != ancestor.folder.config.get(VOCABULARY):
+        stale |= {name: LeftBehind.OTHER_VOCABULARY for name in wanted if _is_of(name, TOKENIZER_FILES)}
     folder = SourceFolder(ancestor.folder.path)
     paths = {name: folder.own(folder.folder / name) for name in wanted if name not in stale}
     added = [CarriedFile(name, How.COPIED, path, stamps={path: stamp_of(path)}) for name, path in paths.items()]

@@ -251,7 +251,7 @@ def _completed(stated: dict[str, Any], record: ConversionRecord) -> str:
 
 def _lineage_section(record: ConversionRecord) -> str:
     """What a card of another library does not say."""
-    training, origin = record.trained_from, record.origin.source
+    training, origin = record.training, record.origin.source
     lines = [
         "## Block-sparse attention",
         f"The model needs the Python package [bsa_export]({PROJECT_URL}): `{install_command('run')}`. "
