@@ -470,6 +470,9 @@ def test_trained_twice(out, trained, tmp_path):
     assert record.origin == read_conversion(out)
     assert check_weights(open_folder(again), made).passed
     assert check_weights(open_folder(again), out).failed  # two trainings ago
+    card = (again / "README.md").read_text()  # of both trainings, although the last one changed new rows only
+    assert "trained afterwards, 2 times" in card and "changed by the last training" in card
+    assert "Outputs differ from those of the source" in card
 
 
 def test_the_way_back_has_the_lengths_of_the_dense_source(out, trained, tmp_path):

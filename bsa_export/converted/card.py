@@ -185,6 +185,7 @@ def render(
         record=record,
         origin=record.origin,
         training=record.training,
+        trainings=record.trainings,
         source=record.origin.source,
         repo=repo,
         parameters=[(name, _plain(value)) for name, value in record.sparsity.items() if name not in ("mode", "block")],
@@ -388,11 +389,12 @@ def _tensors(record: ConversionRecord) -> dict[str, list[str]]:
     training, origin = record.training, record.origin
     if training is None:
         return {"added": origin.added, "changed": list(origin.changed), "dropped": list(origin.dropped)}
+    by = "training" if len(record.trainings) == 1 else "the last training"
     return {
-        "added by training": training.added,
-        "changed by training": [name for name in training.changed if name not in set(training.cast)],
+        f"added by {by}": training.added,
+        f"changed by {by}": [name for name in training.changed if name not in set(training.cast)],
         "only stored in another dtype": training.cast,
-        "dropped by training": training.removed,
+        f"dropped by {by}": training.removed,
     }
 
 

@@ -331,12 +331,18 @@ class ConversionRecord:
         return any(note.kind is NoteKind.NO_ANCESTOR for note in self.origin.notes)
 
     @property
+    def trainings(self) -> list[Training]:
+        """The trainings that changed something, the last one first."""
+        found, record = [], self
+        while record.trained_from is not None:
+            found.append(record.trained_from)
+            record = record.trained_from.record
+        return [training for training in found if not training.changed_nothing]
+
+    @property
     def training(self) -> Training | None:
         """The last training that changed something."""
-        found = self.trained_from
-        while found is not None and found.changed_nothing:
-            found = found.record.trained_from
-        return found
+        return next(iter(self.trainings), None)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,10 @@ def check_lineage(folder: ConvertedFolder, ancestor: Path, progress: Progress | 
     try:
         before = open_folder(ancestor)
         if before.record is None or before.record.files != training.record.files:
-            fault = "this is not the conversion that it was trained from: their conversion.json list other files"
+            fault = (
+                f"expected the conversion that it was trained from ({training.path}), with the files that "
+                "conversion.json lists for it, found one with other files"
+            )
             return result(Kind.WEIGHTS, [fault])
         if other := next(
             (name for name in STATED if getattr(before.record, name) != getattr(training.record, name)), ""
