@@ -280,6 +280,9 @@ def test_a_lost_layout_comes_from_the_conversion(tmp_path):
     made = whole(train(out, tmp_path / "trained", without_layouts), tmp_path / "made", out)
     weights, before = (load_file(folder / "model.safetensors") for folder in (made, out))
     assert all(np.array_equal(weights[name], before[name]) for name in before)
+    assert check_weights(open_folder(made), out).passed
+    assert check_weights(open_folder(made), tmp_path / "trained").passed
+    assert "dense" in check_weights(open_folder(made), tmp_path / "dense").reason
 
 
 def test_the_conversion_is_found_in_the_folders_around_the_trained_one(out, tmp_path):

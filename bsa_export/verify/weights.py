@@ -73,7 +73,7 @@ def check_weights(
             return check_lineage(folder, source, progress)
         checkpoint = open_checkpoint(encoder_folder(source))
         training = folder.record.trained_from
-        if training is not None and not any(map(STORED_LAYOUT.fullmatch, checkpoint.tensors)):
+        if training is not None and _is_dense(checkpoint, config_path):
             return result(
                 Kind.WEIGHTS,
                 [
@@ -96,6 +96,13 @@ def check_weights(
     except BsaError as error:
         return result(Kind.WEIGHTS, [str(error)])
     return result(Kind.WEIGHTS, faults, comparison.counts | {"bytes": comparison.done})
+
+
+def _is_dense(checkpoint: Checkpoint, config_path: Path | None) -> bool:
+    """Whether neither tensors nor config.json of a source know of sparse attention."""
+    path = config_path or find_config(checkpoint.folder)
+    stored = any(map(STORED_LAYOUT.fullmatch, checkpoint.tensors))
+    return not stored and path.is_file() and "sparse_attention" not in read_config(path)
 
 
 def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: Path | None) -> Iterator[str]:
@@ -311,10 +318,12 @@ class _Comparison:
 
     def added(self, name: str, row: Tensor) -> str | None:
         """A tensor that no source's tensor stands behind: a layout, which the layout check judges, or token types of
-        zeros."""
+        zeros. A training framework may leave out all layouts: then they are those of the conversion."""
         self.advance(row.nbytes)
-        if STORED_LAYOUT.fullmatch(name) and name in self.record.added:
-            return None
+        if STORED_LAYOUT.fullmatch(name):
+            left_out = not any(map(STORED_LAYOUT.fullmatch, self.checkpoint.tensors))
+            if name in self.record.added or (left_out and self.record.trained_from and name in self.record.changed):
+                return None
         if name in self.record.added and self.family.lacks_token_types and name.endswith(TOKEN_TYPES):
             return (
                 f"{name}: expected zeros"
