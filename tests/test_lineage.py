@@ -342,6 +342,39 @@ def test_without_stored_layouts_the_sparsity_must_be_that_of_the_conversion(out,
     assert read_conversion(whole(trained, tmp_path / "made", out)).trained_from is not None
 
 
+def test_fewer_positions_keep_the_layouts_in_front(tmp_path):
+    out = conversion(tmp_path, **RANDOM)
+
+    def cut(weights) -> None:
+        weights[POSITIONS] = weights[POSITIONS][: LONGEST // 2].copy()
+
+    trained = train(out, tmp_path / "trained", cut)
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | {"max_position_embeddings": LONGEST // 2}))
+    made = whole(trained, tmp_path / "made", out)
+    assert check_weights(open_folder(made), out).passed
+    weights = load_file(made / "model.safetensors")
+    weights[LAYOUT][0, 0, 0] ^= 1
+    save_file(weights, made / "model.safetensors", {"format": "pt"})
+    assert check_weights(open_folder(made), out).failed
+
+
+@pytest.mark.parametrize("name", ["", " ", "\x1b[31m", "a" * 5000, "nul\0"])
+def test_a_conversion_that_cannot_be_named_gets_a_sentence(trained, tmp_path, name):
+    from click.testing import CliRunner
+
+    from bsa_export.cli.convert import main
+
+    ended = CliRunner().invoke(main, [str(trained), str(tmp_path / "made"), "--trained-from", name])
+    assert ended.exit_code == 1 and ended.output.startswith("Error: ") and "\x1b" not in ended.output
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_dense_source_was_not_trained_from_a_conversion(out, tmp_path):
+    with pytest.raises(BsaError, match="a dense model"):
+        whole(dense_bert(tmp_path / "dense"), tmp_path / "made", out)
+
+
 @pytest.mark.parametrize("kind", ["other layouts", "other size", "overwritten", "dense"])
 def test_what_it_was_not_trained_from_is_refused(out, trained, tmp_path, kind):
     ancestor = tmp_path / "ancestor"

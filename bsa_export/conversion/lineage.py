@@ -281,8 +281,9 @@ def _misfit(
     stored = _layouts(tensors)
     expected = _layouts(ancestor.tensors(encoder_prefix(tensors, prefix)))
     if not stored:
-        section = config.get(SECTION)
-        return None if section in (None, ancestor.folder.config[SECTION]) else f"another {SECTION} in config.json"
+        if SECTION not in config:
+            return f"a dense model, without layouts and without {SECTION} in config.json"
+        return None if config[SECTION] == ancestor.folder.config[SECTION] else f"another {SECTION} in config.json"
     if stored.keys() != expected.keys():
         return "layouts of other layers"
     other = next((name for name, row in stored.items() if not _same_layout(row, expected[name])), None)
