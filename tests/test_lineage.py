@@ -146,11 +146,13 @@ def test_a_license_of_the_conversion_is_kept_and_a_changed_file_is_not(tmp_path)
     assert [note.kind for note in read_conversion(made).notes] == [NoteKind.LEFT_BEHIND]
 
 
-def test_a_card_of_a_trained_model_is_not_lost_in_silence(out, trained, tmp_path):
+def test_a_card_of_a_trained_model_is_kept(out, trained, tmp_path):
     (trained / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nTrained on our own texts.\n")
+    (trained / "loss.png").write_bytes(b"PNG")
     made = whole(trained, tmp_path / "made", out)
-    assert metadata(made / "README.md")["license"] == "cc-by-4.0"
-    assert ["README.md" in note.text for note in read_conversion(made).notes] == [True]
+    assert metadata(made / "README.md")["license"] == "cc-by-4.0" and (made / "loss.png").is_file()
+    text = (made / "README.md").read_text()
+    assert "\nTrained on our own texts.\n" in text and "import bsa_export" in text
 
 
 def test_a_link_out_of_the_conversion_is_not_followed(out, trained, tmp_path):

@@ -145,8 +145,7 @@ def plan(
         checkpoint: the opened weights. Its folder holds config.json and the tokenizer.
         source_length: tokens that the source reads (reserved position rows not counted).
         max_length: tokens that the new model reads.
-        keep_card: whether README.md is a person's card of a trained model. It is carried over with its pictures if the
-            source has modules of sentence-transformers; else a note names it.
+        keep_card: carry README.md and its pictures over.
         restore: on the way back, the recorded changes to undo (`lengths.set_lengths`).
 
     Raises:
@@ -244,8 +243,7 @@ class _Planner:
         self.restore = restore
         self.encoder = PurePosixPath(checkpoint.folder.relative_to(root.folder))  # its folder, seen from the top
         self.everything = everything
-        self.own_card = keep_card
-        self.keep_card = keep_card and (root.folder / MODULES).is_file()
+        self.keep_card = keep_card
         self.carried: dict[str, CarriedFile] = {}
         self.left_behind: dict[str, LeftBehind] = {}
         self.weights = {Path(os.path.realpath(path)) for path in checkpoint.files}
@@ -322,7 +320,7 @@ class _Planner:
         """Why a file at the top is left behind; None for tensors that may belong to the model."""
         name = path.name
         if name == CARD:
-            return LeftBehind.TRAINED_CARD if self.own_card else LeftBehind.CARD
+            return LeftBehind.CARD
         if name in (CONFIG, OLD_CONFIG):
             return LeftBehind.REPLACED
         if name in RECORDS:

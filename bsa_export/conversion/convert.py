@@ -20,7 +20,7 @@ from bsa_export.checkpoint.table import Checkpoint, Tensor
 from bsa_export.checkpoint.writer import FileRecord, write_weights
 from bsa_export.conversion import carried_files, lineage
 from bsa_export.conversion.carried_files import CarriedFiles
-from bsa_export.conversion.config_fields import BLOCK_SPARSE
+from bsa_export.conversion.config_fields import BLOCK_SPARSE, from_a_conversion
 from bsa_export.conversion.layouts import WINDOW_MODES, WINDOW_PARAMETERS
 from bsa_export.conversion.lineage import Ancestor, find_ancestor, with_layouts
 from bsa_export.conversion.options import BARE, Options, parse_dtype, parse_length
@@ -196,11 +196,12 @@ def _plan_source(
         checkpoint,
         planned.source_length,
         planned.max_length,
-        keep_card=planned.sparse_source and card.is_edited(_folder(source)),
+        keep_card=from_a_conversion(config) and card.is_edited(_folder(source)),
     )
     if ancestor is not None:
         carried, kept = lineage.with_missing_files(ancestor, carried, config)
         planned = replace(planned, trained_from=replace(_training(ancestor, tensors, planned), files=kept))
+        ancestor.folder.checkpoint.check_unchanged()
     notes = [*planned.notes, *missing, *carried.notes()]
     files = {*carried.left_behind, *(file.source.name for file in carried.carried)}
     skipped = {entry.name: entry.why for entry in checkpoint.skipped if entry.name not in files}

@@ -39,7 +39,6 @@ class LeftBehind(str, Enum):
     """Why a file of the source is not carried over; notes show the value."""
 
     CARD = "the source's model card"
-    TRAINED_CARD = "the trained model's card; the new one keeps its license"
     STALE = "of the conversion, changed or deleted since"
     OTHER_VOCABULARY = "of the conversion, whose vocabulary has another size; save the trained tokenizer with the model"
     REPLACED = "replaced by a new one"

@@ -128,7 +128,7 @@ def find_ancestor(
                 f"expected a model that was trained from {named.repo or named.path}",
                 found=fault,
                 where=checkpoint.folder,
-                hint="name the conversion that it was trained from with --trained-from",
+                hint="name the conversion that it was trained from with --trained-from, or leave the option out",
             )
         if resemblance(ancestor, checkpoint.tensors, prefix) >= RELATED:
             return ancestor, []
