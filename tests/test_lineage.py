@@ -155,6 +155,20 @@ def test_a_card_of_a_trained_model_is_kept(out, trained, tmp_path):
     assert "\nTrained on our own texts.\n" in text and "import bsa_export" in text
 
 
+@pytest.mark.parametrize("text", ["", "\n", "---\nlicense: cc-by-4.0\n---\n"])
+def test_a_card_without_words_is_replaced(out, trained, tmp_path, text):
+    (trained / "README.md").write_text(text)
+    card = whole(trained, tmp_path / "made", out) / "README.md"
+    assert "trained afterwards" in card.read_text()
+    assert metadata(card)["license"] == ("cc-by-4.0" if "license" in text else "mit")
+
+
+@pytest.mark.parametrize("data", [b"\xff words", b"---\n1: 2\n---\nwords"])
+def test_a_card_that_cannot_be_completed_keeps_every_byte(out, trained, tmp_path, data):
+    (trained / "README.md").write_bytes(data)
+    assert (whole(trained, tmp_path / "made", out) / "README.md").read_bytes() == data
+
+
 def test_a_link_out_of_the_conversion_is_not_followed(out, trained, tmp_path):
     ancestor = Path(shutil.copytree(out, tmp_path / "ancestor"))
     shutil.move(ancestor / "vocab.txt", tmp_path / "secret")
@@ -471,17 +485,6 @@ def test_a_kept_card_is_completed(tmp_path, more, base_model, relation):
     )
     text = card.read_text()
     assert "\n# Ours\n\nOur words.\n" in text and "import bsa_export" in text and "`alice/long-bert`" in text
-
-
-def test_a_kept_card_that_cannot_be_read_stays(tmp_path):
-    source = dense_bert(tmp_path / "dense")
-    (source / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "Transformer"}]')
-    out = tmp_path / "out"
-    convert_source(Source(source), out, Options(max_length=LONGEST, block=16))
-    trained = train(out, tmp_path / "trained", everything, ("config.json", "modules.json"))
-    (trained / "README.md").write_text("---\ntags: [\n---\nOur words.\n")
-    made = whole(trained, tmp_path / "made", out)
-    assert (made / "README.md").read_text() == (trained / "README.md").read_text()
 
 
 def test_a_card_does_not_deny_a_training_that_is_not_known(trained, tmp_path):

@@ -196,7 +196,7 @@ def _plan_source(
         checkpoint,
         planned.source_length,
         planned.max_length,
-        keep_card=from_a_conversion(config) and card.is_edited(_folder(source)),
+        keep_card=from_a_conversion(config) and card.is_own(_folder(source)),
     )
     if ancestor is not None:
         carried, kept = lineage.with_missing_files(ancestor, carried, config)

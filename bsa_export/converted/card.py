@@ -64,6 +64,7 @@ UNFILLED_DESCRIPTION = (
 # PyYAML reads some 60 kB a second of the worst YAML. The metadata of cards with many results have 150 kB.
 MAX_METADATA_CHARACTERS = 256 << 10
 # Merge keys can double the metadata with each line, and tags name types: no card needs either.
+EMPTY_METADATA = re.compile(r"\A\s*---\n---\n")
 UNUSUAL_YAML = re.compile(r"<<\s*:|(?:^|[\s,\[{])!\S+")
 
 
@@ -206,28 +207,33 @@ def render(
     return f"{text}<!-- bsa_export wrote this card (sha256 {_sha256(text)}); an edited one is kept -->\n"
 
 
+def is_own(folder: Path) -> bool:
+    """Whether the folder has a card with words of a person or of another library; metadata alone are not a card."""
+    return is_edited(folder) and bool(body(read_card(Path(folder) / CARD)))
+
+
 def add_lineage(folder: Path) -> None:
     """Completes the kept card of a trained model: metadata that it lacks, and a section that names this package.
 
     Every word of the card and every value of its metadata stay. A base model that is a path, or a
     name without an owner, is not the conversion's repository but its folder, as Trainer writes it, and is replaced.
-    Metadata that cannot be read stay too.
+    A card that is not UTF-8, or has metadata
+    that cannot be read, stays as it is: bsa-push names what is wrong.
 
     Args:
         folder: the converted folder, with conversion.json and README.md.
     """
     folder = Path(folder)
-    record, text = read_conversion(folder), read_card(folder / CARD).lstrip("\ufeff")
+    record = read_conversion(folder)
     assert record is not None
     try:
+        text = read_bytes(folder / CARD, MAX_CARD_BYTES).decode("utf-8-sig").replace("\r\n", "\n")
         stated = metadata_of(text, folder / CARD)
-    except CheckpointError:
+    except (CheckpointError, UnicodeDecodeError):
         return
     from huggingface_hub import repocard
 
-    written = text.replace("\r\n", "\n")
-    found = repocard.REGEX_YAML_BLOCK.match(written)
-    rest = written[found.end() :] if found else written
+    rest = EMPTY_METADATA.sub("", repocard.REGEX_YAML_BLOCK.sub("", text, count=1))
     section = "" if "bsa_export" in rest else f"\n\n{_lineage_section(record)}"
     block = _completed(stated.to_dict(), record)
     (folder / CARD).write_text(f"---\n{block}\n---\n{rest.rstrip()}{section}\n", encoding="utf-8")
