@@ -27,7 +27,7 @@ from bsa_export.conversion.options import BARE, Options, parse_dtype, parse_leng
 from bsa_export.conversion.plan import Plan, plan
 from bsa_export.conversion.resources import refuse_full_disk
 from bsa_export.conversion.source_folder import encoder_folder
-from bsa_export.converted import card
+from bsa_export.converted import card, kept_card
 from bsa_export.converted.names import CARD, CONFIG, CONVERSION_RECORD
 from bsa_export.converted.records import ConversionRecord, FileEntry, SourceEntry, Training, to_json
 from bsa_export.errors import CheckpointError, SparsityError
@@ -286,7 +286,7 @@ def convert_source(
         record = replace(conversion_record(planned, source, checkpoint.files, options, files), lengths=carried.changes)
         write_json(staging / CONVERSION_RECORD, to_json(record))
         if not card.write(staging, repo=_text(target.resolve().name), layouts=planned.layouts):
-            card.add_lineage(staging)
+            kept_card.add_lineage(staging)
     return Converted(target, planned, record, time.perf_counter() - started)
 
 

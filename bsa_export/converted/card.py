@@ -64,7 +64,6 @@ UNFILLED_DESCRIPTION = (
 # PyYAML reads some 60 kB a second of the worst YAML. The metadata of cards with many results have 150 kB.
 MAX_METADATA_CHARACTERS = 256 << 10
 # Merge keys can double the metadata with each line, and tags name types: no card needs either.
-EMPTY_METADATA = re.compile(r"\A\s*---\n---\n")
 UNUSUAL_YAML = re.compile(r"<<\s*:|(?:^|[\s,\[{])!\S+")
 
 
@@ -212,71 +211,6 @@ def is_own(folder: Path) -> bool:
     return is_edited(folder) and bool(body(read_card(Path(folder) / CARD)))
 
 
-def add_lineage(folder: Path) -> None:
-    """Completes the kept card of a trained model: metadata that it lacks, and a section that names this package.
-
-    Every word of the card and every value of its metadata stay. A base model that is a path, or a
-    name without an owner, is not the conversion's repository but its folder, as Trainer writes it, and is replaced.
-    A card that is not UTF-8, or has metadata
-    that cannot be read, stays as it is: bsa-push names what is wrong.
-
-    Args:
-        folder: the converted folder, with conversion.json and README.md.
-    """
-    folder = Path(folder)
-    record = read_conversion(folder)
-    assert record is not None
-    try:
-        text = read_bytes(folder / CARD, MAX_CARD_BYTES).decode("utf-8-sig").replace("\r\n", "\n")
-        stated = metadata_of(text, folder / CARD)
-    except (CheckpointError, UnicodeDecodeError):
-        return
-    from huggingface_hub import repocard
-
-    rest = EMPTY_METADATA.sub("", repocard.REGEX_YAML_BLOCK.sub("", text, count=1))
-    section = "" if "bsa_export" in rest else f"\n\n{_lineage_section(record)}"
-    block = _completed(stated.to_dict(), record)
-    (folder / CARD).write_text(f"---\n{block}\n---\n{rest.rstrip()}{section}\n", encoding="utf-8")
-
-
-def _completed(stated: dict[str, Any], record: ConversionRecord) -> str:
-    """The metadata of a kept card with what it lacks, as YAML."""
-    from huggingface_hub import CardData
-
-    training, named = record.trained_from, stated.get("base_model")
-    base_model = record.base_model and printable(record.base_model, 300)
-    if isinstance(named, str) and (
-        named.count("/") > 1
-        or named.startswith(("/", ".", "~"))
-        or ("/" not in named and (base_model or (training and named == training.path)))
-    ):
-        stated.pop("base_model")
-    if base_model and stated.setdefault("base_model", base_model) in (base_model, [base_model]):
-        stated.setdefault("base_model_relation", "finetune")
-    if record.source.license:
-        stated.setdefault("license", printable(record.source.license, 300))
-    tags = stated.setdefault("tags", [])
-    if isinstance(tags, list):
-        stated["tags"] = [*tags, *(tag for tag in _tags(record) if tag not in tags)]
-    return CardData(**stated).to_yaml()
-
-
-def _lineage_section(record: ConversionRecord) -> str:
-    """What a card of another library does not say."""
-    training, origin = record.training, record.origin.source
-    lines = [
-        "## Block-sparse attention",
-        f"The model needs the Python package [bsa_export]({PROJECT_URL}): `{install_command('run')}`. "
-        "Write `import bsa_export` before the model is loaded.",
-    ]
-    if training is not None:
-        lines.append(
-            f"It was trained from {markdown_code(training.repo or training.path)}, a conversion of "
-            f"{markdown_code(origin.repo or origin.path)} to block-sparse attention."
-        )
-    return "\n\n".join(lines)
-
-
 def is_edited(folder: Path) -> bool:
     """Whether the folder has a card that `write` did not write, or that was changed since."""
     try:
@@ -413,7 +347,7 @@ def _metadata(record: ConversionRecord, verification: VerificationRecord | None,
     """The YAML at the top. Of the Hub's relations (adapter, merge, quantized, finetune) the last is for new weights."""
     from huggingface_hub import ModelCardData
 
-    tags = _tags(record)
+    tags = tags_of(record)
     if verification is None or verification.verdict is not Verdict.PASSED:
         tags.append(UNVERIFIED_TAG)
     base_model = record.base_model
@@ -428,7 +362,7 @@ def _metadata(record: ConversionRecord, verification: VerificationRecord | None,
     return data.to_yaml()
 
 
-def _tags(record: ConversionRecord) -> list[str]:
+def tags_of(record: ConversionRecord) -> list[str]:
     """The tags by which the Hub finds the model."""
     tags = ["bsa_export", "block-sparse-attention", "long-context", record.family]
     return [*tags, "sentence-transformers"] if _has_sentences(record) else tags
