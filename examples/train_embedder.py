@@ -6,6 +6,7 @@
 Each line of `docs.jsonl` has a `text` and, if there is one, a `query` that it answers. Without one, a sentence is drawn
 each time that the document is used. The other documents of the batch are negatives. A sentence from beyond the first
 512 tokens must find each held-out document. All SentenceTransformerTrainingArguments are options.
+`bsa-convert trained/ made/ --trained-from out/` is the next step.
 """
 
 import json
