@@ -308,6 +308,14 @@ def test_the_conversion_is_found_in_the_folders_around_the_trained_one(out, tmp_
     assert read_conversion(made).trained_from.path == "out"
 
 
+def test_a_conversion_that_training_wrote_over_is_named(out, tmp_path):
+    around = Path(shutil.copytree(out, tmp_path / "out"))
+    checkpoint = train(around, around / "checkpoint-2", everything)
+    shutil.copy(checkpoint / "model.safetensors", around / "model.safetensors")
+    (note,) = read_conversion(whole(checkpoint, tmp_path / "made", None)).notes
+    assert note.kind is NoteKind.NO_ANCESTOR and "conversion.json in out " in note.text
+
+
 def test_the_conversion_of_another_model_around_it_is_not_taken(out, tmp_path):
     other = conversion(tmp_path, mode="local")
     made = whole(train(out, other / "trained", everything), tmp_path / "made", None)

@@ -6,7 +6,7 @@ license, the lengths before) is in the conversion's folder only.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,7 @@ from bsa_export.converted.names import CONVERSION_RECORD, LICENSES, TOKENIZER_FI
 from bsa_export.converted.records import ConversionRecord, Note, NoteKind, Training, read_pull
 from bsa_export.errors import BsaError, CheckpointError
 from bsa_export.hub.source import Source
+from bsa_export.text import some
 
 VOCABULARY = "vocab_size"  # of config.json
 SECTION = "sparse_attention"  # of config.json
@@ -88,15 +89,20 @@ def open_ancestor(source: Source) -> Ancestor:
     return Ancestor(folder, folder.record, repo, revision, frozenset(faults))
 
 
-def ancestors_around(folder: Path) -> Iterator[Ancestor]:
-    """The conversions in the trained folder and in the folders around it, the nearest first; only those that are
-    whole."""
+def ancestors_around(folder: Path) -> tuple[list[Ancestor], list[str]]:
+    """The conversions in the trained folder and in the folders around it, the nearest first.
+
+    Returns:
+        Those that are whole, and the names of the folders whose record cannot be used.
+    """
+    found, unusable = [], []
     for place in islice((folder, *folder.resolve().parents), 1 + FOLDERS_ABOVE):
         if (place / CONVERSION_RECORD).is_file():
             try:
-                yield open_ancestor(Source(place))
+                found.append(open_ancestor(Source(place)))
             except BsaError:
-                continue
+                unusable.append(place.resolve().name)
+    return found, unusable
 
 
 def find_ancestor(
@@ -139,7 +145,7 @@ def find_ancestor(
         return ancestor, [Note(NoteKind.UNLIKE_ANCESTOR, unlike)]
     if not from_a_conversion(config):
         return None, []
-    around = ancestors_around(checkpoint.folder)
+    around, unusable = ancestors_around(checkpoint.folder)
     fitting = [one for one in around if _misfit(one, checkpoint.tensors, config, prefix) is None]
     alike = [resemblance(one, checkpoint.tensors, prefix) for one in fitting]
     if fitting and max(alike) >= RELATED:
@@ -148,6 +154,11 @@ def find_ancestor(
         "the conversion that this model was trained from was not found: name it with --trained-from, so that its "
         "source, its license and the tokenizer's former lengths are recorded"
     )
+    if unusable:
+        text += (
+            f" (the {CONVERSION_RECORD} in {some(unusable)} cannot be used: it is damaged, or about weights that "
+            "training may have replaced)"
+        )
     return None, [Note(NoteKind.NO_ANCESTOR, text)]
 
 
