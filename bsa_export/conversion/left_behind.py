@@ -39,6 +39,8 @@ class LeftBehind(str, Enum):
     """Why a file of the source is not carried over; notes show the value."""
 
     CARD = "the source's model card"
+    STALE = "of the conversion, changed or deleted since"
+    OTHER_VOCABULARY = "of the conversion, whose vocabulary has another size; save the trained tokenizer with the model"
     REPLACED = "replaced by a new one"
     RECORD = "a record of the source's own conversion"
     OTHER_FORMAT = "weights in another format"

@@ -199,12 +199,15 @@ def training_lines(planned: Plan) -> Lines:
     name = training.path if training.repo is None else f"{training.repo}@{training.revision or 'main'}"
     former = training.record.origin.source
     lines = [("trained from", f"{name}, a conversion of {former.repo or former.path}")]
-    counts = {"changed": training.changed, "added": training.added, "removed": training.removed}
-    what = [f"{_tensors(names)} {kind}" for kind, names in counts.items() if names] or ["nothing changed"]
+    values = [name for name in training.changed if name not in set(training.cast)]
+    counts = {"changed": values, "only stored in another dtype": training.cast}
+    counts |= {"added": training.added, "removed": training.removed}
+    what = [f"{_tensors(names)} {kind}" for kind, names in counts.items() if names]
     if training.first_row is not None:
         what.append(f"position embeddings from row {training.first_row:,} on")
     same = len(planned.tensors) - len(training.changed) - len(training.added)
-    lines.append(("training", f"{', '.join(what)}; all other tensors ({same}) kept every bit"))
+    others = f"all other tensors ({same})" if what else f"nothing changed: all {same} tensors"
+    lines.append(("training", "; ".join([*([", ".join(what)] if what else []), f"{others} kept every bit"])))
     if training.files:
         lines.append(("", f"{some(training.files)} from the conversion, because the trained folder has none"))
     if training.changed and training.only_new_rows:

@@ -21,7 +21,7 @@ from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Computed, FileRange, Tensor
 from bsa_export.checkpoint.writer import write_weights
 from bsa_export.conversion import carried_files
-from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE
+from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE, from_a_conversion
 from bsa_export.conversion.lengths import LENGTH_KEYS, change_words
 from bsa_export.conversion.options import parse_length
 from bsa_export.conversion.plan import buffer_values
@@ -101,6 +101,11 @@ def plan_dense(
         dense[name] = _picked(dense[name], reserved, np.round(np.arange(length) * longest / length).astype(int))
     elif length < longest and encoder.position_name is not None:
         dense[name] = _cut(dense[name], reserved + length)
+    if record is None and from_a_conversion(config):
+        notes.append(
+            f"there is no {CONVERSION_RECORD}, so the names and the length of the dense source are not known; "
+            "bsa-convert SOURCE OUT --trained-from CONVERSION makes a folder that has one"
+        )
     if record:
         dense = _restored(dense, record, reserved + length, notes)
     new_config = {

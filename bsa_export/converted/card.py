@@ -185,6 +185,7 @@ def render(
         record=record,
         origin=record.origin,
         training=record.training,
+        trainings=record.trainings,
         source=record.origin.source,
         repo=repo,
         parameters=[(name, _plain(value)) for name, value in record.sparsity.items() if name not in ("mode", "block")],
@@ -203,6 +204,11 @@ def render(
     )
     text += "\n"
     return f"{text}<!-- bsa_export wrote this card (sha256 {_sha256(text)}); an edited one is kept -->\n"
+
+
+def is_own(folder: Path) -> bool:
+    """Whether the folder has a card with words of a person or of another library; metadata alone are not a card."""
+    return is_edited(folder) and bool(body(read_card(Path(folder) / CARD)))
 
 
 def is_edited(folder: Path) -> bool:
@@ -328,10 +334,12 @@ def _tensors(record: ConversionRecord) -> dict[str, list[str]]:
     training, origin = record.training, record.origin
     if training is None:
         return {"added": origin.added, "changed": list(origin.changed), "dropped": list(origin.dropped)}
+    by = "training" if len(record.trainings) == 1 else "the last training"
     return {
-        "added by training": training.added,
-        "changed by training": training.changed,
-        "dropped by training": training.removed,
+        f"added by {by}": training.added,
+        f"changed by {by}": [name for name in training.changed if name not in set(training.cast)],
+        "only stored in another dtype": training.cast,
+        f"dropped by {by}": training.removed,
     }
 
 
@@ -339,22 +347,25 @@ def _metadata(record: ConversionRecord, verification: VerificationRecord | None,
     """The YAML at the top. Of the Hub's relations (adapter, merge, quantized, finetune) the last is for new weights."""
     from huggingface_hub import ModelCardData
 
-    tags = ["bsa_export", "block-sparse-attention", "long-context", record.family]
-    if _has_sentences(record):
-        tags.append("sentence-transformers")
+    tags = tags_of(record)
     if verification is None or verification.verdict is not Verdict.PASSED:
         tags.append(UNVERIFIED_TAG)
-    source, training = record.source, record.trained_from
-    base_model = (training and training.repo) or record.origin.source.repo
+    base_model = record.base_model
     data = ModelCardData(
         base_model=base_model and printable(base_model, 300),
         base_model_relation="finetune" if base_model else None,
         library_name="transformers",
-        license=source.license and printable(source.license, 300),
+        license=record.source.license and printable(record.source.license, 300),
         pipeline_tag="sentence-similarity" if _has_sentences(record) else _head(config)[0],
         tags=tags,
     )
     return data.to_yaml()
+
+
+def tags_of(record: ConversionRecord) -> list[str]:
+    """The tags by which the Hub finds the model."""
+    tags = ["bsa_export", "block-sparse-attention", "long-context", record.family]
+    return [*tags, "sentence-transformers"] if _has_sentences(record) else tags
 
 
 def _has_sentences(record: ConversionRecord) -> bool:

@@ -45,6 +45,7 @@ class NoteKind(str, Enum):
     LENGTHS_DIFFER = "lengths differ"
     IGNORED_TENSORS = "ignored tensors"
     NO_ANCESTOR = "no ancestor"
+    UNLIKE_ANCESTOR = "unlike ancestor"
     OTHER_ENCODER = "other encoder"
     CONFIG_FIELD = "config field"
     FREQUENCIES = "rotary frequencies"
@@ -196,12 +197,15 @@ class Training:
         path: the name of the conversion's folder.
         record: its conversion.json.
         changed: written names of tensors with other values, or of another shape or dtype.
+        cast: those of `changed` that have the conversion's values, rounded to another dtype.
         added: written names that the conversion does not have.
         removed: the conversion's names that the trained model does not have.
-        first_row: the first row of the position embeddings that changed; None where none did, or there are none.
+        first_row: the first row of the position embeddings whose values changed; None where none did, there are none,
+            or the table has another shape.
         files: names of the conversion's files that the trained folder lacks: its tokenizer, its license.
         repo: its repository on the Hub, None if it did not come from there.
         revision: the commit in that repository.
+        license: the one that its card states, else that of its own source.
     """
 
     path: str
@@ -213,10 +217,17 @@ class Training:
     files: list[str] = field(default_factory=list)
     repo: str | None = None
     revision: str | None = None
+    license: str | None = None
+    cast: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if any("/" in name or "\0" in name or name in ("", ".", "..") for name in self.files):
             raise ValueError("files: expected names of files in the folder")
+        if self.first_row is not None and self.first_row < 0:
+            raise ValueError("first_row: expected a row")
+        for names in (self.changed, self.cast, self.added, self.removed, self.files):
+            if len(set(names)) != len(names):
+                raise ValueError("expected each name once")
 
     @property
     def changed_nothing(self) -> bool:
@@ -305,12 +316,33 @@ class ConversionRecord:
         return record
 
     @property
+    def base_model(self) -> str | None:
+        """The nearest repository that the model comes from: that of a conversion it was trained from, or the source."""
+        record = self
+        while record.trained_from is not None:
+            if record.trained_from.repo is not None:
+                return record.trained_from.repo
+            record = record.trained_from.record
+        return record.source.repo
+
+    @property
+    def lost_conversion(self) -> bool:
+        """Whether it comes from a conversion that was not found, so that nobody knows what was trained since."""
+        return any(note.kind is NoteKind.NO_ANCESTOR for note in self.origin.notes)
+
+    @property
+    def trainings(self) -> list[Training]:
+        """The trainings that changed something, the last one first."""
+        found, record = [], self
+        while record.trained_from is not None:
+            found.append(record.trained_from)
+            record = record.trained_from.record
+        return [training for training in found if not training.changed_nothing]
+
+    @property
     def training(self) -> Training | None:
         """The last training that changed something."""
-        found = self.trained_from
-        while found is not None and found.changed_nothing:
-            found = found.record.trained_from
-        return found
+        return next(iter(self.trainings), None)
 
 
 @dataclass(frozen=True)

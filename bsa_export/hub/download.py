@@ -107,7 +107,8 @@ def pull(
                 f"expected a converted model, with a {CONVERSION_RECORD}",
                 found="none",
                 where=repo_id,
-                hint=f"if it is a dense BERT, bsa-convert {repo_id} {folder} converts it",
+                hint=f"if it is a dense BERT, bsa-convert {repo_id} {folder} converts it; if it was trained from a "
+                f"conversion, bsa-convert {repo_id} {folder} --trained-from CONVERSION makes it whole",
             )
         wanted = _of_conversion(there, of_people)
         snapshot = _download(wanted, progress)

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
+
 from bsa_export.bert.structure import POSITIONS
+from bsa_export.checkpoint.dtypes import read
 from bsa_export.checkpoint.table import Tensor
 from bsa_export.converted.checks import Check, Kind, result
 from bsa_export.converted.folder import ConvertedFolder, open_folder
@@ -20,6 +23,12 @@ from bsa_export.verify.bits import both, first_difference, rows_of
 from bsa_export.verify.carried import faults_of_kept_files
 from bsa_export.verify.rules import is_rounded
 
+FLOATS = {"F64", "F32", "F16", "BF16"}
+# What the record of a conversion states about its tensors. A conversion that was made again has other versions.
+STATED = (
+    "family", "seed", "source_length", "max_length", "sparsity", "positions", "lengths", "renamed", "changed", "added",
+    "dropped", "tied", "buffers", "trained_from",
+)  # fmt: skip
 LAYOUT = ".sparse_self_attention.master_layout"
 
 Progress = Callable[[int, int], None]
@@ -45,14 +54,23 @@ def check_lineage(folder: ConvertedFolder, ancestor: Path, progress: Progress | 
     try:
         before = open_folder(ancestor)
         if before.record is None or before.record.files != training.record.files:
-            fault = "this is not the conversion that it was trained from: their conversion.json list other files"
+            fault = (
+                f"expected the conversion that it was trained from ({training.path}), with the files that "
+                "conversion.json lists for it, found one with other files"
+            )
+            return result(Kind.WEIGHTS, [fault])
+        if other := next(
+            (name for name in STATED if getattr(before.record, name) != getattr(training.record, name)), ""
+        ):
+            fault = f"trained_from in conversion.json states another {other} than the conversion's own conversion.json"
             return result(Kind.WEIGHTS, [fault])
         comparison = _Comparison(folder, before, folder.record, training, progress)
         faults = [*comparison.faults(), *faults_of_kept_files(folder)]
         before.checkpoint.check_unchanged()
     except BsaError as error:
         return result(Kind.WEIGHTS, [str(error)])
-    figures: dict[str, object] = {"unchanged": comparison.unchanged, "changed by training": len(training.changed)}
+    figures: dict[str, object] = {"unchanged": comparison.unchanged, "in another dtype only": len(training.cast)}
+    figures["changed by training"] = len(set(training.changed) - set(training.cast))
     figures |= {"added": len(training.added), "removed": len(training.removed)}
     if training.first_row:
         figures["first position rows unchanged"] = training.first_row
@@ -90,6 +108,13 @@ class _Comparison:
         for kind, names in found.items():
             for name in sorted(names ^ stated[kind]):
                 yield f"{name}: it is {'' if name in names else 'not '}{kind}, and conversion.json says otherwise"
+        common = {name for name in now.keys() & self.before.keys() if not name.endswith(LAYOUT)}
+        for name in sorted(set(training.changed) - common):
+            yield f"{name}: conversion.json lists it as changed by training: it is not a weight of both models"
+        if training.first_row is not None and self.positions not in set(training.changed) - set(training.cast):
+            yield f"{self.positions}: conversion.json says that it changed from a row on, and lists it as unchanged"
+        for name in sorted(set(training.cast) - set(training.changed)):
+            yield f"{name}: conversion.json lists it as stored in another dtype, and not as changed"
         for name in sorted(name for name in found["removed"] if name.endswith(LAYOUT)):
             yield f"{name}: lost: the conversion has it"
         for name, row in now.items():
@@ -101,6 +126,8 @@ class _Comparison:
 
     def compare(self, name: str, before: Tensor, now: Tensor) -> str | None:
         """What is wrong with a tensor that both have."""
+        if name.endswith(LAYOUT) and now.shape != before.shape:
+            return None if _is_top_left(before, now) else f"{name}: it is not the layout of the conversion"
         same = self.is_same(name, before, now)
         if name.endswith(LAYOUT):
             return None if same else f"{name}: it is not the layout of the conversion"
@@ -109,19 +136,30 @@ class _Comparison:
             return (
                 None if same else f"{name}: conversion.json lists it as unchanged, and it differs from the conversion's"
             )
+        if name in self.training.cast:
+            return (
+                None if self.is_cast(before, now) else f"{name}: its values are not the conversion's in another dtype"
+            )
         if same and self.rounded_to(name) is None:
             return f"{name}: conversion.json lists it as changed by training, and it has the conversion's bits"
-        if name == self.positions and (first := self.training.first_row):
+        if name == self.positions and (first := self.training.first_row) is not None:
             return self.early_rows(name, before, now, first)
         return None
 
     def early_rows(self, name: str, before: Tensor, now: Tensor, first: int) -> str | None:
-        """Whether the position rows before the first one that changed are those of the conversion."""
-        if now.shape[1:] != before.shape[1:] or min(now.shape[0], before.shape[0]) < first:
-            return f"{name}: expected {first} rows as in the conversion, found {list(now.shape)}"
-        if self.is_same(name, rows_of(before, 0, first), rows_of(now, 0, first)):
-            return None
-        return f"{name}: conversion.json says that it changed from row {first} on, and earlier rows differ"
+        """Whether the position rows before the first one that changed are those of the conversion, and that is not."""
+        if now.shape[1:] != before.shape[1:] or min(now.shape[0], before.shape[0]) <= first:
+            return f"{name}: expected more than {first} rows as in the conversion, found {list(now.shape)}"
+
+        def kept(start: int, rows: int) -> bool:
+            pair = rows_of(before, start, rows), rows_of(now, start, rows)
+            return self.is_same(name, *pair) or self.is_cast(*pair)
+
+        if first and not kept(0, first):
+            return f"{name}: conversion.json says that it changed from row {first} on, and earlier rows differ"
+        if self.rounded_to(name) is None and kept(first, 1):
+            return f"{name}: conversion.json says that it changed from row {first} on, and that row is the conversion's"
+        return None
 
     def is_same(self, name: str, before: Tensor, now: Tensor) -> bool:
         """Whether a tensor has the conversion's bits, or those rounded as the second conversion was asked to."""
@@ -131,7 +169,20 @@ class _Comparison:
             return all(is_rounded(one, other, before.dtype, now.dtype).all() for one, other in both(before, now))
         return now.dtype == before.dtype and first_difference(before, now) is None
 
+    def is_cast(self, before: Tensor, now: Tensor) -> bool:
+        """Whether a tensor has the conversion's values, rounded to another dtype."""
+        if now.shape != before.shape or now.dtype == before.dtype or not {now.dtype, before.dtype} <= FLOATS:
+            return False
+        return all(is_rounded(one, other, before.dtype, now.dtype).all() for one, other in both(before, now))
+
     def rounded_to(self, name: str) -> str | None:
         """The dtype that the second conversion rounded a tensor to."""
         change = self.record.changed.get(name)
         return change.dtype[1] if change and change.dtype else None
+
+
+def _is_top_left(before: Tensor, now: Tensor) -> bool:
+    """Whether a layout `[heads, n, n]` is that of the conversion for fewer positions, which training cut."""
+    if before.dtype != now.dtype or len(before.shape) != 3 or len(now.shape) != 3:
+        return False
+    return bool(np.array_equal(read(before)[:, : now.shape[1], : now.shape[2]], read(now)))

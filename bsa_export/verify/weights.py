@@ -63,13 +63,17 @@ def check_weights(
         source_name: what a person calls the source.
     """
     if folder.record is None:
-        return result(Kind.WEIGHTS, ["there is no conversion.json, which says what was done to the source's tensors"])
+        missing = (
+            "there is no conversion.json, which says what was done to the source's tensors: "
+            "for a trained model, bsa-convert FOLDER OUT --trained-from CONVERSION writes one"
+        )
+        return result(Kind.WEIGHTS, [missing])
     try:
         if is_ancestor(folder, source):
             return check_lineage(folder, source, progress)
         checkpoint = open_checkpoint(encoder_folder(source))
         training = folder.record.trained_from
-        if training is not None and not any(map(STORED_LAYOUT.fullmatch, checkpoint.tensors)):
+        if training is not None and _is_dense(checkpoint, config_path):
             return result(
                 Kind.WEIGHTS,
                 [
@@ -92,6 +96,13 @@ def check_weights(
     except BsaError as error:
         return result(Kind.WEIGHTS, [str(error)])
     return result(Kind.WEIGHTS, faults, comparison.counts | {"bytes": comparison.done})
+
+
+def _is_dense(checkpoint: Checkpoint, config_path: Path | None) -> bool:
+    """Whether neither tensors nor config.json of a source know of sparse attention."""
+    path = config_path or find_config(checkpoint.folder)
+    stored = any(map(STORED_LAYOUT.fullmatch, checkpoint.tensors))
+    return not stored and path.is_file() and "sparse_attention" not in read_config(path)
 
 
 def _source_faults(folder: ConvertedFolder, checkpoint: Checkpoint, config_path: Path | None) -> Iterator[str]:
@@ -307,10 +318,13 @@ class _Comparison:
 
     def added(self, name: str, row: Tensor) -> str | None:
         """What is wrong with a tensor that comes from no tensor of the source. A layout, which the layout check judges,
-        and token types of zeros are right."""
+        and token types of zeros are right. A training framework may leave out all layouts: then they are those of the
+        conversion."""
         self.advance(row.nbytes)
-        if STORED_LAYOUT.fullmatch(name) and name in self.record.added:
-            return None
+        if STORED_LAYOUT.fullmatch(name):
+            left_out = not any(map(STORED_LAYOUT.fullmatch, self.checkpoint.tensors))
+            if name in self.record.added or (left_out and self.record.trained_from and name in self.record.changed):
+                return None
         if name in self.record.added and self.family.lacks_token_types and name.endswith(TOKEN_TYPES):
             return (
                 f"{name}: expected zeros"

@@ -132,7 +132,8 @@ def test_a_dense_model_gets_a_sentence(bsa_lfs, hub, tmp_path):
     assert ended.code == 1
     message = "alice/dense: expected a converted model, with a conversion.json, found none; "
     message += "if it is a dense BERT, bsa-convert"
-    assert f"Error: {message} alice/dense {tmp_path / 'out'} converts it\n" == ended.err
+    assert f"Error: {message} alice/dense {tmp_path / 'out'} converts it; if it was trained" in ended.err
+    assert f"bsa-convert alice/dense {tmp_path / 'out'} --trained-from CONVERSION makes it whole\n" in ended.err
     assert not downloads(hub) and not (tmp_path / "out").exists()
 
 
