@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import shlex
 from collections.abc import Iterable
 
 Lines = list[tuple[str, str]]
@@ -55,6 +56,11 @@ def markdown_code(value: object, most: int = 300) -> str:
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") or not text.strip() else ""
     return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def argument(value: object) -> str:
+    """`value` as one argument of a command that a message tells people to type in a shell."""
+    return shlex.quote(str(value))
 
 
 def size(nbytes: float) -> str:

@@ -1,11 +1,12 @@
 """Text from files is shown in one safe line, and in Markdown as nothing but text; markdown-it judges the latter."""
 
+import shlex
 import sys
 
 import pytest
 
 from bsa_export.errors import CheckpointError
-from bsa_export.text import LONGEST, markdown, markdown_code, printable
+from bsa_export.text import LONGEST, argument, markdown, markdown_code, printable
 
 UNSAFE = [
     "a\nError: b", "\x1b[31mred", "a\0b", "\u202egpj.exe", "a\u200bb", "\ud800", "\x9b31m", "a\u2028b",
@@ -76,3 +77,8 @@ def test_markdown_keeps_its_cell(text):
     assert len(cells) == 5
     assert cells[-1].content == "end"
     assert [token.type for token in cells[3].children] == ["code_inline"]
+
+
+def test_a_path_is_one_argument_of_a_suggested_command():
+    path = "models/a b; $(touch c)'"
+    assert shlex.split(f"bsa-verify {argument(path)}") == ["bsa-verify", path]

@@ -27,6 +27,7 @@ from bsa_export.converted.records import PullRecord, read_conversion, to_json
 from bsa_export.errors import CheckpointError, HubError
 from bsa_export.files import MAX_JSON_BYTES, read_json, write_json
 from bsa_export.hub import client, names
+from bsa_export.text import argument
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
@@ -103,12 +104,13 @@ def pull(
     with AtomicFolder(folder, overwrite=overwrite) as staging:
         there = _listing(repo_id, revision, cache_dir)
         if CONVERSION_RECORD not in there.files:
+            command = f"bsa-convert {repo_id} {argument(folder)}"
             raise HubError(
                 f"expected a converted model, with a {CONVERSION_RECORD}",
                 found="none",
                 where=repo_id,
-                hint=f"if it is a dense BERT, bsa-convert {repo_id} {folder} converts it; if it was trained from a "
-                f"conversion, bsa-convert {repo_id} {folder} --trained-from CONVERSION makes it whole",
+                hint=f"if it is a dense BERT, {command} converts it; if it was trained from a conversion, {command} "
+                "--trained-from CONVERSION makes it whole",
             )
         wanted = _of_conversion(there, of_people)
         snapshot = _download(wanted, progress)

@@ -19,6 +19,7 @@ from bsa_export.hub import client, names
 from bsa_export.hub.errors import endpoint, is_transient, status_of
 from bsa_export.hub.names import MAIN
 from bsa_export.hub.pushed_files import PlannedFile, folder_files, planned_files, refuse_claim, unverified_because
+from bsa_export.text import argument
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -160,7 +161,7 @@ def plan(
     hashes = {name: hashes_of(folder / name) for name in there}
     reason = unverified_because(folder, hashes)
     if reason and not unverified:
-        hint = f"run bsa-verify {folder}, or push it with --unverified, which its card will say"
+        hint = f"run bsa-verify {argument(folder)}, or push it with --unverified, which its card will say"
         raise HubError(reason, where=folder, hint=hint)
     files = planned_files(folder, repo_id, hashes, reason)
 

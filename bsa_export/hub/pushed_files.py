@@ -28,6 +28,7 @@ from bsa_export.converted.names import (
 from bsa_export.converted.records import Verdict, read_conversion, read_pull, read_verification
 from bsa_export.errors import BsaError, CheckpointError
 from bsa_export.files import Hashes
+from bsa_export.text import argument
 
 # Metadata of a card that the Hub reads as text, as a list of texts, or as either.
 CARD_TEXTS = {"license", "library_name", "pipeline_tag", "base_model", "base_model_relation", "language"}
@@ -80,13 +81,11 @@ def _not_converted(folder: Path) -> CheckpointError:
     """The error for a folder without conversion.json: which command writes one."""
     if not folder.is_dir():
         return CheckpointError("no such folder", where=folder)
-    hint = f"bsa-convert {folder} OUT converts a dense BERT; then push OUT"
+    command = f"bsa-convert {argument(folder)} OUT"
+    hint = f"{command} converts a dense BERT; then push OUT"
     try:
         if "sparse_attention" in read_config(folder / CONFIG):
-            hint = (
-                f"training leaves it out: bsa-convert {folder} OUT --trained-from CONVERSION makes the folder whole "
-                "again; then push OUT"
-            )
+            hint = f"training leaves it out: {command} --trained-from CONVERSION makes the folder whole; then push OUT"
     except BsaError:
         pass
     return CheckpointError("expected a finished conversion", found=f"no {CONVERSION_RECORD}", where=folder, hint=hint)

@@ -88,6 +88,8 @@ def find_source(text: str, progress: bool = False) -> Source:
         CheckpointError: it is neither.
         HubError: the Hub does not have it, or refuses.
     """
+    if not text.strip():
+        raise CheckpointError("expected a file, a folder or a repository org/name", found="an empty name")
     if os.path.lexists(text):
         return Source(Path(text))
     place = parse_hub_path(text)
