@@ -13,7 +13,7 @@ import numpy as np
 
 from bsa_export.bert.encoder import Encoder
 from bsa_export.bert.expected_tensors import compare, sparse_spec
-from bsa_export.bert.families import Family
+from bsa_export.bert.families import ROTARY, Family
 from bsa_export.bert.misfits import refuse_misfits
 from bsa_export.bert.positions import extend, scaling_that_depends_on_length
 from bsa_export.bert.structure import STORED_LAYOUT, TOKEN_TYPES, WORDS
@@ -317,7 +317,7 @@ def _extend_positions(draft: _Draft, encoder: Encoder, max_length: int, options:
         return None
     name, method = encoder.position_name, options.positions if max_length > encoder.longest else "tile"
     if name is None:
-        if kind := scaling_that_depends_on_length(encoder.config):
+        if encoder.family.positions == ROTARY and (kind := scaling_that_depends_on_length(encoder.config)):
             raise FamilyError(
                 f"the {kind} scaling of its rotary positions is computed from max_position_embeddings, which changes",
                 where="config.json: rope_parameters",

@@ -226,6 +226,11 @@ def test_nomic_bert_as_it_is_on_the_hub():
 
 REFUSED = {
     "kinds of too few layers": ("modernbert", {"layer_types": ["full_attention"]}, "the kind of each of 4 layers"),
+    "a kind of layers of another model": (
+        "modernbert",
+        {"layer_types": ["full_attention"] * 3 + ["chunked_attention"]},
+        "expected sliding_attention or full_attention, found 'chunked_attention'",
+    ),
     "a band of nothing": ("modernbert", {"local_attention": 0}, "local_attention: expected a positive integer"),
     "a decoder": ("roberta-prelayernorm", {"is_decoder": True}, "found is_decoder"),
     "ESMFold": ("esm-rotary", {"is_folding_model": True}, "is_folding_model: expected False, found True"),
@@ -239,6 +244,27 @@ REFUSED = {
         "gte",
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
         "yarn scaling",
+    ),
+    "a scaling that is no object": ("gte", {"rope_parameters": "linear"}, "rope_parameters: expected an object"),
+    "a scaling that transformers lacks": (
+        "nomic_bert",
+        {"rope_parameters": None, "rope_scaling": {"type": "ntk", "factor": 2.0}},
+        "found 'ntk'",
+    ),
+    "one scaling of two by the length": (
+        "modernbert",
+        {"rope_parameters": {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {"rope_type": "default"}}},
+        "yarn scaling",
+    ),
+    "a scaling in the older field": (
+        "jina_embeddings_v3",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        "yarn scaling",
+    ),
+    "heads that are rotated in part": (
+        "eurobert",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor: expected 1, because the class rotates whole heads, found 0.5",
     ),
     "heads that do not divide": ("eurobert-grouped", {"num_key_value_heads": 3}, "num_key_value_heads"),
     "a decoder of the same names": ("eurobert", {"model_type": "llama"}, "model_type of a BERT family"),
