@@ -76,6 +76,7 @@ class Family:
         positions: ABSOLUTE for a table, ROTARY, or STATED for what `position_embedding_type` of config.json says.
         defaults: fields of its config class that a config.json may leave out, where the tensors depend on them.
         requires: fields of config.json -> the only value that is computed.
+        unread: fields of the models' own code, which transformers' class does not read -> the value that it computes.
         local: which layers attend to a band of tokens only; None for a family without such layers.
     """
 
@@ -102,6 +103,7 @@ class Family:
     positions: str = ABSOLUTE
     defaults: Mapping[str, Any] = field(default_factory=dict)
     requires: Mapping[str, Any] = field(default_factory=dict)
+    unread: Mapping[str, Any] = field(default_factory=dict)
     local: LocalLayers | None = None
 
     def config(self, config: Mapping[str, object]) -> dict[str, object]:
@@ -287,6 +289,7 @@ FAMILIES = {
             structures=(GTE, GTE_STORED),
             positions=ROTARY,
             defaults={"type_vocab_size": 1},
+            unread={"layer_norm_type": "layer_norm", "logn_attention_scale": False},
         ),
         Family(
             "nomic_bert",
@@ -305,6 +308,19 @@ FAMILIES = {
                 "intermediate_size": 3072,
                 "max_position_embeddings": 2048,
                 "vocab_size": 30528,
+            },
+            unread={
+                "activation_function": "swiglu",
+                "causal": False,
+                "layer_norm_epsilon": 1e-12,
+                "parallel_block": False,
+                "prenorm": False,
+                "rotary_emb_base": 1000,
+                "rotary_emb_fraction": 1,
+                "rotary_emb_interleaved": False,
+                "rotary_emb_scale_base": None,
+                "rotary_scaling_factor": None,
+                "use_rms_norm": False,
             },
         ),
         Family(

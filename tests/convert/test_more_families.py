@@ -214,6 +214,9 @@ def test_modernbert_as_it_is_on_the_hub(tmp_path):
 def test_nomic_bert_as_it_is_on_the_hub():
     """transformers takes the sizes from its class, because the config.json has other names for them."""
     fields = {"model_type": "nomic_bert", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 30528}
+    fields |= {"activation_function": "swiglu", "causal": False, "layer_norm_epsilon": 1e-12, "parallel_block": False}
+    fields |= {"prenorm": False, "rotary_emb_base": 1000, "rotary_emb_fraction": 1.0, "rotary_emb_interleaved": False}
+    fields |= {"rotary_emb_scale_base": None, "rotary_scaling_factor": None, "use_rms_norm": False}
     family = FAMILIES["nomic_bert"]
     spec = dense_spec(family, fields, "", family.structures[1])
     own = {name: entry.shape for name, entry in spec.items() if not name.startswith(("cls.", "pooler."))}
@@ -233,6 +236,14 @@ REFUSED = {
     ),
     "a band of nothing": ("modernbert", {"local_attention": 0}, "local_attention: expected a positive integer"),
     "a decoder": ("roberta-prelayernorm", {"is_decoder": True}, "found is_decoder"),
+    "a causal encoder": ("modernbert", {"is_causal": True}, "found is_causal"),
+    "another base": (
+        "nomic_bert",
+        {"rotary_emb_base": 10_000},
+        "rotary_emb_base: expected 1000, because NomicBertModel",
+    ),
+    "scaling by its own code": ("nomic_bert", {"rotary_scaling_factor": 2.0}, "rotary_scaling_factor: expected none"),
+    "norms by its own code": ("gte", {"layer_norm_type": "rms_norm"}, "layer_norm_type: expected layer_norm"),
     "ESMFold": ("esm-rotary", {"is_folding_model": True}, "is_folding_model: expected False, found True"),
     "relative positions": ("esm-absolute", {"position_embedding_type": "relative_key"}, "'relative_key'"),
     "ALiBi": ("xlm-roberta-xl", {"alibi_starting_size": 64}, "found alibi_starting_size: ALiBi"),
