@@ -317,18 +317,23 @@ def _extend_positions(draft: _Draft, encoder: Encoder, max_length: int, options:
         return None
     name, method = encoder.position_name, options.positions if max_length > encoder.longest else "tile"
     if name is None:
-        if encoder.family.positions == ROTARY and (kind := scaling_that_depends_on_length(encoder.config)):
-            raise FamilyError(
-                f"the {kind} scaling of its rotary positions is computed from max_position_embeddings, which changes",
-                where="config.json: rope_parameters",
-                hint="state original_max_position_embeddings and factor there, or keep the source's length",
-            )
+        refuse_scaling_by_length(encoder)
         return None
     table = draft.written[name]
     positions = Positions(method, encoder.reserved, table.shape[0], encoder.reserved + max_length)
     draft.written[name] = extend(name, table, max_length, encoder.reserved, method)
     draft.changed[name] = Change(rows=(positions.source_rows, positions.rows), method=method)
     return positions
+
+
+def refuse_scaling_by_length(encoder: Encoder) -> None:
+    """Raises FamilyError where another length would change how positions are rotated."""
+    if encoder.family.positions == ROTARY and (kind := scaling_that_depends_on_length(encoder.config)):
+        raise FamilyError(
+            f"the {kind} scaling of its rotary positions is computed from max_position_embeddings, which changes",
+            where="config.json: rope_parameters",
+            hint="state original_max_position_embeddings and factor there, or keep the source's length",
+        )
 
 
 def _cast(draft: _Draft, options: Options) -> None:

@@ -99,6 +99,25 @@ def test_the_way_back_gives_the_sources_bits(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", RUN)
+def test_the_way_back_from_a_shorter_model(tmp_path, kind):
+    """Without a position table nothing is lost with the length."""
+    source = save(random_model(kind), tmp_path / "source")
+    out = converted(source, "--max-length", LENGTH // 2, "--block", 16)
+    assert convert(out, tmp_path / "dense", "--to-dense").exit_code == 0
+    lost = {"max_position_embeddings": LENGTH // 2 + KINDS[kind].reserved}
+    assert config(tmp_path / "dense") == config(source) | ({} if KINDS[kind].is_rotary else lost)
+
+
+def test_the_way_back_to_another_length_keeps_the_scaling(tmp_path):
+    source = save(random_model("gte"), tmp_path / "source")
+    change(source, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4})
+    out = converted(source, "--max-length", LENGTH, "--block", 16)
+    assert "yarn scaling" in refused(out, tmp_path / "dense", "--to-dense", "--max-length", LENGTH // 2)
+    assert convert(out, tmp_path / "dense", "--to-dense").exit_code == 0
+    assert config(tmp_path / "dense") == config(source)
+
+
+@pytest.mark.parametrize("kind", RUN)
 def test_a_model_that_is_saved_again_loads_again(tmp_path, kind):
     out = converted(save(random_model(kind), tmp_path / "source"), "--max-length", 4 * LENGTH, "--block", 16)
     model = bsa_export.load(out)
