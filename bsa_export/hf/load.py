@@ -99,6 +99,7 @@ HEADS = {
     "discriminator_predictions.": "MODEL_FOR_PRETRAINING_MAPPING",
     "sop_classifier.": "MODEL_FOR_PRETRAINING_MAPPING",
     "predictions.": "MODEL_FOR_MASKED_LM_MAPPING",
+    "decoder.": "MODEL_FOR_MASKED_LM_MAPPING",
 }
 
 

@@ -118,6 +118,14 @@ def test_the_way_back_to_another_length_keeps_the_scaling(tmp_path):
 
 
 @pytest.mark.parametrize("kind", RUN)
+def test_the_tensors_tell_the_head_of_an_unknown_class(tmp_path, kind):
+    source = save(random_model(kind), tmp_path / "source")
+    change(source, architectures=["OfItsOwnCode"])
+    model = bsa_export.load(converted(source, "--max-length", LENGTH, "--block", 16))
+    assert type(model).__name__ == f"{KINDS[kind].classes}ForMaskedLM"
+
+
+@pytest.mark.parametrize("kind", RUN)
 def test_a_model_that_is_saved_again_loads_again(tmp_path, kind):
     out = converted(save(random_model(kind), tmp_path / "source"), "--max-length", 4 * LENGTH, "--block", 16)
     model = bsa_export.load(out)
