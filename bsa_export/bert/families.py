@@ -108,10 +108,8 @@ class Family:
 
     def config(self, config: Mapping[str, object]) -> dict[str, object]:
         """The config.json for the written names."""
-        written = {"model_type": self.name} | {
-            self.fields.get(key, key): value for key, value in config.items() if key not in self.own_fields
-        }
-        written |= self.constants
+        written = {self.fields.get(key, key): value for key, value in config.items() if key not in self.own_fields}
+        written |= {"model_type": written.get("model_type") or self.name, **self.constants}
         if self.head_classes is not None and (names := class_names(config)):
             written["architectures"] = [self.head_classes.get(name, self.encoder_class) for name in names]
         return written
@@ -354,6 +352,7 @@ FAMILIES = {
             {"lm_head.weight": ".embed_tokens.weight"},
             structures=(EUROBERT,),
             positions=ROTARY,
+            defaults={"tie_word_embeddings": False},
         ),
         # DeepSpeed's own recipe (DeepSpeedExamples' bing_bert) and GENA-LM, as the class of `hf.prenorm_bert`.
         Family(

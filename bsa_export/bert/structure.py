@@ -136,11 +136,11 @@ class LocalLayers:
         Raises:
             FamilyError: the fields say nothing that can be.
         """
+        kinds = config.get(self.kinds)
         every, width = (config.get(name, self.defaults[name]) for name in (self.every, self.width))
-        for name, value in ((self.every, every), (self.width, width)):
+        for name, value in ((self.width, width), *(((self.every, every),) if kinds is None else ())):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise FamilyError(f"{name}: expected a positive integer", found=repr(value), where="config.json")
-        kinds = config.get(self.kinds)
         if kinds is None:
             return [width // 2 if layer % every else None for layer in range(layers)]
         if not isinstance(kinds, list) or len(kinds) != layers:

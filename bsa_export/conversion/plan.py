@@ -399,7 +399,8 @@ def _ties(written: Mapping[str, Tensor], encoder: Encoder) -> dict[str, str]:
     They share storage, or hold equal bytes where a format or a shard forced a copy. Nothing is tied where the config
     says so: then transformers looks for both names.
     """
-    if not encoder.config.get("tie_word_embeddings", True):
+    by_default = encoder.family.defaults.get("tie_word_embeddings", True)
+    if not encoder.config.get("tie_word_embeddings", by_default):
         return {}
     shared = tied(written)
     ties = {}

@@ -201,7 +201,8 @@ def test_local_layers_keep_the_blocks_that_their_band_touches(tmp_path):
 @pytest.mark.parametrize(
     ("stated", "expected"),
     [({}, [None, 64, 64, None]), ({"global_attn_every_n_layers": 2, "local_attention": 48}, [None, 24, None, 24]),
-     ({"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}, [64, 64, 64, None])],
+     ({"layer_types": ["sliding_attention"] * 3 + ["full_attention"]}, [64, 64, 64, None]),
+     ({"layer_types": ["full_attention"] * 4, "global_attn_every_n_layers": None}, [None] * 4)],
 )  # fmt: skip
 def test_which_layers_are_local(stated, expected):
     assert FAMILIES["modernbert"].windows(stated, 4) == expected
@@ -236,6 +237,26 @@ def test_modernbert_as_it_is_on_the_hub(tmp_path):
     out = converted(source, "--max-length", 4 * LENGTH, "--block", 16)
     assert transformers.AutoConfig.from_pretrained(out).layer_types[:2] == ["full_attention", "sliding_attention"]
     assert "2 of 4" in convert(source, "--dry-run").stdout
+
+
+def test_a_model_type_of_null_is_none(tmp_path):
+    source = save(random_model("albert"), tmp_path / "source")
+    change(source, model_type=None)
+    out = converted(source, "--max-length", LENGTH, "--block", 16)
+    assert config(out)["model_type"] == "albert"
+    assert_same(outputs(bsa_export.load(out)), outputs(random_model("albert")))
+
+
+def test_eurobert_is_not_tied_unless_its_config_says_so(tmp_path):
+    """A head that was copied from the embeddings stays, because the class does not look for it there."""
+    model = random_model("eurobert")
+    model.lm_head.weight.data = model.model.embed_tokens.weight.data.clone()
+    source = save(model, tmp_path / "source")
+    fields = {name: value for name, value in config(source).items() if name != "tie_word_embeddings"}
+    (source / "config.json").write_text(json.dumps(fields))
+    out = converted(source, "--max-length", LENGTH, "--block", 16)
+    assert record(out)["tied"] == {}
+    assert_same(outputs(bsa_export.load(out)), outputs(model))
 
 
 def test_nomic_bert_as_it_is_on_the_hub():
