@@ -198,6 +198,20 @@ def test_local_layers_keep_the_blocks_that_their_band_touches(tmp_path):
     assert record(tmp_path / "out")["density"] == pytest.approx(float(torch.stack(layouts).float().mean()))
 
 
+def test_local_layers_keep_their_band_under_a_mask_of_the_caller(tmp_path):
+    model = random_model("modernbert")
+    sparse = bsa_export.load(converted(save(model, tmp_path / "source"), "--max-length", 4 * LENGTH, "--block", 16))
+    tokens = torch.arange(LENGTH)
+    near = abs(tokens[:, None] - tokens) <= 12
+    keep = torch.rand(2, 1, LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)) > 0.3
+    keep |= torch.eye(LENGTH, dtype=torch.bool)
+    ids, masks = inputs()["input_ids"], {"full_attention": keep, "sliding_attention": keep & near}
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=masks).logits
+        for mask in (keep, masks):
+            assert_same([sparse(input_ids=ids, attention_mask=mask).logits], [expected])
+
+
 @pytest.mark.parametrize(
     ("stated", "expected"),
     [({}, [None, 64, 64, None]), ({"global_attn_every_n_layers": 2, "local_attention": 48}, [None, 24, None, 24]),
