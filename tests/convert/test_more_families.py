@@ -273,6 +273,14 @@ def test_eurobert_is_not_tied_unless_its_config_says_so(tmp_path):
     assert_same(outputs(bsa_export.load(out)), outputs(model))
 
 
+def test_padding_is_put_back_into_a_tuple_too(tmp_path):
+    source = save(random_model("esm-rotary", "Model"), tmp_path / "source")
+    model, batch = bsa_export.load(converted(source, "--max-length", LENGTH, "--block", 16)), inputs()
+    expected = model(**batch).last_hidden_state
+    model.config.return_dict = False
+    assert torch.equal(model(**batch)[0], expected)
+
+
 def test_nomic_bert_as_it_is_on_the_hub():
     """transformers takes the sizes from its class, because the config.json has other names for them."""
     fields = {"model_type": "nomic_bert", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 30528}
