@@ -321,6 +321,12 @@ REFUSED = {
     "more layers": ("xlm-roberta-xl", {"num_hidden_layers": 3}, "encoder.layer.2."),
     "fewer layers": ("esm-rotary", {"num_hidden_layers": 1}, "num_hidden_layers 1 but the tensors 2"),
     "another size": ("albert", {"intermediate_size": 56}, "config.json has intermediate_size 56"),
+    "another hidden size": ("jina_embeddings_v3", {"hidden_size": 64}, "hidden_size 64 but the tensors 32"),
+    "sizes by other names": (
+        "nomic_bert",
+        {"hidden_size": None, "n_embd": 32, "head_dim": None},
+        "config.json has hidden_size 768 by default but the tensors 32",
+    ),
     "a scaling by the length": (
         "gte",
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
