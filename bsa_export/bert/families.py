@@ -353,6 +353,7 @@ FAMILIES = {
             structures=(EUROBERT,),
             positions=ROTARY,
             defaults={"tie_word_embeddings": False},
+            unread={"clf_pooling": "late"},  # transformers' field is classifier_pooling
         ),
         # DeepSpeed's own recipe (DeepSpeedExamples' bing_bert) and GENA-LM, as the class of `hf.prenorm_bert`.
         Family(

@@ -314,6 +314,11 @@ REFUSED = {
     ),
     "scaling by its own code": ("nomic_bert", {"rotary_scaling_factor": 2.0}, "rotary_scaling_factor: expected none"),
     "norms by its own code": ("gte", {"layer_norm_type": "rms_norm"}, "layer_norm_type: expected layer_norm"),
+    "pooling by its own code": (
+        "eurobert",
+        {"clf_pooling": "mean"},
+        "clf_pooling: expected late, because EuroBertModel",
+    ),
     "ESMFold": ("esm-rotary", {"is_folding_model": True}, "is_folding_model: expected False, found True"),
     "relative positions": ("esm-absolute", {"position_embedding_type": "relative_key"}, "'relative_key'"),
     "ALiBi": ("xlm-roberta-xl", {"alibi_starting_size": 64}, "found alibi_starting_size: ALiBi"),
