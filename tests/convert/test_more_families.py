@@ -253,6 +253,15 @@ def test_modernbert_as_it_is_on_the_hub(tmp_path):
     assert "2 of 4" in convert(source, "--dry-run").stdout
 
 
+@pytest.mark.skipif(not hasattr(transformers, "JinaEmbeddingsV3Model"), reason="this transformers has no Jina v3")
+def test_a_class_of_another_model_does_not_count(tmp_path):
+    """Jina's own code states XLM-RoBERTa's class for a model with rotary positions."""
+    source = save(random_model("jina_embeddings_v3"), tmp_path / "source")
+    change(source, model_type=None, architectures=["XLMRobertaModel"])
+    model = bsa_export.load(converted(source, "--max-length", LENGTH, "--block", 16))
+    assert_same(outputs(model), outputs(random_model("jina_embeddings_v3")))
+
+
 def test_a_model_type_of_null_is_none(tmp_path):
     source = save(random_model("albert"), tmp_path / "source")
     change(source, model_type=None)
