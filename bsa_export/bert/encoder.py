@@ -18,10 +18,11 @@ from bsa_export.bert.expected_tensors import (
     read_sizes,
     sparse_spec,
 )
-from bsa_export.bert.families import BUFFERS, FREQUENCIES, Family, reserved_rows, written_name
+from bsa_export.bert.families import BUFFERS, FREQUENCIES, ROTARY, Family, reserved_rows, written_name
 from bsa_export.bert.implied import implied_norms_and_positions, implied_vocabulary
 from bsa_export.bert.other_models import in_encoder
-from bsa_export.bert.recognition import encoder_prefix, encoder_prefixes, find_family
+from bsa_export.bert.positions import rotary_scalings
+from bsa_export.bert.recognition import encoder_prefix, encoder_prefixes, find_family, refuse_other_type
 from bsa_export.bert.structure import POSITIONS, STORED_LAYOUT, Structure
 from bsa_export.checkpoint.foreign import recognise
 from bsa_export.checkpoint.table import Tensor
@@ -73,6 +74,7 @@ class Encoder:
         Raises:
             FamilyError: it is not of a BERT family, or config.json lacks what has to be known.
         """
+        refuse_other_type(config)  # before the tensors: what they look like says less
         prefixes = encoder_prefixes(tensors)
         if not prefixes and (foreign := recognise(tensors)):
             raise FamilyError("expected the plain weights of a BERT family", found=foreign.what, hint=foreign.hint)
@@ -94,6 +96,8 @@ class Encoder:
         reserved = reserved_rows(family, written)
         encoder = cls(family, prefix, written, sizes, reserved, structure, implied, others)
         encoder.family.windows(written, encoder.layers)  # refuses fields that cannot be
+        if family.positions == ROTARY:
+            rotary_scalings(written)  # the same
         if encoder.longest < 1:
             rows = encoder.sizes.max_position_embeddings
             raise FamilyError(

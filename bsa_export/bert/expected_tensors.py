@@ -168,7 +168,15 @@ def read_sizes(family: Family, config: Mapping[str, Any], where: object = "confi
         )
     for name, only in family.requires.items():
         if stated.get(name, only) != only:
-            raise FamilyError(f"{name}: expected {only}", found=repr(stated[name]), where=where)
+            raise FamilyError(f"{name}: expected {only}", found=repr(stated[name])[:80], where=where)
+    for name, only in family.unread.items():
+        if stated.get(name, only) != only:
+            raise FamilyError(
+                f"{name}: expected {'none' if only is None else only}, because {family.classes}Model does not read it",
+                found=repr(stated[name])[:80],
+                where=where,
+                hint="take it out of config.json if that class computes the model nevertheless",
+            )
     if sizes.num_attention_heads % sizes.num_key_value_heads:
         raise FamilyError(
             f"expected num_key_value_heads that divides num_attention_heads {sizes.num_attention_heads}",

@@ -76,6 +76,7 @@ class Family:
         positions: ABSOLUTE for a table, ROTARY, or STATED for what `position_embedding_type` of config.json says.
         defaults: fields of its config class that a config.json may leave out, where the tensors depend on them.
         requires: fields of config.json -> the only value that is computed.
+        unread: fields of the models' own code, which transformers' class does not read -> the value that it computes.
         local: which layers attend to a band of tokens only; None for a family without such layers.
     """
 
@@ -102,14 +103,13 @@ class Family:
     positions: str = ABSOLUTE
     defaults: Mapping[str, Any] = field(default_factory=dict)
     requires: Mapping[str, Any] = field(default_factory=dict)
+    unread: Mapping[str, Any] = field(default_factory=dict)
     local: LocalLayers | None = None
 
     def config(self, config: Mapping[str, object]) -> dict[str, object]:
         """The config.json for the written names."""
-        written = {"model_type": self.name} | {
-            self.fields.get(key, key): value for key, value in config.items() if key not in self.own_fields
-        }
-        written |= self.constants
+        written = {self.fields.get(key, key): value for key, value in config.items() if key not in self.own_fields}
+        written |= {"model_type": written.get("model_type") or self.name, **self.constants}
         if self.head_classes is not None and (names := class_names(config)):
             written["architectures"] = [self.head_classes.get(name, self.encoder_class) for name in names]
         return written
@@ -287,6 +287,7 @@ FAMILIES = {
             structures=(GTE, GTE_STORED),
             positions=ROTARY,
             defaults={"type_vocab_size": 1},
+            unread={"layer_norm_type": "layer_norm", "logn_attention_scale": False},
         ),
         Family(
             "nomic_bert",
@@ -305,6 +306,19 @@ FAMILIES = {
                 "intermediate_size": 3072,
                 "max_position_embeddings": 2048,
                 "vocab_size": 30528,
+            },
+            unread={
+                "activation_function": "swiglu",
+                "causal": False,
+                "layer_norm_epsilon": 1e-12,
+                "parallel_block": False,
+                "prenorm": False,
+                "rotary_emb_base": 1000,
+                "rotary_emb_fraction": 1,
+                "rotary_emb_interleaved": False,
+                "rotary_emb_scale_base": None,
+                "rotary_scaling_factor": None,
+                "use_rms_norm": False,
             },
         ),
         Family(
@@ -338,6 +352,8 @@ FAMILIES = {
             {"lm_head.weight": ".embed_tokens.weight"},
             structures=(EUROBERT,),
             positions=ROTARY,
+            defaults={"tie_word_embeddings": False},
+            unread={"clf_pooling": "late"},  # transformers' field is classifier_pooling
         ),
         # DeepSpeed's own recipe (DeepSpeedExamples' bing_bert) and GENA-LM, as the class of `hf.prenorm_bert`.
         Family(

@@ -108,8 +108,10 @@ def _likely_cause(written: Mapping[str, Tensor], encoder: Encoder, misfits: Misf
     if differing and _fits(written, encoder, {**encoder.config, **sizes}):
         if list(differing) == ["max_position_embeddings"]:
             return "if its length was changed before, state its rows as max_position_embeddings"
+        default = {name: " by default" for name in encoder.implied}
         stated = ", ".join(
-            f"{name} {encoder.config.get(name)} but the tensors {size}" for name, size in differing.items()
+            f"{name} {encoder.config.get(name)}{default.get(name, '')} but the tensors {size}"
+            for name, size in differing.items()
         )
         return f"config.json has {stated}: is this config.json from the same model?"
     shapes = {name: row.shape for name, row in written.items() if name in misfits.mismatched}
@@ -144,8 +146,7 @@ def _sizes_of(written: Mapping[str, Tensor], encoder: Encoder) -> dict[str, int]
     for module, part in encoder.structure.inside.items():
         if part.shape in (("hidden_size", "hidden_size"), ("intermediate_size", "hidden_size")):
             size(part.shape[0], f"{layer}.{module}.weight", 0)  # the last product to the hidden size counts
-    if encoder.family.projects_embeddings:
-        size("embedding_size", encoder.structure.words, 1)
+    size("embedding_size" if encoder.family.projects_embeddings else "hidden_size", encoder.structure.words, 1)
     places = (encoder.structure.layer_of(name.removeprefix(prefix)) for name in written if name.startswith(prefix))
     numbers = {place[0] for place in places if place}
     if numbers and numbers == set(range(len(numbers))):

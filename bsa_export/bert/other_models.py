@@ -82,6 +82,7 @@ _COMPUTE_OTHERWISE = {
     "use_bottleneck": "bottlenecks, as MobileBERT's",
     "quant_mode": "quantized layers, as I-BERT's",
     "is_decoder": "a decoder",
+    "is_causal": "causal attention, as a decoder's",
     "add_cross_attention": "a decoder with cross-attention",
     "is_encoder_decoder": "an encoder and a decoder",
     "pruned_heads": "layers with pruned heads",

@@ -9,27 +9,59 @@ import numpy as np
 
 from bsa_export.checkpoint.dtypes import cast, read
 from bsa_export.checkpoint.table import Computed, Tensor
+from bsa_export.errors import FamilyError
 
 # Rotary frequencies that stay where max_position_embeddings changes. The others may be computed from it.
 _LENGTHS_APART = ("default", "linear", "dynamic", "proportional")
+_BY_LENGTH = ("yarn", "longrope", "llama3")
 
 METHODS = ("tile", "interpolate")
 ROWS = 4096  # that are interpolated at once
 
 
+def rotary_scalings(config: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The kinds of rotary scaling that config.json states, each with its parameters, as transformers reads them.
+
+    They are in `rope_parameters` or, in older files, `rope_scaling`: one for all layers, or one for each kind of layer.
+
+    Raises:
+        FamilyError: they are no object, of a kind that transformers does not compute, or for a part of each head.
+    """
+    found = []
+    for name in ("rope_parameters", "rope_scaling"):
+        stated = config.get(name) or {}
+        if not isinstance(stated, Mapping):
+            raise FamilyError(f"{name}: expected an object", found=repr(stated)[:80], where="config.json")
+        for one in [value for value in stated.values() if isinstance(value, Mapping)] or [stated]:
+            kind = one.get("rope_type") or one.get("type") or "default"
+            if kind not in _LENGTHS_APART + _BY_LENGTH:
+                kinds = ", ".join(_LENGTHS_APART + _BY_LENGTH)
+                raise FamilyError(
+                    f"{name}: expected a scaling that transformers computes ({kinds})",
+                    found=repr(kind)[:80],
+                    where="config.json",
+                )
+            share = one.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+            if kind != "proportional" and share not in (None, 1):
+                raise FamilyError(
+                    "partial_rotary_factor: expected 1, because the class rotates whole heads",
+                    found=repr(share)[:80],
+                    where="config.json",
+                )
+            found.append((kind, one))
+    return found
+
+
 def scaling_that_depends_on_length(config: Mapping[str, Any]) -> str | None:
     """The kind of rotary scaling that is computed from `max_position_embeddings`; None where there is none.
 
-    A kind other than `_LENGTHS_APART` needs the trained length and a factor; transformers takes what config.json does
-    not state from `max_position_embeddings`.
+    A kind of `_BY_LENGTH` needs the trained length and a factor; transformers takes what config.json does not state
+    from `max_position_embeddings`.
     """
-    stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    nested = [value for value in stated.values() if isinstance(value, Mapping)] if isinstance(stated, Mapping) else []
-    for one in nested or [stated]:
-        kind = one.get("rope_type") or one.get("type") or "default"
+    for kind, one in rotary_scalings(config):
         own = one.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-        if kind not in _LENGTHS_APART and not (own and one.get("factor")):
-            return str(kind)
+        if kind in _BY_LENGTH and not (own and one.get("factor")):
+            return kind
     return None
 
 

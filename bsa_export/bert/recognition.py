@@ -53,6 +53,15 @@ def encoder_prefix(names: Collection[str], chosen: str | None = None) -> str:
     )
 
 
+def refuse_other_type(config: Mapping) -> None:
+    """Raises FamilyError where config.json has a `model_type` that is not one of the families'."""
+    kind = config.get("model_type")
+    if kind is not None and not (isinstance(kind, str) and kind in FAMILIES):
+        raise FamilyError(
+            f"expected a model_type of a BERT family ({family_list()})", found=repr(kind), where="config.json"
+        )
+
+
 def find_family(
     config: Mapping, names: Collection[str], position_rows: int | None = None, prefix: str | None = None
 ) -> Family:
@@ -68,6 +77,7 @@ def find_family(
     Raises:
         FamilyError: it is of none of the families.
     """
+    refuse_other_type(config)
     kind = config.get("model_type")
     families = FAMILIES.values()
     if others := [family for family in families if kind is None or kind in family.stated_as]:
@@ -76,11 +86,7 @@ def find_family(
     if marked := next((family for family in others if family.stated_as and family.is_marked(inner)), None):
         return marked
     if kind is not None:
-        if isinstance(kind, str) and kind in FAMILIES:
-            return FAMILIES[kind]
-        raise FamilyError(
-            f"expected a model_type of a BERT family ({family_list()})", found=repr(kind), where="config.json"
-        )
+        return FAMILIES[kind]
     assert prefix is not None
     class_name = next(iter(class_names(config)), "")
     if other := appearance(config, prefix):
@@ -95,10 +101,17 @@ def find_family(
     ):
         return marked
     last = prefix.rstrip(".").rpartition(".")[2]
-    roberta = position_rows is not None and position_rows % 16 == 2 and config.get("pad_token_id") == 1
-    return (
+    if found := (
         next((one for one in families if one.prefix == last and one.structures[0].words == WORDS), None)
         or next((family for family in families if family.has_class(class_name)), None)
         or next((family for family in families if family.is_marked(inner)), None)
-        or FAMILIES["roberta" if roberta else "bert"]
-    )
+    ):
+        return found
+    if WORDS not in inner:  # names that decoders have too
+        raise FamilyError(
+            f"expected a model_type of a BERT family ({family_list()})",
+            found=f"none, and tensors such as {min(names)}",
+            where="config.json",
+        )
+    roberta = position_rows is not None and position_rows % 16 == 2 and config.get("pad_token_id") == 1
+    return FAMILIES["roberta" if roberta else "bert"]

@@ -117,6 +117,7 @@ class LocalLayers:
     Attributes:
         kinds: the field that lists the kind of each layer.
         local: the kind of a local layer.
+        wide: the kind of the other layers.
         every: the field that counts, where `kinds` is absent, from one global layer to the next; the first is global.
         width: the field with the tokens of the band, half of them to each side.
         defaults: the values of `every` and `width` where config.json has none.
@@ -124,6 +125,7 @@ class LocalLayers:
 
     kinds: str
     local: str
+    wide: str
     every: str
     width: str
     defaults: Mapping[str, int]
@@ -134,11 +136,11 @@ class LocalLayers:
         Raises:
             FamilyError: the fields say nothing that can be.
         """
+        kinds = config.get(self.kinds)
         every, width = (config.get(name, self.defaults[name]) for name in (self.every, self.width))
-        for name, value in ((self.every, every), (self.width, width)):
+        for name, value in ((self.width, width), *(((self.every, every),) if kinds is None else ())):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
                 raise FamilyError(f"{name}: expected a positive integer", found=repr(value), where="config.json")
-        kinds = config.get(self.kinds)
         if kinds is None:
             return [width // 2 if layer % every else None for layer in range(layers)]
         if not isinstance(kinds, list) or len(kinds) != layers:
@@ -147,12 +149,18 @@ class LocalLayers:
                 found=repr(kinds)[:80],
                 where="config.json",
             )
+        for kind in kinds:
+            if kind not in (self.local, self.wide):
+                raise FamilyError(
+                    f"{self.kinds}: expected {self.local} or {self.wide}", found=repr(kind)[:80], where="config.json"
+                )
         return [width // 2 if kind == self.local else None for kind in kinds]
 
 
 MODERNBERT_LOCAL = LocalLayers(
     "layer_types",
     "sliding_attention",
+    "full_attention",
     "global_attn_every_n_layers",
     "local_attention",
     {"global_attn_every_n_layers": 3, "local_attention": 128},

@@ -96,13 +96,13 @@ def _chosen_config(options: Options, source_length: int, heads: int) -> Sparsity
     block = options.block or _default_block(options.window or source_length, length, options.max_length is not None)
     mode = options.mode or ("custom" if options.layout else "windowed")
     if options.window is not None:
-        _whole_blocks(options.window, block, "--window")
         if options.window > length:
             raise SparsityError(
                 f"expected at most the {length:,} tokens that the new model reads",
                 found=f"{options.window:,}",
                 where="--window",
             )
+        _whole_blocks(options.window, block, "--window")
     windows = windowed_for(options.window or source_length, heads, block)
     if mode == "windowed":
         return replace(windows, **options.parameters)

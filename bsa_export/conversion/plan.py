@@ -13,7 +13,7 @@ import numpy as np
 
 from bsa_export.bert.encoder import Encoder
 from bsa_export.bert.expected_tensors import compare, sparse_spec
-from bsa_export.bert.families import Family
+from bsa_export.bert.families import ROTARY, Family
 from bsa_export.bert.misfits import refuse_misfits
 from bsa_export.bert.positions import extend, scaling_that_depends_on_length
 from bsa_export.bert.structure import STORED_LAYOUT, TOKEN_TYPES, WORDS
@@ -318,18 +318,23 @@ def _extend_positions(draft: _Draft, encoder: Encoder, max_length: int, options:
         return None
     name, method = encoder.position_name, options.positions if max_length > encoder.longest else "tile"
     if name is None:
-        if kind := scaling_that_depends_on_length(encoder.config):
-            raise FamilyError(
-                f"the {kind} scaling of its rotary positions is computed from max_position_embeddings, which changes",
-                where="config.json: rope_parameters",
-                hint="state original_max_position_embeddings and factor there, or keep the source's length",
-            )
+        refuse_scaling_by_length(encoder)
         return None
     table = draft.written[name]
     positions = Positions(method, encoder.reserved, table.shape[0], encoder.reserved + max_length)
     draft.written[name] = extend(name, table, max_length, encoder.reserved, method)
     draft.changed[name] = Change(rows=(positions.source_rows, positions.rows), method=method)
     return positions
+
+
+def refuse_scaling_by_length(encoder: Encoder) -> None:
+    """Raises FamilyError where another length would change how positions are rotated."""
+    if encoder.family.positions == ROTARY and (kind := scaling_that_depends_on_length(encoder.config)):
+        raise FamilyError(
+            f"the {kind} scaling of its rotary positions is computed from max_position_embeddings, which changes",
+            where="config.json: rope_parameters",
+            hint="state original_max_position_embeddings and factor there, or keep the source's length",
+        )
 
 
 def _cast(draft: _Draft, options: Options) -> None:
@@ -395,7 +400,8 @@ def _ties(written: Mapping[str, Tensor], encoder: Encoder) -> dict[str, str]:
     They share storage, or hold equal bytes where a format or a shard forced a copy. Nothing is tied where the config
     says so: then transformers looks for both names.
     """
-    if not encoder.config.get("tie_word_embeddings", True):
+    by_default = encoder.family.defaults.get("tie_word_embeddings", True)
+    if not encoder.config.get("tie_word_embeddings", by_default):
         return {}
     shared = tied(written)
     ties = {}

@@ -24,7 +24,7 @@ from bsa_export.conversion import carried_files
 from bsa_export.conversion.config_fields import ATTENTION, BLOCK_SPARSE, from_a_conversion
 from bsa_export.conversion.lengths import LENGTH_KEYS, change_words
 from bsa_export.conversion.options import parse_length
-from bsa_export.conversion.plan import buffer_values
+from bsa_export.conversion.plan import buffer_values, refuse_scaling_by_length
 from bsa_export.conversion.resources import refuse_full_disk
 from bsa_export.conversion.summary import DROP_WORDS
 from bsa_export.converted.names import CONFIG, CONVERSION_RECORD
@@ -75,6 +75,8 @@ def plan_dense(
     encoder = Encoder.find(tensors, config)
     family = FAMILIES[record.family] if record else encoder.family
     reserved, longest = encoder.reserved, encoder.longest
+    if record and encoder.position_name is None:  # nothing was cut off with a shorter length
+        longest = max(longest, record.origin.source_length)
     positions = record.origin.positions if record else None
     length = max_length or (min(record.origin.source_length, longest) if record else longest)
     if length > longest:
@@ -118,6 +120,8 @@ def plan_dense(
         key = "dtype" if "dtype" in new_config else "torch_dtype"
         new_config[key] = config.get(key)
         notes.append(f"the conversion rounded to {record.options.dtype}: values stay rounded")
+    if length != (record.origin.source_length if record else encoder.longest):
+        refuse_scaling_by_length(encoder)
     _check_family(family, new_config)
     return Dense(dense, new_config, length, notes)
 

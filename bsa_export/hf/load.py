@@ -16,7 +16,7 @@ from bsa_export.bert.expected_tensors import compare
 from bsa_export.bert.families import FAMILIES, class_names
 from bsa_export.converted.folder import ConvertedFolder, open_folder
 from bsa_export.errors import BsaError, CheckpointError, MissingLibraryError
-from bsa_export.hf.prenorm_names import CLASSES, MODEL_TYPE
+from bsa_export.hf.prenorm_names import CLASSES
 from bsa_export.hf.register import MIN_TRANSFORMERS, register, version_of
 from bsa_export.hf.stored_layout import NAME, StoredLayout
 from bsa_export.hub.source import find_source
@@ -35,8 +35,8 @@ def load(
     """Loads a converted model into the transformers class that its config.json names, on block-sparse attention.
 
     Stricter than `from_pretrained`: every weight of that class has to be there, no tensor of the encoder may be left
-    over, and every layer's layout is checked. Where transformers has no class of that name, the tensors decide which
-    head the model has. A pooler without weights is left out.
+    over, and every layer's layout is checked. Where transformers has no class of that name for the model's type, the
+    tensors decide which head the model has. A pooler without weights is left out.
 
     Args:
         path: the folder that bsa-convert or bsa-pull wrote, or a repository on the Hub, `org/name` or
@@ -99,6 +99,7 @@ HEADS = {
     "discriminator_predictions.": "MODEL_FOR_PRETRAINING_MAPPING",
     "sop_classifier.": "MODEL_FOR_PRETRAINING_MAPPING",
     "predictions.": "MODEL_FOR_MASKED_LM_MAPPING",
+    "decoder.": "MODEL_FOR_MASKED_LM_MAPPING",
 }
 
 
@@ -113,15 +114,12 @@ def _model_class(folder: ConvertedFolder) -> type[PreTrainedModel]:
     found = own or (getattr(transformers, named, None) if named else None)
     if found is not None:
         kind = getattr(getattr(found, "config_class", None), "model_type", None)
-        if not (
-            isinstance(found, type)
-            and issubclass(found, transformers.PreTrainedModel)
-            and kind in (*FAMILIES, MODEL_TYPE)
-        ):
+        if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and kind in FAMILIES):
             raise CheckpointError(
                 "architectures: expected a model class of a BERT family", found=named, where=folder.path / "config.json"
             )
-        return found
+        if FAMILIES[kind].structures == folder.encoder.family.structures:  # else it is of another model
+            return found
     family = folder.encoder.family.name
     if family not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
@@ -131,7 +129,7 @@ def _model_class(folder: ConvertedFolder) -> type[PreTrainedModel]:
     table = getattr(transformers, tables[0] if tables else "MODEL_MAPPING")
     model_class: type[PreTrainedModel] = table[transformers.CONFIG_MAPPING[family]]
     log.warning(
-        "%s: architectures names %s, which transformers does not have; loaded as %s, by its tensors",
+        "%s: architectures names %s, which transformers does not have for such a model; loaded as %s, by its tensors",
         folder.path,
         named or "no class",
         model_class.__name__,

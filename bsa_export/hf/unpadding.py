@@ -134,6 +134,8 @@ def pad_input(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     packed: Packed | None = kwargs.get("packed")
     if packed is None or packed.indices is None or packed.batch_shape is None:
         return output
+    if isinstance(output, tuple):  # return_dict=False in the config
+        return _padded(output[0], packed), *output[1:]
     output.last_hidden_state = _padded(output.last_hidden_state, packed)
     return output
 

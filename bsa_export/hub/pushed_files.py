@@ -85,7 +85,7 @@ def _not_converted(folder: Path) -> CheckpointError:
     hint = f"{command} converts a dense BERT; then push OUT"
     try:
         if "sparse_attention" in read_config(folder / CONFIG):
-            hint = f"training leaves it out: {command} --trained-from CONVERSION makes the folder whole; then push OUT"
+            hint = f"training leaves it out: {command} --trained-from CONVERSION makes it whole again; then push OUT"
     except BsaError:
         pass
     return CheckpointError("expected a finished conversion", found=f"no {CONVERSION_RECORD}", where=folder, hint=hint)

@@ -23,6 +23,7 @@ from bsa_export.verify.attention_inputs import Projections, tensor
 from bsa_export.verify.bits import first_difference
 from bsa_export.verify.outputs import Call, excerpt, pick, window_of
 
+DRAWS = 3  # of inputs: the bound of 2 is exceeded by luck now and then, most often with a head_dim of 8
 BROKEN = "the verifier is broken: it did not find"
 
 
@@ -84,17 +85,21 @@ def backend_control(folder: ConvertedFolder, device: str, backend: str, dtype: s
     swapped, a scale off by 1 %. The comparison is that of the outputs check, in both of its forms.
 
     The inputs are those of a layer's own weights on a few blocks of its layout, brought to scores of size 1 and values
-    around 0, so that attention depends on what is damaged.
+    around 0, so that attention depends on what is damaged. They are drawn again where the undamaged backend is off; one
+    that is off in each of DRAWS fails.
     """
-    call = _control_call(folder, device, dtype)
-    if what := call.not_finite():
-        reason = f"the weights of layer {folder.layers // 2} lead to {what}, so no fault can be planted there"
-        return skipped(Kind.CONTROLS, reason, backend)
-    try:
-        actual = call.computed(backend)
-    except AttentionError as error:
-        return skipped(Kind.CONTROLS, str(error), backend)
-    if not call.errors_of(actual)["output"].passed:
+    for seed in range(DRAWS):
+        call = _control_call(folder, device, dtype, seed)
+        if what := call.not_finite():
+            reason = f"the weights of layer {folder.layers // 2} lead to {what}, so no fault can be planted there"
+            return skipped(Kind.CONTROLS, reason, backend)
+        try:
+            actual = call.computed(backend)
+        except AttentionError as error:
+            return skipped(Kind.CONTROLS, str(error), backend)
+        if call.errors_of(actual)["output"].passed:
+            break
+    else:
         fault = f"{backend} is off without any planted fault: nothing can be planted"
         return result(Kind.CONTROLS, [fault], part=backend)
     found, rows = {}, torch.arange(0, actual["output"].shape[2], 3, device=actual["output"].device)
@@ -106,13 +111,13 @@ def backend_control(folder: ConvertedFolder, device: str, backend: str, dtype: s
     return _judged(backend, found, True)
 
 
-def _control_call(folder: ConvertedFolder, device: str, dtype: str) -> Call:
+def _control_call(folder: ConvertedFolder, device: str, dtype: str, seed: int) -> Call:
     unbounded = [layer for layer, window in enumerate(folder.windows) if window is None]
     layers = unbounded or range(folder.layers)  # the faults need not show within a local layer's band
     layer = layers[len(layers) // 2]
     blocks = pick(folder.longest // folder.block, 3)
     length = len(blocks) * folder.block
-    query, key, value = (x[:, :2] for x in Projections(folder, torch.device(device))(layer, 1, length))
+    query, key, value = (x[:, :2] for x in Projections(folder, torch.device(device), seed)(layer, 1, length))
     scores = query @ key.mT * query.shape[-1] ** -0.5
     spread = (scores - scores.mean(-1, keepdim=True)).square().mean((-1, -2), keepdim=True).sqrt()
     value = value - value.mean(2, keepdim=True)

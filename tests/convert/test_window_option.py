@@ -66,6 +66,7 @@ def test_the_block_divides_the_window(tmp_path, source):
 @pytest.mark.parametrize(
     ("options", "words"),
     [(("--window", 40, "--block", 16), "--window: expected a length in whole blocks of 16 tokens, found 40"),
+     (("--window", 32, "--max-length", 8), "--window: expected at most the 8 tokens that the new model reads"),
      (("--window", 256, "--max-length", 128), "--window: expected at most the 128 tokens that the new model reads")],
 )  # fmt: skip
 def test_windows_that_cannot_be(tmp_path, source, options, words):
