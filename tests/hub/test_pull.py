@@ -78,6 +78,24 @@ def test_a_pre_norm_model_with_rotary_positions_goes_up_and_comes_down(bsa, hub,
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "bsa_bert"
 
 
+@pytest.mark.parametrize("kind", ["modernbert", "jina_embeddings_v3", "esm-rotary"])
+def test_models_that_are_not_built_as_bert_go_up_and_come_down(bsa_lfs, hub, tmp_path, kind):
+    pytest.importorskip("transformers")
+    import bsa_export
+    from support.more_families import random_model
+
+    random_model(kind).save_pretrained(tmp_path / "source")
+    model = mark_verified(converted(tmp_path / "source", tmp_path / "model"))
+    assert bsa_lfs.run("push", model, "alice/model", "--yes").code == 0
+    assert pull(bsa_lfs, tmp_path / "out").code == 0
+    loaded, expected = bsa_export.load(tmp_path / "out").state_dict(), bsa_export.load(model).state_dict()
+    assert loaded.keys() == expected.keys() and all(loaded[name].equal(expected[name]) for name in expected)
+    (tmp_path / "out" / "pulled.json").unlink()
+    assert digests(tmp_path / "out") == digests(model)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- block-sparse-attention\n" in card
+
+
 def test_what_came_by_xet_arrives_without_it(_with_xet, _without_xet, hub, model, tmp_path):
     assert _with_xet.run("push", model, "alice/model", "--yes").code == 0
     assert pull(_without_xet, tmp_path / "out").code == 0
