@@ -20,9 +20,9 @@ EMPTY_METADATA = re.compile(r"\A\s*---\n---\n")
 def add_lineage(folder: Path) -> None:
     """Completes the kept card of a trained model: metadata that it lacks, and a section that names this package.
 
-    Every word of the card and every value of its metadata stay. A base model that is a path, or a name without an
-    owner, is not the conversion's repository but its folder, as Trainer writes it, and is replaced. A card that is not
-    UTF-8, or whose metadata cannot be read, stays as it is.
+    Every word of the card and every value of its metadata stay. A base model that is a path, or the name of the
+    conversion's folder, was written by Trainer, and is replaced. A card that is not UTF-8, or whose metadata cannot be
+    read, stays as it is.
 
     Args:
         folder: the converted folder, with conversion.json and README.md.
@@ -50,9 +50,7 @@ def _completed(stated: dict[str, Any], record: ConversionRecord) -> str:
     training, named = record.trained_from, stated.get("base_model")
     base_model = record.base_model and printable(record.base_model, 300)
     if isinstance(named, str) and (
-        named.count("/") > 1
-        or named.startswith(("/", ".", "~"))
-        or ("/" not in named and (base_model or (training and named == training.path)))
+        named.count("/") > 1 or named.startswith(("/", ".", "~")) or (training and named == training.path)
     ):
         stated.pop("base_model")
     if base_model and stated.setdefault("base_model", base_model) in (base_model, [base_model]):
