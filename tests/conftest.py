@@ -83,6 +83,7 @@ def run_example(monkeypatch, capsys):
     """Runs an example in this process, where torch and transformers are imported, and returns what it prints."""
     import torch
 
+    monkeypatch.syspath_prepend(EXAMPLES)  # as Python does for the script that it runs
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two threads wait for each other on a busy machine
 

@@ -123,7 +123,7 @@ def test_train_mlm_changes_what_it_says(run_example, minilm, chapters, tmp_path,
     documents = tmp_path / "docs.jsonl"
     documents.write_text("".join(json.dumps({"text": file.read_text()}) + "\n" for file in chapters.values()))
     options = {"model": out, "documents": documents, "output_dir": tmp_path / "trained", "train": train}
-    options |= {"length": LONGEST, "source_length": 64, "max_steps": 3, "learning_rate": 0.01, "weight_decay": 0.1}
+    options |= {"length": LONGEST, "max_steps": 3, "learning_rate": 0.01, "weight_decay": 0.1}
     options |= {"per_device_train_batch_size": 2, "report_to": "none", "save_strategy": "no", "use_cpu": True}
     shown = run_example("train_mlm.py", *[f"--{name}={value}" for name, value in options.items()])
     losses = [float(number) for number in re.findall(r"loss (\d+\.\d+) before, (\d+\.\d+) after", shown)[0]]

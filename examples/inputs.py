@@ -1,0 +1,57 @@
+"""What the other examples read: converted folders and JSON lines. An unsuitable one ends the program with a message."""
+
+import json
+import sys
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from bsa_export.converted.folder import ConvertedFolder, open_folder
+from bsa_export.errors import BsaError
+from bsa_export.hub.source import find_source
+
+
+def converted_folder(model: str) -> ConvertedFolder:
+    """A converted model, here or on the Hub (`org/name`): how many tokens it reads, and how many its source read."""
+    try:
+        folder = open_folder(find_source(model).path)
+    except BsaError as error:
+        sys.exit(str(error))
+    if folder.record is None:
+        sys.exit(f"{model}: no conversion.json; bsa-convert {model} made/ --trained-from CONVERSION writes one")
+    return folder
+
+
+def masking_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a masked LM."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if tokenizer.mask_token_id is None:
+        sys.exit(f"{model}: expected a tokenizer with a mask token")
+    return tokenizer
+
+
+def json_lines(file: str, least: int = 1, **fields: type) -> list[dict]:
+    """The objects in a file with one in each line. Blank lines do not count.
+
+    Args:
+        file: its path.
+        least: how many objects are needed.
+        fields: the names that each object must have, and the types of their values.
+    """
+    rows = []
+    try:
+        with open(file, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    sys.exit(f"{file}, line {number}: expected JSON ({error})")
+                for name, kind in fields.items():
+                    if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get(name), kind):
+                        sys.exit(f'{file}, line {number}: expected an object with "{name}", of type {kind.__name__}')
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{file}: {error}")
+    if len(rows) < least:
+        sys.exit(f"{file}: expected at least {least} lines, found {len(rows)}")
+    return rows

@@ -1,0 +1,63 @@
+"""Unsuitable input ends an example with one sentence that says what is wrong and where."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers", minversion="5.0")
+
+from sparse_folder import sparse_folder  # noqa: E402
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+inputs = runpy.run_path(str(EXAMPLES / "inputs.py"))
+
+
+@pytest.mark.parametrize(
+    ("content", "facts"),
+    [
+        (None, ["No such file"]),
+        (b"", ["at least 1", "found 0"]),
+        (b"\n\n", ["at least 1", "found 0"]),
+        (b'{"text": "a"}\n{"text": "b', ["line 2", "JSON"]),
+        (b'{"text": "a"}\n\n{"txt": "b"}\n', ["line 3", '"text"', "str"]),
+        (b'{"text": null}\n', ["line 1", '"text"', "str"]),
+        (b'["text"]\n', ["line 1", "object"]),
+        (b'{"text": "\xff"}\n', ["utf-8"]),
+    ],
+)
+def test_json_lines_says_what_is_wrong(tmp_path, content, facts):
+    file = tmp_path / "docs.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit) as ended:
+        inputs["json_lines"](str(file), text=str)
+    assert not [fact for fact in [str(file), *facts] if fact not in ended.value.code]
+
+
+def test_json_lines_leaves_out_blank_lines(tmp_path):
+    (tmp_path / "docs.jsonl").write_text('{"text": "a"}\n\n{"text": "b", "query": "q"}\n  \n')
+    rows = inputs["json_lines"](str(tmp_path / "docs.jsonl"), least=2, text=str)
+    assert rows == [{"text": "a"}, {"text": "b", "query": "q"}]
+
+
+def test_a_model_that_is_not_a_whole_conversion_is_refused(tmp_path):
+    out = sparse_folder(tmp_path)
+    assert inputs["converted_folder"](str(out)).source_length == 64
+    for folder, fact in ((tmp_path / "source", "sparse_attention"), (tmp_path / "nosuch", "nosuch")):
+        with pytest.raises(SystemExit, match=fact):
+            inputs["converted_folder"](str(folder))
+    (out / "conversion.json").unlink()
+    with pytest.raises(SystemExit, match="--trained-from"):
+        inputs["converted_folder"](str(out))
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    with pytest.raises(SystemExit, match="mask token"):
+        inputs["masking_tokenizer"](str(tmp_path))
