@@ -80,7 +80,7 @@ def main() -> None:
     documents = [document(model.tokenizer, length, **row) for row in json_lines(choices.documents, text=str)]
     random.shuffle(documents)
     heldout = [one for one in documents if one["heldout_query"]][: choices.heldout]
-    documents = [one for one in documents if one not in heldout]
+    documents = [one for one in documents if one["text"] not in {other["text"] for other in heldout}]
     if len(heldout) < choices.heldout or not documents:
         raise SystemExit(f"--heldout {choices.heldout}: {len(heldout)} found, {len(documents)} left for training")
     numbers, collate = Dataset.from_dict({"number": range(len(documents))}), Collator(model.tokenizer, documents)

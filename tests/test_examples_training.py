@@ -87,6 +87,20 @@ def test_train_embedder_asks_for_sentences_from_beyond_512_tokens(train_embedder
         assert len(tokenizer(before, add_special_tokens=False, truncation=False)["input_ids"]) >= SOURCE_LENGTH
 
 
+def test_train_embedder_does_not_train_on_a_text_that_it_holds_out(train_embedder):
+    """Each text is there twice, with another query."""
+    documents = [{"text": text, "query": text[start : start + 100]} for text in TEXTS for start in (0, 200)]
+    _, trained, shown = train_embedder(documents, steps=1)
+    rows = [json.loads(line) for line in (trained / "heldout.jsonl").read_text().splitlines()]
+    heldout = {row["text"] for row in rows if row["kind"] == "document"}
+    assert f"{2 * (len(TEXTS) - len(heldout))} documents, 3 held out: MRR " in shown
+
+
+def test_train_embedder_needs_more_documents_than_it_holds_out(train_embedder):
+    with pytest.raises(SystemExit, match="--heldout 3: 3 found, 0 left"):
+        train_embedder([{"text": text} for text in TEXTS[:3]], steps=1)
+
+
 def test_classify_long_needs_what_is_beyond_512_tokens(run_example, minilm, tmp_path):
     """Each book has words of its own; 512 tokens show those of another one."""
     pattern = {"mode": "bslongformer", "parameters": {"num_sliding_window_blocks": 9}}
