@@ -86,6 +86,7 @@ def main() -> None:
         train, test = ([row | {"input_ids": row["input_ids"][: length - 1] + end} for row in rows] for rows in sets)
         auto, collate = transformers.AutoModelForSequenceClassification, transformers.DataCollatorWithPadding(tokenizer)
         model = auto.from_pretrained(getattr(choices, name), num_labels=len(books), dtype="float32")
+        model.accepts_loss_kwargs = False  # its loss is a mean, so Trainer has to divide it by the accumulation steps
         trainer = transformers.Trainer(model, deepcopy(arguments), collate, train, processing_class=tokenizer)
         trainer.train()
         predicted = trainer.predict(test).predictions.argmax(-1)
