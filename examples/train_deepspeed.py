@@ -55,7 +55,7 @@ def main() -> None:
     length = min(choices.length, converted_folder(choices.model).longest)
     texts = [row["text"] for row in json_lines(choices.documents, text=str)]
     tokenizer = masking_tokenizer(choices.model)
-    model = AutoModelForMaskedLM.from_pretrained(choices.model)
+    model = AutoModelForMaskedLM.from_pretrained(choices.model, dtype="float32")
     model.accepts_loss_kwargs = False  # its loss is a mean, which Trainer divides by the accumulation steps
     rows = [dict(tokenizer(text, truncation=True, max_length=length)) for text in texts]
     trainer = Trainer(model, arguments, DataCollatorForLanguageModeling(tokenizer), rows, processing_class=tokenizer)

@@ -71,7 +71,7 @@ def main() -> None:
     folder = converted_folder(choices.model)
     texts = list(dict.fromkeys(row["text"] for row in json_lines(choices.documents, least=2, text=str)))
     tokenizer = masking_tokenizer(choices.model)
-    model = AutoModelForMaskedLM.from_pretrained(choices.model)
+    model = AutoModelForMaskedLM.from_pretrained(choices.model, dtype="float32")
     model.accepts_loss_kwargs = False  # its loss is a mean, so Trainer has to divide it by the accumulation steps
     length = min(choices.length, folder.longest)
     bounds = [0, min(folder.source_length, length)]
