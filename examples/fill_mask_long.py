@@ -7,17 +7,19 @@ extra `[run]`.
 
 import re
 import sys
-from pathlib import Path
 
+import inputs
 from transformers import AutoTokenizer, pipeline
 
 import bsa_export
 
 
 def main(folder: str, file: str, word: str) -> None:
-    model = bsa_export.load(folder)
+    text = " ".join(inputs.text(file).split())
+    model = bsa_export.load(inputs.converted_folder(folder).path)
+    if model.get_output_embeddings() is None:
+        sys.exit(f"{folder}: expected a masked LM, found {type(model).__name__}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = " ".join(Path(file).read_text(encoding="utf-8").split())
     longest = tokenizer.model_max_length
     encoded = tokenizer(text, truncation=True, max_length=longest, return_offsets_mapping=True)
     text = text[: max(end for _, end in encoded["offset_mapping"])]
@@ -37,4 +39,6 @@ def main(folder: str, file: str, word: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

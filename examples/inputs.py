@@ -1,7 +1,8 @@
-"""What the other examples read: converted folders and JSON lines. An unsuitable one ends the program with a message."""
+"""What the other examples read: converted folders, texts and JSON lines. What is wrong with one ends the program."""
 
 import json
 import sys
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -10,13 +11,18 @@ from bsa_export.errors import BsaError
 from bsa_export.hub.source import find_source
 
 
-def converted_folder(model: str) -> ConvertedFolder:
-    """A converted model, here or on the Hub (`org/name`): how many tokens it reads, and how many its source read."""
+def converted_folder(model: str, recorded: bool = False) -> ConvertedFolder:
+    """A converted model, here or on the Hub (`org/name`), or one that was trained from it and saved.
+
+    Args:
+        model: its folder or repository.
+        recorded: whether conversion.json is needed, which says what the source read. A training does not save it.
+    """
     try:
         folder = open_folder(find_source(model).path)
     except BsaError as error:
         sys.exit(str(error))
-    if folder.record is None:
+    if recorded and folder.record is None:
         sys.exit(f"{model}: no conversion.json; bsa-convert {model} made/ --trained-from CONVERSION writes one")
     return folder
 
@@ -27,6 +33,15 @@ def masking_tokenizer(model: str) -> PreTrainedTokenizerBase:
     if tokenizer.mask_token_id is None:
         sys.exit(f"{model}: expected a tokenizer with a mask token")
     return tokenizer
+
+
+def text(file: str) -> str:
+    """A text file that is not blank."""
+    try:
+        content = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"{file}: {error}")
+    return content if content.strip() else sys.exit(f"{file}: expected a text, found none")
 
 
 def json_lines(file: str, least: int = 1, **fields: type) -> list[dict]:

@@ -6,8 +6,8 @@ text around it (late chunking, https://arxiv.org/abs/2409.04701). Needs the extr
 """
 
 import argparse
-from pathlib import Path
 
+import inputs
 import torch
 from sentence_transformers import SentenceTransformer
 from torch.nn.functional import normalize
@@ -28,17 +28,22 @@ def chunk_vectors(model: SentenceTransformer, text: str, size: int) -> tuple[tor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("document", type=Path)
+    parser.add_argument("document")
     parser.add_argument("question")
     parser.add_argument("--size", type=int, default=256, help="tokens of a chunk")
     parser.add_argument("--show", type=int, default=3, help="chunks to show")
     options = parser.parse_args()
+    if min(options.size, options.show) < 1:
+        parser.error("--size and --show: expected at least 1")
 
-    model = SentenceTransformer(options.model)
-    vectors, chunks = chunk_vectors(model, options.document.read_text(encoding="utf-8"), options.size)
+    text = inputs.text(options.document)
+    model = SentenceTransformer(str(inputs.converted_folder(options.model).path))
+    vectors, chunks = chunk_vectors(model, text, options.size)
     question = model.encode(options.question, convert_to_tensor=True, normalize_embeddings=True).float()
     scores = vectors @ question
-    print(f"{len(chunks)} chunks of {options.size} tokens, one pass")
+    tokens = len(model.tokenizer(text, truncation=False, verbose=False)["input_ids"])
+    read = min(tokens, model.max_seq_length)
+    print(f"{len(chunks)} chunks of {options.size} tokens, {read} of {tokens} tokens read in one pass")
     for place in scores.topk(min(options.show, len(chunks))).indices.tolist():
         excerpt = " ".join(chunks[place].split())[:160]
         print(f"{scores[place]:.3f}  chunk {place + 1}: {excerpt}")

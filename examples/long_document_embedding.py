@@ -1,21 +1,21 @@
 """One vector for each document, and the nearest other one: `python examples/long_document_embedding.py out/ *.txt`.
 
 `out/` is a converted sentence-transformers model (`bsa-convert all-MiniLM-L6-v2/ out/ --max-length 4096`). It reads up
-to that many tokens of a document, where the dense model stops at 256 or 512. Needs the extra
-`[sentences]`.
+to that many tokens of a document, where the dense model stops at 256 or 512. Needs the extra `[sentences]`.
 """
 
 import sys
 from pathlib import Path
 
+import inputs
 from sentence_transformers import SentenceTransformer
 
-import bsa_export  # noqa: F401  (registers the attention that model_kwargs names)
+import bsa_export  # noqa: F401  (registers the attention that the model's config.json names)
 
 
 def main(folder: str, *files: str) -> None:
-    model = SentenceTransformer(folder, model_kwargs={"attn_implementation": "block_sparse"})
-    texts = [Path(file).read_text(encoding="utf-8") for file in files]
+    texts = [inputs.text(file) for file in files]
+    model = SentenceTransformer(str(inputs.converted_folder(folder).path))
     vectors = model.encode(texts, batch_size=4, normalize_embeddings=True)
     similarity = vectors @ vectors.T
     for i, file in enumerate(files):
@@ -30,4 +30,6 @@ def main(folder: str, *files: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
     main(*sys.argv[1:])

@@ -68,7 +68,7 @@ class Choices:
 
 def main() -> None:
     choices, arguments = HfArgumentParser((Choices, TrainingArguments)).parse_args_into_dataclasses()
-    folder = converted_folder(choices.model)
+    folder = converted_folder(choices.model, recorded=True)
     texts = list(dict.fromkeys(row["text"] for row in json_lines(choices.documents, least=2, text=str)))
     tokenizer = masking_tokenizer(choices.model)
     model = AutoModelForMaskedLM.from_pretrained(choices.model, dtype="float32")

@@ -107,7 +107,7 @@ def test_late_chunking_finds_the_chunk_that_answers(run_example, minilm, chapter
     document = tmp_path / "document.txt"
     document.write_text("\n".join(chapters[name].read_text() for name in ("customization", "debugger")))
     shown = run_example("late_chunking.py", out, document, "How do I set a breakpoint in the debugger?", "--size", 128)
-    assert re.match(r"\d+ chunks of 128 tokens, one pass\n", shown)
+    assert re.match(r"\d+ chunks of 128 tokens, 4096 of \d+ tokens read in one pass\n", shown)
     best = re.search(r"^0\.\d+  chunk \d+: (.*)", shown, re.MULTILINE)
     assert best is not None and re.search("break|debug|pdb", best[1], re.IGNORECASE)
 

@@ -37,6 +37,29 @@ def test_json_lines_says_what_is_wrong(tmp_path, content, facts):
     assert not [fact for fact in [str(file), *facts] if fact not in ended.value.code]
 
 
+@pytest.mark.parametrize(("content", "fact"), [(None, "No such file"), (b" \n", "none"), (b"\xff", "utf-8")])
+def test_text_says_what_is_wrong(tmp_path, content, fact):
+    file = tmp_path / "a.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SystemExit, match=fact):
+        inputs["text"](str(file))
+
+
+@pytest.mark.parametrize("name", ["fill_mask_long.py", "long_document_embedding.py"])
+def test_without_arguments_the_docstring_is_shown(run_example, name):
+    pytest.importorskip("sentence_transformers")
+    with pytest.raises(SystemExit, match=f"python examples/{name} out/"):
+        run_example(name)
+
+
+def test_fill_mask_long_needs_a_masked_lm(run_example, tmp_path):
+    (tmp_path / "text.txt").write_text("a word")
+    out = sparse_folder(tmp_path, class_name="BertModel")
+    with pytest.raises(SystemExit, match="expected a masked LM, found BertModel"):
+        run_example("fill_mask_long.py", out, tmp_path / "text.txt", "word")
+
+
 def test_json_lines_leaves_out_blank_lines(tmp_path):
     (tmp_path / "docs.jsonl").write_text('{"text": "a"}\n\n{"text": "b", "query": "q"}\n  \n')
     rows = inputs["json_lines"](str(tmp_path / "docs.jsonl"), least=2, text=str)
@@ -45,13 +68,14 @@ def test_json_lines_leaves_out_blank_lines(tmp_path):
 
 def test_a_model_that_is_not_a_whole_conversion_is_refused(tmp_path):
     out = sparse_folder(tmp_path)
-    assert inputs["converted_folder"](str(out)).source_length == 64
+    assert inputs["converted_folder"](str(out), recorded=True).source_length == 64
     for folder, fact in ((tmp_path / "source", "sparse_attention"), (tmp_path / "nosuch", "nosuch")):
         with pytest.raises(SystemExit, match=fact):
             inputs["converted_folder"](str(folder))
     (out / "conversion.json").unlink()
+    assert inputs["converted_folder"](str(out)).longest == 128
     with pytest.raises(SystemExit, match="--trained-from"):
-        inputs["converted_folder"](str(out))
+        inputs["converted_folder"](str(out), recorded=True)
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused(tmp_path):
