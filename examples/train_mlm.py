@@ -4,9 +4,9 @@
 
 `docs.jsonl` has a `text` in each line. Documents are packed into one row; each attends to itself only
 (`cu_seq_lens_q`). `--train positions` changes only the position embeddings beyond the source's length, so the outputs
-for shorter texts stay the same, bit for bit. Prints the loss on held-out documents by place in the document. All
-TrainingArguments are options, such as `--bf16` and `--deepspeed zero2.json`; for several GPUs use `torchrun`. Then run
-`bsa-convert trained/ made/ --trained-from out/`. Needs the extra `[train]`.
+for shorter texts stay the same, bit for bit. Weights are trained and saved in float32. Prints the loss on held-out
+documents by place in the document. All TrainingArguments are options, such as `--bf16` and `--deepspeed zero2.json`;
+for several GPUs use `torchrun`. Then run `bsa-convert trained/ made/ --trained-from out/`. Needs the extra `[train]`.
 """
 
 import sys
