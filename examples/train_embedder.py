@@ -82,7 +82,7 @@ def main() -> None:
     heldout = [one for one in documents if one["heldout_query"]][: choices.heldout]
     documents = [one for one in documents if one["text"] not in {other["text"] for other in heldout}]
     if len(heldout) < choices.heldout or not documents:
-        raise SystemExit(f"--heldout {choices.heldout}: {len(heldout)} found, {len(documents)} left for training")
+        raise SystemExit(f"--heldout {choices.heldout}: found {len(heldout)} with a query, {len(documents)} to train")
     numbers, collate = Dataset.from_dict({"number": range(len(documents))}), Collator(model.tokenizer, documents)
     loss = Loss(model, choices.scale, mini_batch_size=choices.mini_batch)
     trainer = SentenceTransformerTrainer(model, arguments, numbers, loss=loss, data_collator=collate)
