@@ -85,3 +85,38 @@ def test_a_tokenizer_without_a_mask_token_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     with pytest.raises(SystemExit, match="mask token"):
         inputs["masking_tokenizer"](str(tmp_path))
+
+
+DOCUMENT, QUERY = ({"kind": "document", "id": 1, "text": "a b"}, {"kind": "query", "query": "a?", "document": 1})
+
+
+@pytest.mark.parametrize(
+    ("rows", "fact"),
+    [
+        (None, "No such file"),
+        ([], "found 0 documents"),
+        ([DOCUMENT], "found 1 documents and no query"),
+        ([DOCUMENT, {"kind": "document", "id": 2}, QUERY], "lacks 'text'"),
+        ([DOCUMENT, QUERY, QUERY | {"document": 7}], "document 7, which is not there"),
+        ([DOCUMENT, "half a line"], "JSON lines"),
+    ],
+)
+def test_the_benchmark_of_long_documents_says_what_is_wrong_with_its_file(tmp_path, rows, fact):
+    pytest.importorskip("sentence_transformers")
+    qmsum = runpy.run_path(str(EXAMPLES.parent / "tests" / "benchmarks" / "long_documents.py"))["qmsum"]
+    file = tmp_path / "qmsum.jsonl"
+    if rows is not None:
+        file.write_text("\n\n".join(row[:4] if isinstance(row, str) else json.dumps(row) for row in rows))
+    with pytest.raises(SystemExit, match=fact):
+        qmsum(file, None)
+
+
+def test_the_benchmark_of_long_documents_reads_the_first_documents_and_their_queries(tmp_path):
+    pytest.importorskip("sentence_transformers")
+    qmsum = runpy.run_path(str(EXAMPLES.parent / "tests" / "benchmarks" / "long_documents.py"))["qmsum"]
+    rows = [DOCUMENT | {"id": 2, "text": "c"}, QUERY, DOCUMENT, QUERY | {"query": "c?", "document": 2}]
+    (tmp_path / "qmsum.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts, queries, right = qmsum(tmp_path / "qmsum.jsonl", None)
+    assert (texts, queries, right.tolist()) == (["c", "a b"], ["a?", "c?"], [1, 0])
+    texts, queries, right = qmsum(tmp_path / "qmsum.jsonl", 1)
+    assert (texts, queries, right.tolist()) == (["c"], ["c?"], [0])

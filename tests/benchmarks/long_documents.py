@@ -24,6 +24,7 @@ import re
 import resource
 import shlex
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -39,6 +40,8 @@ from torch.nn.functional import normalize, pad
 from torch.nn.utils.rnn import pad_sequence
 
 import bsa_export  # noqa: F401  (registers the attention)
+from bsa_export.converted.folder import open_folder
+from bsa_export.errors import BsaError
 
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 FILLER = (
@@ -68,6 +71,11 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.converted and options.layout:
         parser.error("--layout makes conversions; it does not apply to --converted")
+    if options.converted:
+        try:
+            open_folder(options.converted)
+        except BsaError as error:
+            parser.error(str(error))
     return options
 
 
@@ -78,7 +86,9 @@ class Encoder:
         dtype = torch.float16 if device == "cuda" else torch.float32
         self.model = SentenceTransformer(str(folder), device=device, model_kwargs={"dtype": dtype})
         self.tokenizer, self.device, self.batch_tokens = self.model.tokenizer, device, batch_tokens
-        self.longest = self.model[0].auto_model.config.max_position_embeddings
+        # RoBERTa and its relatives reserve the rows up to that of the padding.
+        reserved = getattr(getattr(self.model[0].auto_model, "embeddings", None), "padding_idx", -1) + 1
+        self.longest = self.model[0].auto_model.config.max_position_embeddings - reserved
 
     def tokenize(self, texts: list[str]) -> list[Tensor]:
         """The token ids of each text, int64 `[tokens]`, without special tokens."""
@@ -99,7 +109,8 @@ class Encoder:
             batch, order = order[:fit], order[fit:]
             rows = [torch.cat([first, texts[i], last]) for i in batch]
             lengths = torch.tensor([len(row) for row in rows], device=self.device)
-            ids = pad_sequence(rows, batch_first=True).to(self.device)  # [batch, longest]
+            padding = self.tokenizer.pad_token_id
+            ids = pad_sequence(rows, batch_first=True, padding_value=padding).to(self.device)  # [batch, longest]
             mask = torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
             states = self.model[0].auto_model(ids, attention_mask=mask.long()).last_hidden_state
             vectors = chunk_means(states, mask, size or ids.shape[1]).cpu()  # [batch, chunks, hidden]
@@ -182,13 +193,24 @@ def mrr(rank: Tensor) -> float:
 
 
 def qmsum(path: Path, most: int | None) -> tuple[list[str], list[str], Tensor]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    documents = {row["id"]: row["text"] for row in rows if row["kind"] == "document"}
+    """The texts, the queries about them, and the place of each query's document; ends the program without them."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file if line.strip()]
+        documents = {row["id"]: row["text"] for row in rows if row["kind"] == "document"}
+        queries = [(row["query"], row["document"]) for row in rows if row["kind"] == "query"]
+    except (OSError, EOFError, ValueError) as error:
+        sys.exit(f"{path}: expected JSON lines ({error})")
+    except (KeyError, TypeError) as error:
+        sys.exit(f"{path}: a line lacks {error}; --help shows the form")
+    if lost := {name for _, name in queries} - documents.keys():
+        sys.exit(f"{path}: a query names document {min(map(str, lost))}, which is not there")
     places = {name: place for place, name in enumerate(list(documents)[:most])}
-    queries = [row for row in rows if row["kind"] == "query" and row["document"] in places]
-    right = torch.tensor([places[row["document"]] for row in queries])
-    return list(documents.values())[:most], [row["query"] for row in queries], right
+    queries = [(query, name) for query, name in queries if name in places]
+    if not queries:
+        sys.exit(f"{path}: expected documents and queries, found {len(places)} documents and no query about them")
+    right = torch.tensor([places[name] for _, name in queries])
+    return list(documents.values())[:most], [query for query, _ in queries], right
 
 
 def passkey(tokens: int, seed: int = 0) -> tuple[list[str], list[str], Tensor]:
@@ -211,7 +233,11 @@ def passkey(tokens: int, seed: int = 0) -> tuple[list[str], list[str], Tensor]:
 
 def main() -> None:
     options = parse()
+    if options.qmsum:
+        qmsum(options.qmsum, options.documents)  # before anything is converted
     dense = Encoder(options.model, options.device, options.batch_tokens)
+    if not 2 < min(options.chunks) <= max(options.chunks) <= dense.longest:
+        sys.exit(f"--chunks: expected 3 to {dense.longest} tokens, which is what {options.model} reads")
     converted = {}
     for layout in options.layout or [""]:
         with tempfile.TemporaryDirectory() as work:
@@ -219,7 +245,10 @@ def main() -> None:
             if options.converted is None:
                 command = ["bsa-convert", options.model, folder, "--max-length", str(options.max_length)]
                 subprocess.run([*command, *shlex.split(layout)], check=True)
-            converted[f"converted {layout}".strip()] = Encoder(folder, options.device, options.batch_tokens)
+            sparse = Encoder(folder, options.device, options.batch_tokens)
+        if sparse.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+            sys.exit(f"{folder}: not a conversion of {options.model}: its vocabulary is another one")
+        converted[f"converted {layout}".strip()] = sparse
     methods: dict[str, Method] = {}
     for size in options.chunks:
         methods[f"truncated at {size}"] = truncated(dense, size)
@@ -257,8 +286,11 @@ def tokenized(encoder: Encoder, texts: list[str]) -> tuple[list[Tensor], float]:
 
 def asked(methods: dict[str, Method], queries: list[str]) -> dict[Encoder, Tensor]:
     """Each model's vectors of the queries, `[queries, size]`."""
-    encoders = {method.encoder for method in methods.values()}
-    return {encoder: torch.cat(truncated(encoder, 512).vectors(encoder.tokenize(queries))) for encoder in encoders}
+    found = {}
+    for encoder in {method.encoder for method in methods.values()}:
+        texts = encoder.tokenize(queries)
+        found[encoder] = torch.cat(truncated(encoder, min(512, encoder.longest)).vectors(texts))
+    return found
 
 
 def run_qmsum(options: argparse.Namespace, methods: dict[str, Method]) -> None:
