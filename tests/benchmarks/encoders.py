@@ -112,6 +112,8 @@ def milliseconds(step: Callable[[], object], runs: int = 5) -> float:
 
 def main() -> None:
     options = parse()
+    if not torch.cuda.is_available():
+        raise SystemExit("expected a CUDA GPU, found none")
     ends = time.monotonic() + 60 * options.minutes
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, transformers {transformers.__version__}, bf16,")
     print(f"{options.tokens:,} tokens in a batch\n")

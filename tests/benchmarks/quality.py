@@ -53,6 +53,9 @@ def parse(argv=None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.model is None:
         parser.error("--model or $BSA_ENGLISH_MLM is needed")
+    for name in ("tokenizer.json", "heldout.jsonl"):
+        if not (Path(options.model) / name).is_file():
+            parser.error(f"{options.model}: expected a folder with {name}")
     if options.converted and options.layout:
         parser.error("--layout makes conversions; it does not apply to --converted")
     return options
@@ -69,6 +72,8 @@ def masked_documents(folder: Path, count: int | None, seed: int) -> list[tuple[t
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if tokenizer.token_to_id("[MASK]") is None:
+        sys.exit(f"{folder}: expected the tokenizer of a BERT, with [MASK]")
     generator = torch.Generator().manual_seed(seed)
     lines = (folder / "heldout.jsonl").read_text().splitlines()
     chosen = sorted(torch.randperm(len(lines), generator=generator)[:count].tolist())
