@@ -15,7 +15,7 @@ import bsa_export
 
 
 def main(folder: str, file: str, word: str) -> None:
-    text = " ".join(inputs.text(file).split())
+    text = " ".join(inputs.document(file).split())
     model = bsa_export.load(inputs.converted_folder(folder).path)
     if model.get_output_embeddings() is None:
         sys.exit(f"{folder}: expected a masked LM, found {type(model).__name__}")

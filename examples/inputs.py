@@ -1,6 +1,7 @@
 """What the other examples read: converted folders, texts and JSON lines. What is wrong with one ends the program."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,7 +24,8 @@ def converted_folder(model: str, recorded: bool = False) -> ConvertedFolder:
     except BsaError as error:
         sys.exit(str(error))
     if recorded and folder.record is None:
-        sys.exit(f"{model}: no conversion.json; bsa-convert {model} made/ --trained-from CONVERSION writes one")
+        command = f"bsa-convert {shlex.quote(model)} made/ --trained-from CONVERSION"
+        sys.exit(f"{model}: no conversion.json; {command} writes one")
     return folder
 
 
@@ -35,7 +37,7 @@ def masking_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def text(file: str) -> str:
+def document(file: str) -> str:
     """A text file that is not blank."""
     try:
         content = Path(file).read_text(encoding="utf-8")
@@ -44,12 +46,19 @@ def text(file: str) -> str:
     return content if content.strip() else sys.exit(f"{file}: expected a text, found none")
 
 
-def json_lines(file: str, least: int = 1, **fields: type) -> list[dict]:
-    """The objects in a file with one in each line. Blank lines do not count.
+def documents(file: str, least: int = 1) -> list[str]:
+    """The `text` in each JSON line, once each, so that none is both held out and trained on."""
+    found = list(dict.fromkeys(row["text"] for row in json_lines(file, text=str)))
+    if len(found) < least:
+        sys.exit(f"{file}: expected at least {least} different texts, found {len(found)}")
+    return found
+
+
+def json_lines(file: str, **fields: type) -> list[dict]:
+    """The objects in a file with one in each line, at least one of them. Blank lines do not count.
 
     Args:
         file: its path.
-        least: how many objects are needed.
         fields: the names that each object must have, and the types of their values.
     """
     rows = []
@@ -67,6 +76,6 @@ def json_lines(file: str, least: int = 1, **fields: type) -> list[dict]:
                         sys.exit(f'{file}, line {number}: expected an object with "{name}", of type {kind.__name__}')
     except (OSError, UnicodeDecodeError) as error:
         sys.exit(f"{file}: {error}")
-    if len(rows) < least:
-        sys.exit(f"{file}: expected at least {least} lines, found {len(rows)}")
+    if not rows:
+        sys.exit(f"{file}: expected JSON lines, found none")
     return rows

@@ -36,7 +36,7 @@ def main() -> None:
     if min(options.size, options.show) < 1:
         parser.error("--size and --show: expected at least 1")
 
-    text = inputs.text(options.document)
+    text = inputs.document(options.document)
     model = SentenceTransformer(str(inputs.converted_folder(options.model).path))
     vectors, chunks = chunk_vectors(model, text, options.size)
     question = model.encode(options.question, convert_to_tensor=True, normalize_embeddings=True).float()

@@ -14,7 +14,7 @@ import bsa_export  # noqa: F401  (registers the attention that the model's confi
 
 
 def main(folder: str, *files: str) -> None:
-    texts = [inputs.text(file) for file in files]
+    texts = [inputs.document(file) for file in files]
     model = SentenceTransformer(str(inputs.converted_folder(folder).path))
     vectors = model.encode(texts, batch_size=4, normalize_embeddings=True)
     similarity = vectors @ vectors.T

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from inputs import converted_folder, json_lines, masking_tokenizer
+from inputs import converted_folder, documents, masking_tokenizer
 from transformers import (
     AutoModelForMaskedLM,
     DataCollatorForLanguageModeling,
@@ -53,7 +53,7 @@ def main() -> None:
     (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(rest)
 
     length = min(choices.length, converted_folder(choices.model).longest)
-    texts = [row["text"] for row in json_lines(choices.documents, text=str)]
+    texts = documents(choices.documents)
     tokenizer = masking_tokenizer(choices.model)
     model = AutoModelForMaskedLM.from_pretrained(choices.model, dtype="float32")
     model.accepts_loss_kwargs = False  # its loss is a mean, which Trainer divides by the accumulation steps

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from inputs import converted_folder, json_lines, masking_tokenizer
+from inputs import converted_folder, documents, masking_tokenizer
 from transformers import AutoModelForMaskedLM, HfArgumentParser, Trainer, TrainingArguments
 from transformers.data.data_collator import DataCollatorWithFlattening
 
@@ -69,7 +69,7 @@ class Choices:
 def main() -> None:
     choices, arguments = HfArgumentParser((Choices, TrainingArguments)).parse_args_into_dataclasses()
     folder = converted_folder(choices.model, recorded=True)
-    texts = list(dict.fromkeys(row["text"] for row in json_lines(choices.documents, least=2, text=str)))
+    texts = documents(choices.documents, least=2)
     tokenizer = masking_tokenizer(choices.model)
     model = AutoModelForMaskedLM.from_pretrained(choices.model, dtype="float32")
     model.accepts_loss_kwargs = False  # its loss is a mean, so Trainer has to divide it by the accumulation steps

@@ -19,8 +19,8 @@ inputs = runpy.run_path(str(EXAMPLES / "inputs.py"))
     ("content", "facts"),
     [
         (None, ["No such file"]),
-        (b"", ["at least 1", "found 0"]),
-        (b"\n\n", ["at least 1", "found 0"]),
+        (b"", ["JSON lines", "none"]),
+        (b"\n\n", ["JSON lines", "none"]),
         (b'{"text": "a"}\n{"text": "b', ["line 2", "JSON"]),
         (b'{"text": "a"}\n\n{"txt": "b"}\n', ["line 3", '"text"', "str"]),
         (b'{"text": null}\n', ["line 1", '"text"', "str"]),
@@ -38,12 +38,12 @@ def test_json_lines_says_what_is_wrong(tmp_path, content, facts):
 
 
 @pytest.mark.parametrize(("content", "fact"), [(None, "No such file"), (b" \n", "none"), (b"\xff", "utf-8")])
-def test_text_says_what_is_wrong(tmp_path, content, fact):
+def test_document_says_what_is_wrong(tmp_path, content, fact):
     file = tmp_path / "a.txt"
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(SystemExit, match=fact):
-        inputs["text"](str(file))
+        inputs["document"](str(file))
 
 
 @pytest.mark.parametrize("name", ["fill_mask_long.py", "long_document_embedding.py"])
@@ -60,9 +60,18 @@ def test_fill_mask_long_needs_a_masked_lm(run_example, tmp_path):
         run_example("fill_mask_long.py", out, tmp_path / "text.txt", "word")
 
 
+def test_documents_are_different_texts(tmp_path):
+    (tmp_path / "docs.jsonl").write_text(
+        "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate("aba"))
+    )
+    assert inputs["documents"](str(tmp_path / "docs.jsonl"), least=2) == ["a", "b"]
+    with pytest.raises(SystemExit, match="at least 3 different texts, found 2"):
+        inputs["documents"](str(tmp_path / "docs.jsonl"), least=3)
+
+
 def test_json_lines_leaves_out_blank_lines(tmp_path):
     (tmp_path / "docs.jsonl").write_text('{"text": "a"}\n\n{"text": "b", "query": "q"}\n  \n')
-    rows = inputs["json_lines"](str(tmp_path / "docs.jsonl"), least=2, text=str)
+    rows = inputs["json_lines"](str(tmp_path / "docs.jsonl"), text=str)
     assert rows == [{"text": "a"}, {"text": "b", "query": "q"}]
 
 
