@@ -211,6 +211,10 @@ def test_another_dtype_is_not_training(tmp_path, before, now):
     assert check_weights(open_folder(made), out).passed
     twice = whole(tmp_path / "trained", tmp_path / "twice", out, dtype="bf16")
     assert check_weights(open_folder(twice), out).passed
+    if before == "fp16":  # every bit of the conversion is there again
+        back = whole(tmp_path / "trained", tmp_path / "back", out, dtype="fp16")
+        assert read_conversion(back).trained_from.changed == [POSITIONS]
+        assert check_weights(open_folder(back), out).passed
     weights = load_file(made / "model.safetensors")
     weights[QUERY].flat[-1] *= 2
     save_file(weights, made / "model.safetensors", {"format": "pt"})

@@ -216,7 +216,7 @@ def _training(ancestor: Ancestor, tensors: Mapping[str, Tensor], planned: Plan) 
     """What the training changed, by the names that the plan writes; before the plan rounds anything."""
     left_out = planned.dropped.keys() | planned.tied.keys()
     trained = {planned.renamed.get(name, name): row for name, row in tensors.items() if name not in left_out}
-    rounded = {name for name, change in planned.changed.items() if change.dtype}
+    rounded = {name: change.dtype[1] for name, change in planned.changed.items() if change.dtype}
     return lineage.training(ancestor, trained, encoder_prefix(trained), rounded)
 
 

@@ -6,7 +6,7 @@ the conversion are recorded only in the conversion's folder.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -186,7 +186,7 @@ def with_layouts(ancestor: Ancestor, tensors: Mapping[str, Tensor], prefix: str 
 
 
 def training(
-    ancestor: Ancestor, tensors: Mapping[str, Tensor], written_prefix: str, rounded: Collection[str] = ()
+    ancestor: Ancestor, tensors: Mapping[str, Tensor], written_prefix: str, rounded: Mapping[str, str]
 ) -> Training:
     """What the training changed. Reads all tensors of both.
 
@@ -194,14 +194,20 @@ def training(
         ancestor: the conversion.
         tensors: the trained ones, by their written names.
         written_prefix: the encoder's.
-        rounded: names of those that are rounded afterwards. A tensor that training stored in another dtype is rounded
-            twice then, so that nobody can judge later whether its values were the conversion's.
+        rounded: those that are rounded afterwards -> the dtype that is written. A tensor that training stored in
+            another dtype is rounded twice then, so that nobody can judge later whether its values were the
+            conversion's, unless it has the conversion's bits again.
     """
     before = ancestor.tensors(written_prefix)
     own = ancestor.folder.encoder.position_name
     positions = own and ancestor.name_in(own, written_prefix)
     common = (name for name in tensors if name in before and not STORED_LAYOUT.fullmatch(name))  # layouts are the same
-    changed = [name for name in common if not same_bytes(tensors[name], before[name])]
+    changed = [
+        name
+        for name in common
+        if not same_bytes(tensors[name], before[name])
+        and not (rounded.get(name) == before[name].dtype and _first_change(tensors[name], before[name]) is None)
+    ]
     twice = {name for name in changed if name in rounded and tensors[name].dtype != before[name].dtype}
     same_values = [name for name in changed if name not in twice and _is_cast(before[name], tensors[name])]
     moved = positions in changed and positions not in twice and positions not in same_values

@@ -81,8 +81,9 @@ def test_a_pre_norm_model_with_rotary_positions_goes_up_and_comes_down(bsa, hub,
 @pytest.mark.parametrize("kind", ["modernbert", "jina_embeddings_v3", "esm-rotary"])
 def test_models_that_are_not_built_as_bert_go_up_and_come_down(bsa_lfs, hub, tmp_path, kind):
     pytest.importorskip("transformers")
-    import bsa_export
     from support.more_families import random_model
+
+    import bsa_export
 
     random_model(kind).save_pretrained(tmp_path / "source")
     model = mark_verified(converted(tmp_path / "source", tmp_path / "model"))
