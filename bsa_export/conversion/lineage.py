@@ -194,20 +194,17 @@ def training(
         ancestor: the conversion.
         tensors: the trained ones, by their written names.
         written_prefix: the encoder's.
-        rounded: those that are rounded afterwards -> the dtype that is written. A tensor that training stored in
-            another dtype is rounded twice then, so that nobody can judge later whether its values were the
-            conversion's, unless it has the conversion's bits again.
+        rounded: those that are rounded afterwards -> the dtype that is written. If that is the conversion's, they are
+            compared after it. Else a tensor that training stored in another dtype is rounded twice, so that nobody can
+            judge later whether its values were the conversion's.
     """
     before = ancestor.tensors(written_prefix)
+    back = [name for name, dtype in rounded.items() if name in before and dtype == before[name].dtype]
+    tensors = {**tensors, **{name: cast(name, tensors[name], rounded[name]) for name in back}}
     own = ancestor.folder.encoder.position_name
     positions = own and ancestor.name_in(own, written_prefix)
     common = (name for name in tensors if name in before and not STORED_LAYOUT.fullmatch(name))  # layouts are the same
-    changed = [
-        name
-        for name in common
-        if not same_bytes(tensors[name], before[name])
-        and not (rounded.get(name) == before[name].dtype and _first_change(tensors[name], before[name]) is None)
-    ]
+    changed = [name for name in common if not same_bytes(tensors[name], before[name])]
     twice = {name for name in changed if name in rounded and tensors[name].dtype != before[name].dtype}
     same_values = [name for name in changed if name not in twice and _is_cast(before[name], tensors[name])]
     moved = positions in changed and positions not in twice and positions not in same_values
