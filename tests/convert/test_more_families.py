@@ -132,6 +132,8 @@ def test_a_model_that_is_saved_again_loads_again(tmp_path, kind):
     model.save_pretrained(tmp_path / "again")
     again = bsa_export.load(tmp_path / "again")
     assert_same(outputs(again, 4 * LENGTH), outputs(model, 4 * LENGTH), 0)
+    for check in (check_file(tmp_path / "again"), check_layout(tmp_path / "again")):  # without a conversion.json
+        assert check.passed, check.reason
 
 
 def checked(tmp_path, kind, device, backends, **fields):
