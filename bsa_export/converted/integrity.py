@@ -34,6 +34,7 @@ from bsa_export.converted.names import (
     of_people,
 )
 from bsa_export.converted.records import ConversionRecord
+from bsa_export.converted.statements import statement_faults
 from bsa_export.errors import BsaError, FamilyError, SparsityError
 from bsa_export.files import MAX_JSON_BYTES, read_json, sha256
 from bsa_export.sparsity.configs import DEEPSPEED_LENGTH
@@ -66,6 +67,7 @@ def check_file(folder: Path) -> Check:
         figures["digests"] = "none: there is no conversion.json"
     else:
         faults += [*_config_faults(opened, opened.record), *_record_faults(opened, opened.record)]
+        faults += statement_faults(opened, opened.record)
         changed, compared = digest_faults(opened, opened.record)
         faults += changed.values()
         figures["digests"] = f"{compared} of {len(opened.record.files)} files"
