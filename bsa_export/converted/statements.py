@@ -32,11 +32,26 @@ WORDS = "vocab_size"  # which may be the padded number of rows
 
 
 def statement_faults(opened: ConvertedFolder, record: ConversionRecord) -> Iterator[str]:
-    """Statements of conversion.json that cannot be, a sentence each."""
+    """Statements of conversion.json that cannot be, a sentence each. Those about earlier conversions count too."""
+    yield from _statements_about_tensors(opened, record)
+    earlier: ConversionRecord | None = record
+    while earlier is not None:
+        yield from _statements_of(earlier, opened)
+        earlier = earlier.trained_from.record if earlier.trained_from else None
+
+
+def _statements_of(record: ConversionRecord, opened: ConvertedFolder) -> Iterator[str]:
+    """What a record, or that of an earlier conversion in it, states against itself."""
     family = FAMILIES[record.family]
     source = family.config(record.source.config)
     yield from _config_statements(opened, record, family, source)
-    yield from _tensor_statements(opened, record)
+    for name in sorted(set(record.added) & record.changed.keys()):
+        yield f"{name}: conversion.json lists it both as added and as changed"
+    for name in sorted(record.buffers.keys() - record.dropped.keys()):
+        yield f"{name}: conversion.json has its values as those of a buffer, and does not list it as dropped"
+    for name, change in record.changed.items():
+        if change.layout != (STORED_LAYOUT.fullmatch(name) is not None):
+            yield f"{name}: conversion.json says that it is {'' if change.layout else 'not '}a layout of the source"
     try:
         yield from _length_statements(record, family, source | record.implied_config)
         stated, expected = recorded_sparsity(record, opened.heads), _chosen_sparsity(record, opened.heads)
@@ -71,16 +86,10 @@ def _config_statements(
             yield f"conversion.json: implied_config: {name}: the source's config.json decides it, and no tensor"
 
 
-def _tensor_statements(opened: ConvertedFolder, record: ConversionRecord) -> Iterator[str]:
-    """What was done to tensors, by their names and shapes."""
-    for name in sorted(set(record.added) & record.changed.keys()):
-        yield f"{name}: conversion.json lists it both as added and as changed"
-    for name in sorted(record.buffers.keys() - record.dropped.keys()):
-        yield f"{name}: conversion.json has its values as those of a buffer, and does not list it as dropped"
+def _statements_about_tensors(opened: ConvertedFolder, record: ConversionRecord) -> Iterator[str]:
+    """How the folder's tensors changed, by their dtypes and rows."""
     for name, change in record.changed.items():
         row = opened.tensors.get(name)
-        if change.layout != (STORED_LAYOUT.fullmatch(name) is not None):
-            yield f"{name}: conversion.json says that it is {'' if change.layout else 'not '}a layout of the source"
         if change.dtype is not None and row is not None and change.dtype[1] != row.dtype:
             yield f"{name}: conversion.json says that it became {change.dtype[1]}, and it is {row.dtype}"
         if change.rows is None and change.method is None:
