@@ -75,7 +75,8 @@ def _config_statements(
             f"conversion.json: family: the model_type of {family.name} is {model_type}, and config.json has"
             f" {opened.config.get('model_type')!r}"
         )
-    if record.attn_implementation not in (None, BLOCK_SPARSE):
+    # Records from before 0.2 have neither this field nor lengths.
+    if record.attn_implementation != BLOCK_SPARSE and not (record.attn_implementation is record.lengths is None):
         yield f"conversion.json: attn_implementation: expected {BLOCK_SPARSE}, found {record.attn_implementation!r}"
     for name in sorted(set(record.removed_fields) - MAY_BE_REMOVED):
         yield f"conversion.json: removed_fields: {name}: no conversion takes this field out of config.json"

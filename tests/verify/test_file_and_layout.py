@@ -265,6 +265,10 @@ STATEMENTS = {
         lambda record, config: [each.update(attn_implementation="sdpa") for each in (record, config)],
         "attn_implementation: expected block_sparse",
     ),
+    "no attention": (
+        lambda record, config: [each.pop("attn_implementation") for each in (record, config)],
+        "attn_implementation: expected block_sparse, found None",
+    ),
     "a layout of the source": (
         lambda record, config: record["changed"].update({LAYOUT.format(0): {"layout": True}}),
         "lists it both as added and as changed",
