@@ -97,7 +97,10 @@ def check_weights(
         checkpoint.check_unchanged()
     except BsaError as error:
         return result(Kind.WEIGHTS, [str(error)])
-    return result(Kind.WEIGHTS, faults, comparison.counts | {"bytes": comparison.done})
+    figures: dict[str, object] = {**comparison.counts, "bytes": comparison.done}
+    if not (config_path or find_config(checkpoint.folder)).is_file():
+        figures["not compared"] = "config.json, which is not stored next to the source's weights: name it with --config"
+    return result(Kind.WEIGHTS, faults, figures)
 
 
 def _is_dense(checkpoint: Checkpoint, config_path: Path | None) -> bool:

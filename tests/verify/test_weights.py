@@ -183,6 +183,14 @@ def test_another_source_is_found(converted):
     assert check(folder, other).failed
 
 
+def test_a_source_without_config_json_says_that_it_is_not_compared(converted, tmp_path):
+    source, folder = converted()
+    assert "not compared" not in check(folder, source).figures
+    shutil.copy(source / "model.safetensors", tmp_path)
+    found = check(folder, tmp_path)
+    assert found.passed and "--config" in found.figures["not compared"]
+
+
 def test_another_config_of_the_source_is_found(converted, tmp_path):
     source, folder = converted()
     other = shutil.copytree(source, tmp_path / "source")
