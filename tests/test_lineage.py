@@ -15,7 +15,7 @@ from bsa_export.conversion.options import Options
 from bsa_export.conversion.to_dense import to_dense
 from bsa_export.converted.card import metadata
 from bsa_export.converted.folder import open_folder
-from bsa_export.converted.integrity import check_layout
+from bsa_export.converted.integrity import check_file, check_layout
 from bsa_export.converted.records import NoteKind, read_conversion
 from bsa_export.errors import BsaError
 from bsa_export.hub.source import Source
@@ -241,6 +241,8 @@ def claim(record, **fields) -> None:
         lambda record: claim(record, added=[QUERY]),
         lambda record: claim(record, removed=["pooler.dense.weight"]),
         lambda record: record["trained_from"]["record"]["files"].clear(),
+        lambda record: record["trained_from"]["record"]["source"]["config"].update(layer_norm_eps=0.5),
+        lambda record: record["trained_from"]["record"].update(density=0.5),
     ],
 )
 def test_a_false_record_fails(out, tmp_path, plant):
@@ -249,6 +251,32 @@ def test_a_false_record_fails(out, tmp_path, plant):
     plant(record)
     (made / "conversion.json").write_text(json.dumps(record))
     assert check_weights(open_folder(made), out).failed
+
+
+@pytest.mark.parametrize(
+    ("fields", "fault"),
+    [
+        ({"layer_norm_eps": 0.5}, "layer_norm_eps: expected 1e-12 as in the conversion"),
+        ({"hidden_act": "relu"}, "hidden_act: expected 'gelu' as in the conversion"),
+        ({"hidden_dropout_prob": 0.5, "pad_token_id": 3, "rope_parameters": {"rope_type": "default"}}, None),
+    ],
+)
+def test_training_does_not_change_what_the_encoder_computes(out, tmp_path, fields, fault):
+    """Its config.json and the copy of it in conversion.json are forged alike."""
+    trained = train(out, tmp_path / "trained", new_rows)
+    config = json.loads((trained / "config.json").read_text()) | fields
+    (trained / "config.json").write_text(json.dumps(config))
+    found = check_weights(open_folder(whole(trained, tmp_path / "made", out)), out)
+    assert fault in found.reason if fault else found.passed
+
+
+def test_an_earlier_record_that_cannot_be_fails_without_the_source(out, trained, tmp_path):
+    made = whole(trained, tmp_path / "made", out)
+    assert check_file(made).passed
+    record = json.loads((made / "conversion.json").read_text())
+    record["trained_from"]["record"]["changed"][LAYOUT] = {"layout": True}
+    (made / "conversion.json").write_text(json.dumps(record))
+    assert f"{LAYOUT}: conversion.json lists it both as added and as changed" in check_file(made).reason
 
 
 def test_a_first_row_of_positions_that_did_not_change_fails(out, tmp_path):

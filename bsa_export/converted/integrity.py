@@ -34,6 +34,7 @@ from bsa_export.converted.names import (
     of_people,
 )
 from bsa_export.converted.records import ConversionRecord
+from bsa_export.converted.statements import statement_faults
 from bsa_export.errors import BsaError, FamilyError, SparsityError
 from bsa_export.files import MAX_JSON_BYTES, read_json, sha256
 from bsa_export.sparsity.configs import DEEPSPEED_LENGTH
@@ -66,6 +67,7 @@ def check_file(folder: Path) -> Check:
         figures["digests"] = "none: there is no conversion.json"
     else:
         faults += [*_config_faults(opened, opened.record), *_record_faults(opened, opened.record)]
+        faults += statement_faults(opened, opened.record)
         changed, compared = digest_faults(opened, opened.record)
         faults += changed.values()
         figures["digests"] = f"{compared} of {len(opened.record.files)} files"
@@ -309,16 +311,18 @@ def expected_layouts(opened: ConvertedFolder) -> tuple[list[np.ndarray] | None, 
     if random:
         return None, "no: random blocks, and no conversion.json has the seed"
     layouts = with_local_layers(make_layouts(sparsity, longest, opened.layers), opened.windows, opened.block)
+    first = next((layer for layer, window in enumerate(opened.windows) if window is None), 0)
     if (
         longest < DEEPSPEED_LENGTH
         and DEEPSPEED_LENGTH % sparsity.block == 0
-        and opened.layout_name(0) in opened.tensors
+        and opened.layout_name(first) in opened.tensors
     ):
         # DeepSpeed's own class slices one layout of this length, which need not be the layout made for the shorter one.
         n = longest // sparsity.block
         sliced = make_layouts(sparsity, DEEPSPEED_LENGTH, 1)[0][:, :n, :n]
-        if np.array_equal(read(opened.tensors[opened.layout_name(0)]), sliced):
-            return [sliced] * opened.layers, f"yes: {sparsity.mode} at {DEEPSPEED_LENGTH} tokens, sliced"
+        if np.array_equal(read(opened.tensors[opened.layout_name(first)]), sliced):
+            layouts = with_local_layers([sliced] * opened.layers, opened.windows, opened.block)
+            return layouts, f"yes: {sparsity.mode} at {DEEPSPEED_LENGTH} tokens, sliced"
     return layouts, f"yes: {sparsity.mode}"
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from bsa_export.checkpoint.open import open_checkpoint
 from bsa_export.checkpoint.table import Checkpoint
 from bsa_export.converted.folder import ConvertedFolder
+from bsa_export.converted.records import LengthChange
 from bsa_export.errors import BsaError
 from bsa_export.files import MAX_JSON_BYTES, read_json, sha256
 from bsa_export.verify.bits import first_difference
@@ -49,6 +50,7 @@ BESIDE = (
     "config.json", "conversion.json", "verification.json", "pulled.json", "*.safetensors.index.json", "README.md",
     "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "license*", "*.png", "*.svg", "*.jpg", ".*",
 )  # fmt: skip
+WITH_LENGTHS = ("tokenizer.json", "tokenizer_config.json", "sentence_*_config.json")
 LENGTHS = ("model_max_length", "max_length", "max_len", "max_seq_length")
 
 
@@ -77,12 +79,17 @@ def carried_faults(folder: ConvertedFolder, source: Path, checkpoint: Checkpoint
         path = folder.path / name
         if not path.is_file():
             yield f"{name}: lost: the source has {file.source.name}"
-        elif file.tensors:
+            continue
+        if file.tensors:
             if not _same_tensors(file.source, path):
                 yield f"{name}: its tensors are not those of the source"
-        elif fault := _difference(name, file.source, path, length, encoder):
+            continue
+        fault = _difference(name, file.source, path, length, encoder)
+        if fault := fault or _lengths_fault(name, file.source, path, folder.record.lengths):
             yield f"{name}: {fault}"
     yield from faults_of_kept_files(folder)
+    for name in sorted({change.file for change in folder.record.lengths or ()} - expected.keys()):
+        yield f"{name}: conversion.json lists a length in it, and nothing in the source implies this file"
     kept = folder.record.trained_from.files if folder.record.trained_from else []
     weights = {file.name for file in folder.checkpoint.files}
     for name in unexpected_files(folder, {*expected, *weights, *kept}):
@@ -228,6 +235,29 @@ def _json_difference(name: str, theirs: Any, mine: Any, length: int | None) -> s
             where = ".".join(map(str, key))
             return f"{where or 'its content'}: expected {_shown(allowed[-1])}, found {_shown(after)}"
     return None
+
+
+def _lengths_fault(name: str, source: Path, found: Path, recorded: list[LengthChange] | None) -> str | None:
+    """How the lengths that conversion.json lists for a file are not those that differ from the source's.
+
+    The way back depends on them: with every `before` set again, the file has the source's values.
+    """
+    if recorded is None or not _matches(name, WITH_LENGTHS):
+        return None
+    theirs, mine = read_json(source, MAX_JSON_BYTES), read_json(found, MAX_JSON_BYTES)
+    for change in (change for change in recorded if change.file == name):
+        place = mine
+        for key in change.key[:-1]:
+            place = place.get(key) if isinstance(place, dict) else None
+        last = change.key[-1] if change.key else None
+        if not isinstance(place, dict) or last not in place or _flat(place[last]) != _flat(json.loads(change.after)):
+            return f"conversion.json lists {'.'.join(change.key)} {change.after}, and it is another value"
+        if change.before is None:
+            del place[last]
+        else:
+            place[last] = json.loads(change.before)
+    same = _flat(mine) == _flat(theirs)
+    return None if same else "the lengths before the conversion, as conversion.json lists them, are not the source's"
 
 
 Key = tuple[str | int, ...]

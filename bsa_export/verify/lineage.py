@@ -26,8 +26,17 @@ from bsa_export.verify.rules import is_rounded
 FLOATS = {"F64", "F32", "F16", "BF16"}
 # What the record of a conversion states about its tensors. A conversion that was made again has other versions.
 STATED = (
-    "family", "seed", "source_length", "max_length", "sparsity", "positions", "lengths", "renamed", "changed", "added",
-    "dropped", "tied", "buffers", "trained_from",
+    "family", "options", "seed", "source_length", "max_length", "sparsity", "density", "positions", "lengths",
+    "renamed", "changed", "added", "dropped", "tied", "buffers", "sparse_source", "not_finite", "removed_fields",
+    "implied_config", "attn_implementation", "trained_from",
+)  # fmt: skip
+# Fields of config.json that decide what the encoder computes. Training changes the others: dropout, labels, ids.
+COMPUTING = (
+    "model_type", "hidden_act", "hidden_activation", "activation_function", "layer_norm_eps", "norm_eps",
+    "rms_norm_eps", "position_embedding_type", "rotary_dim", "rotary_base", "rope_theta", "global_rope_theta",
+    "local_rope_theta", "rope_parameters", "rope_scaling", "local_attention", "layer_types",
+    "global_attn_every_n_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "pre_layer_norm",
+    "last_layer_norm", "emb_layer_norm_before", "token_dropout", "use_task_id", "sparse_attention",
 )  # fmt: skip
 LAYOUT = ".sparse_self_attention.master_layout"
 
@@ -59,13 +68,14 @@ def check_lineage(folder: ConvertedFolder, ancestor: Path, progress: Progress | 
                 "conversion.json lists for it, found one with other files"
             )
             return result(Kind.WEIGHTS, [fault])
-        if other := next(
-            (name for name in STATED if getattr(before.record, name) != getattr(training.record, name)), ""
-        ):
+        other = next((name for name in STATED if getattr(before.record, name) != getattr(training.record, name)), "")
+        if before.record.source.config != training.record.source.config:
+            other = other or "config.json of the source"
+        if other:
             fault = f"trained_from in conversion.json states another {other} than the conversion's own conversion.json"
             return result(Kind.WEIGHTS, [fault])
         comparison = _Comparison(folder, before, folder.record, training, progress)
-        faults = [*comparison.faults(), *faults_of_kept_files(folder)]
+        faults = [*_config_faults(folder, before), *comparison.faults(), *faults_of_kept_files(folder)]
         before.checkpoint.check_unchanged()
     except BsaError as error:
         return result(Kind.WEIGHTS, [str(error)])
@@ -75,6 +85,24 @@ def check_lineage(folder: ConvertedFolder, ancestor: Path, progress: Progress | 
     if training.first_row:
         figures["first position rows unchanged"] = training.first_row
     return result(Kind.WEIGHTS, faults, {name: value for name, value in figures.items() if value})
+
+
+def _config_faults(folder: ConvertedFolder, before: ConvertedFolder) -> Iterator[str]:
+    """Fields that decide the computation and are not the conversion's. transformers may write a field that an older
+    config.json lacks, and leave one out that another field replaced: what both have counts."""
+    for name in COMPUTING:
+        if name in folder.config and name in before.config and not _agree(folder.config[name], before.config[name]):
+            yield (
+                f"config.json: {name}: expected {before.config[name]!r} as in the conversion, because training does"
+                f" not change it, found {folder.config[name]!r}"
+            )
+
+
+def _agree(now: object, before: object) -> bool:
+    """Whether two values of JSON are equal; of objects, the values that both have."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        return all(_agree(now[key], before[key]) for key in now.keys() & before.keys())
+    return now == before
 
 
 class _Comparison:

@@ -56,6 +56,33 @@ DISTILBERT_HEAD = {
     "vocab_projector.weight": "cls.predictions.decoder.weight",
     "vocab_projector.bias": "cls.predictions.bias",
 }
+# A head's tensor -> the tensor that transformers' masked-LM classes read instead: the encoder's word
+# embeddings, or a bias of the head.
+TIED_WEIGHTS = (
+    "cls.predictions.decoder.weight", "lm_head.decoder.weight", "predictions.decoder.weight",
+    "generator_lm_head.weight", "decoder.weight", "lm_head.weight",
+)  # fmt: skip
+WORD_EMBEDDINGS = {
+    "decoder.weight": "embeddings.tok_embeddings.weight",  # ModernBERT
+    "lm_head.weight": "embed_tokens.weight",  # EuroBERT
+}
+TIED_BIASES = {
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+    "lm_head.decoder.bias": "lm_head.bias",
+    "predictions.decoder.bias": "predictions.bias",
+}
+
+
+def tied_to(name: str, prefix: str) -> str | None:
+    """The tensor that transformers reads instead of a head's; None where it reads the head's own.
+
+    Args:
+        name: in the converted folder.
+        prefix: what stands before the encoder's names there, with its dot.
+    """
+    if name in TIED_WEIGHTS:
+        return prefix + WORD_EMBEDDINGS.get(name, "embeddings.word_embeddings.weight")
+    return TIED_BIASES.get(name)
 
 
 def expected_name(family: str, prefix: str, name: str) -> str:

@@ -32,6 +32,7 @@ from bsa_export.verify.carried import carried_faults
 from bsa_export.verify.lineage import check_lineage, is_ancestor
 from bsa_export.verify.names import ATTRIBUTES, expected_name
 from bsa_export.verify.rules import bits_of, is_interpolated, is_rounded, is_tiled
+from bsa_export.verify.stated import stated_faults
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 ROWS = 1024  # position rows judged at once
@@ -90,12 +91,16 @@ def check_weights(
         faults = [
             *_source_faults(folder, checkpoint, config_path),
             *found,
+            *stated_faults(folder, folder.record, checkpoint, comparison.prefix),
             *carried_faults(folder, source, checkpoint),
         ]
         checkpoint.check_unchanged()
     except BsaError as error:
         return result(Kind.WEIGHTS, [str(error)])
-    return result(Kind.WEIGHTS, faults, comparison.counts | {"bytes": comparison.done})
+    figures: dict[str, object] = {**comparison.counts, "bytes": comparison.done}
+    if not (config_path or find_config(checkpoint.folder)).is_file():
+        figures["not compared"] = "config.json, which is not stored next to the source's weights: name it with --config"
+    return result(Kind.WEIGHTS, faults, figures)
 
 
 def _is_dense(checkpoint: Checkpoint, config_path: Path | None) -> bool:

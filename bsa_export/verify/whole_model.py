@@ -109,7 +109,8 @@ def load_model(folder: ConvertedFolder, device: str) -> Any:
 
 
 def _register_reference() -> None:
-    """Makes `reference` an attention function of transformers, so that the same model runs on it."""
+    """Makes `reference` an attention function of transformers, so that the same model runs on it. A model without
+    stored layouts attends to all tokens."""
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
@@ -125,14 +126,18 @@ def _register_reference() -> None:
         sliding_window: int | None = None,
         **_: object,
     ) -> tuple[Tensor, None]:
-        stored, order = module.sparse_self_attention, torch.arange(query.shape[-1])
+        stored, order = getattr(module, "sparse_self_attention", None), torch.arange(query.shape[-1])
         if (seed := _order.get()) is not None:
             order = torch.randperm(query.shape[-1], generator=torch.Generator().manual_seed(seed))
         query, key, value = (x[..., order.to(x.device)] for x in (query, key, value))
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         window = None if sliding_window is None else (sliding_window - 1, sliding_window - 1)
+        if stored is None:
+            layout, block = torch.ones(query.shape[1], 1, 1, dtype=torch.uint8, device=query.device), query.shape[2]
+        else:
+            layout, block = stored.master_layout, stored.block
         context = block_sparse_attention(
-            query, key, value, stored.master_layout, stored.block,
+            query, key, value, layout, block,
             key_padding_mask=attention_mask, scale=scaling, backend="reference", window=window,
         )  # fmt: skip
         return context[..., order.argsort().to(context.device)].transpose(1, 2), None
@@ -182,6 +187,16 @@ def outputs(model: Any, inputs: Inputs) -> dict[str, Tensor]:
     return {name: value[inputs.attention_mask.bool()] for name, value in kept.items()}
 
 
+def _in_another_order(model: Any, inputs: Inputs, seed: int) -> dict[str, Tensor]:
+    """What a model makes of the inputs on `reference`, which sums in the order of a seed."""
+    token = _order.set(seed)
+    try:
+        with attending(model, REFERENCE):
+            return outputs(model, inputs)
+    finally:
+        _order.reset(token)
+
+
 class EndToEnd:
     """The runs of a folder's model.
 
@@ -221,16 +236,16 @@ class EndToEnd:
             if isinstance(dense, str):
                 what += f" ({dense})"
         if dense is None or isinstance(dense, str):
-            with attending(self.model, "sdpa"), attending(self.exact, "sdpa"):
-                plain, exact = outputs(self.model, inputs), outputs(self.exact, inputs)
+            model, in_float64 = self.model, self.exact
         else:
             model, unused = dense
-            what = f"the source in {type(model).__name__}{self._rules()}"
-            plain, exact = outputs(model, inputs), outputs(model.double(), inputs)
+            what, in_float64 = f"the source in {type(model).__name__}{self._rules()}", copy.deepcopy(model).double()
+        with attending(model, "sdpa"), attending(in_float64, "sdpa"):
+            plain, exact = outputs(model, inputs), outputs(in_float64, inputs)
 
         def again(seed: int) -> dict[str, Tensor]:
-            with every_block_kept(self.model):
-                return self._reference(inputs, seed)
+            with every_block_kept(model):
+                return _in_another_order(model, inputs, seed)
 
         faults = [
             f"{name}: the source's class {type(model).__name__} does not compute with this tensor of the source,"
@@ -243,20 +258,10 @@ class EndToEnd:
         """With the real layout, the model's outputs are those of the same model on `reference`."""
         inputs = make_inputs(self.folder, 1, self.long, self.device, seed=1)
         actual = outputs(self.model, inputs)
-        plain = self._reference(inputs)
-        with attending(self.exact, REFERENCE):
-            exact = outputs(self.exact, inputs)
-        again = partial(self._reference, inputs)
+        with attending(self.model, REFERENCE), attending(self.exact, REFERENCE):
+            plain, exact = outputs(self.model, inputs), outputs(self.exact, inputs)
+        again = partial(_in_another_order, self.model, inputs)
         return self._judged(OWN, actual, plain, exact, again, self.long, {"against": "reference"})
-
-    def _reference(self, inputs: Inputs, order: int | None = None) -> dict[str, Tensor]:
-        """What the model makes of the inputs on `reference`, which sums in another order for each seed `order`."""
-        token = _order.set(order)
-        try:
-            with attending(self.model, REFERENCE):
-                return outputs(self.model, inputs)
-        finally:
-            _order.reset(token)
 
     def _judged(
         self,
@@ -269,8 +274,8 @@ class EndToEnd:
         figures: dict[str, Any],
         faults: Sequence[str] = (),
     ) -> Check:
-        """The check of results. `again` returns those of plain PyTorch in another order: see
-        `outputs.Call.errors_of`."""
+        """The check of results. `again` returns those of the plain model in another order (see
+        `outputs.Call.errors_of`): of the same model as `plain`, or the bound would grow with a fault of the folder."""
         faults = list(faults)
         details: list[dict[str, Any]] = []
         for what in actual:
@@ -351,7 +356,12 @@ class EndToEnd:
         from bsa_export.hf import prenorm_bert
 
         record = self._record
-        config = record.source.config | record.implied_config | {"model_type": record.family}
+        # What conversion.json says that a config.json leaves out comes from the class itself, where it has defaults.
+        implied = record.implied_config
+        if record.family != MODEL_TYPE:
+            implied = {name: value for name, value in implied.items() if name == "vocab_size"}
+        stated = {name: value for name, value in record.source.config.items() if name not in record.implied_config}
+        config = stated | implied | {"model_type": record.family}
         kind = transformers.CONFIG_MAPPING[record.family]
         names = (config if record.family != MODEL_TYPE else self.folder.config).get("architectures") or [None]
         own = getattr(prenorm_bert, names[0]) if names[0] in CLASSES.values() else None

@@ -132,6 +132,8 @@ def test_a_model_that_is_saved_again_loads_again(tmp_path, kind):
     model.save_pretrained(tmp_path / "again")
     again = bsa_export.load(tmp_path / "again")
     assert_same(outputs(again, 4 * LENGTH), outputs(model, 4 * LENGTH), 0)
+    for check in (check_file(tmp_path / "again"), check_layout(tmp_path / "again")):  # without a conversion.json
+        assert check.passed, check.reason
 
 
 def checked(tmp_path, kind, device, backends, **fields):
@@ -156,6 +158,55 @@ def test_each_check_of_bsa_verify_passes(tmp_path, kind):
 @pytest.mark.parametrize("kind", RUN)
 def test_each_check_of_bsa_verify_passes_on_a_gpu(tmp_path, kind):
     checked(tmp_path, kind, "cuda", ("triton", "torch"), hidden_size=64)
+
+
+FORGED = [
+    ("albert", {"layer_norm_eps": 0.1}),
+    ("esm-rotary", {"token_dropout": False}),
+    ("eurobert", {"rms_norm_eps": 0.1}),
+    ("eurobert-grouped", {"hidden_act": "relu"}),
+    ("gte", {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}),
+    ("modernbert", {"local_attention": 12}),
+    ("modernbert", {"layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), [runnable(*case) for case in FORGED])
+def test_the_whole_model_check_runs_the_sources_config(tmp_path, kind, fields):
+    """Nothing that the folder says about itself enters what is expected, nor the bound."""
+    source = save(random_model(kind), tmp_path / "source")
+    out = converted(source, "--max-length", 4 * LENGTH, "--block", 16)
+    change(out, **fields)
+    kept, own = check_whole_model(open_folder(out), "cpu", open_checkpoint(source))
+    assert kept.failed and own.passed
+
+
+@pytest.mark.parametrize("kind", list(map(runnable, ["modernbert", "nomic_bert"])))
+def test_the_whole_model_check_runs_the_sources_weights(tmp_path, kind):
+    out = converted(save(random_model(kind), tmp_path / "source"), "--max-length", 4 * LENGTH, "--block", 16)
+    other = save(random_model(kind, seed=1), tmp_path / "other")
+    kept, own = check_whole_model(open_folder(out), "cpu", open_checkpoint(other))
+    assert kept.failed and own.passed
+
+
+@pytest.mark.skipif(not hasattr(transformers, "NomicBertModel"), reason="this transformers has no NomicBertModel")
+def test_a_size_that_config_json_leaves_out_is_that_of_the_class(tmp_path):
+    """NomicBertConfig has 12 heads by default; conversion.json is forged to say 6, and everything else fits."""
+    source = save(random_model("nomic_bert", hidden_size=24, num_attention_heads=12), tmp_path / "source")
+    dense = {name: value for name, value in config(source).items() if name not in ("num_attention_heads", "head_dim")}
+    (source / "config.json").write_text(json.dumps(dense))
+    out = converted(source, "--max-length", 2 * LENGTH, "--block", 16)
+    told = record(out)
+    assert told["implied_config"] == {"num_attention_heads": 12}
+    assert check_weights(open_folder(out), source).passed
+    told["implied_config"]["num_attention_heads"] = 6
+    (out / "conversion.json").write_text(json.dumps(told))
+    change(out, num_attention_heads=6, sparse_attention=config(out)["sparse_attention"] | {"num_heads": 6})
+    weights = {name: x[:6].clone() if name.endswith("layout") else x for name, x in tensors(out).items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    assert not check_layout(out).failed
+    kept, _ = check_whole_model(open_folder(out), "cpu", open_checkpoint(source))
+    assert kept.failed
 
 
 @pytest.mark.parametrize("kind", list(map(runnable, ["gte", "nomic_bert", "jina_embeddings_v3"])))

@@ -125,3 +125,24 @@ def test_embeddings_are_compared():
     assert compare(one, one + 1e-6, 1e-3).passed
     for wrong in (one + 1e-2, one * float("nan"), one[:, :4]):
         assert compare(one, wrong, 1e-3).failed
+
+
+LENGTHS = {
+    "another length before": (lambda lengths: lengths[0].update(before="63"), "are not the source's"),
+    "another length after": (lambda lengths: lengths[0].update(after="63"), "and it is another value"),
+    "no such place": (lambda lengths: lengths[0].update(key=["a", "b"]), "and it is another value"),
+    "one is not listed": (lambda lengths: lengths.pop(), "are not the source's"),
+    "a file from nowhere": (lambda lengths: lengths[0].update(file="tokenizer.json"), "implies this file"),
+}
+
+
+@pytest.mark.parametrize("lie", LENGTHS)
+def test_lengths_that_the_way_back_would_restore_wrongly_fail(lie, made, tmp_path):
+    edit, words = LENGTHS[lie]
+    source, folder = made[0], shutil.copytree(made[1], tmp_path / "out")
+    record = json.loads((folder / "conversion.json").read_text())
+    assert len(record["lengths"]) == 2
+    edit(record["lengths"])
+    (folder / "conversion.json").write_text(json.dumps(record))
+    found = check_weights(open_folder(folder), source)
+    assert any(words in row["fault"] for row in found.details), found.details

@@ -243,3 +243,69 @@ def test_a_model_that_was_trained_on_has_no_record(damaged):
     assert check_file(folder).figures["digests"].startswith("none")
     assert check_file(folder).passed
     assert check_layout(folder).passed
+
+
+NORM = {"layer_norm_eps": 0.5}
+POSITIONS = "bert.embeddings.position_embeddings.weight"
+# What a forger states so that a wrong folder fits its record -> edits of (conversion.json, config.json), and the words.
+STATEMENTS = {
+    "a field that tensors should have decided": (
+        lambda record, config: (record["implied_config"].update(NORM), config.update(NORM)),
+        "implied_config: layer_norm_eps",
+    ),
+    "a size that the source has": (
+        lambda record, config: (record["implied_config"].update(num_attention_heads=2), config.update(NORM)),
+        "implied_config: num_attention_heads",
+    ),
+    "a field that is taken out": (
+        lambda record, config: (record["removed_fields"].append("layer_norm_eps"), config.pop("layer_norm_eps")),
+        "removed_fields: layer_norm_eps",
+    ),
+    "another attention": (
+        lambda record, config: [each.update(attn_implementation="sdpa") for each in (record, config)],
+        "attn_implementation: expected block_sparse",
+    ),
+    "no attention": (
+        lambda record, config: [each.pop("attn_implementation") for each in (record, config)],
+        "attn_implementation: expected block_sparse, found None",
+    ),
+    "a layout of the source": (
+        lambda record, config: record["changed"].update({LAYOUT.format(0): {"layout": True}}),
+        "lists it both as added and as changed",
+    ),
+    "positions that are a layout": (
+        lambda record, config: record["changed"][POSITIONS].update(layout=True),
+        f"{POSITIONS}: conversion.json says that it is a layout",
+    ),
+    "rows": (lambda record, config: record["changed"][POSITIONS].update(rows=[1, 2]), "in two ways"),
+    "a method": (lambda record, config: record["changed"][POSITIONS].update(method="interpolate"), "in two ways"),
+    "a dtype": (lambda record, config: record["changed"][POSITIONS].update(dtype=["F32", "F16"]), "and it is F32"),
+    "values of what is not a buffer": (
+        lambda record, config: record["buffers"].update({QUERY: {"dtype": "F32", "values": [1.0]}}),
+        "does not list it as dropped",
+    ),
+    "a shorter source": (lambda record, config: record.update(source_length=32), "source_length: expected 64 rows"),
+    "another length": (lambda record, config: record["options"].update(max_length=64), "max_length: expected 64"),
+    "another window": (lambda record, config: record["options"].update(window=32), "sparsity: expected"),
+    "another mode": (lambda record, config: record["options"].update(mode="fixed"), "sparsity: expected"),
+    "no mode": (lambda record, config: record["options"].update(mode="none"), "options: mode: expected one of"),
+    "another parameter": (
+        lambda record, config: record["options"].update(parameters={"num_local_blocks": 1}),
+        "sparsity: expected",
+    ),
+    "an unknown parameter": (lambda record, config: record["options"].update(parameters={"more": 1}), "more"),
+    "another family": (lambda record, config: record.update(family="ernie"), "the model_type of ernie is ernie"),
+}
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_a_statement_that_cannot_be_fails_without_the_source(statement, damaged):
+    edit, words = STATEMENTS[statement]
+    _, folder = damaged()
+    record, config = (json.loads((folder / name).read_text()) for name in ("conversion.json", "config.json"))
+    edit(record, config)
+    for name, content in (("config.json", config), ("conversion.json", record)):
+        (folder / name).write_text(json.dumps(content))
+    without_digests(folder)
+    found = check_file(folder)
+    assert any(words in row["fault"] for row in found.details), found.details

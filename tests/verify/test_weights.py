@@ -125,6 +125,7 @@ def edited_record(folder, edit):
 
 
 KEY = "bert.encoder.layer.0.attention.self.key.weight"
+POSITIONS = "bert.embeddings.position_embeddings.weight"
 LIES = {
     "dropped": (lambda record: record["dropped"].update({KEY: "buffer"}), "lost: conversion.json drops it"),
     "renamed": (
@@ -138,6 +139,16 @@ LIES = {
     "another method": (lambda record: record["options"].update({"positions": "interpolate"}), "two ways to extend it"),
     "another seed length": (lambda record: record["positions"].update({"source_rows": 32}), "expected source_rows 64"),
     "rounded": (lambda record: record["options"].update({"dtype": "fp16"}), "conversion.json says otherwise"),
+    "renamed from nothing": (lambda record: record["renamed"].update(old=KEY), "the source has no such tensor"),
+    "dropped from nothing": (lambda record: record["dropped"].update(old="buffer"), "the source has no such tensor"),
+    "tied to nothing": (lambda record: record["tied"].update(old=KEY), "the source has no such tensor"),
+    "added": (lambda record: record["added"].append(KEY), "conversion.json has it as added"),
+    "tied": (lambda record: record["tied"].update({KEY: KEY}), "transformers does not tie the two"),
+    "the dtype of the source": (
+        lambda record: record["changed"][POSITIONS].update(dtype=["F16", "F32"]),
+        "conversion.json says that it was F16",
+    ),
+    "sparse before": (lambda record: record.update(sparse_source=True), "sparse_source: expected False"),
 }
 
 
@@ -170,6 +181,14 @@ def test_another_source_is_found(converted):
     _, folder = converted()
     other, _ = converted(seed=9)
     assert check(folder, other).failed
+
+
+def test_a_source_without_config_json_says_that_it_is_not_compared(converted, tmp_path):
+    source, folder = converted()
+    assert "not compared" not in check(folder, source).figures
+    shutil.copy(source / "model.safetensors", tmp_path)
+    found = check(folder, tmp_path)
+    assert found.passed and "--config" in found.figures["not compared"]
 
 
 def test_another_config_of_the_source_is_found(converted, tmp_path):
@@ -208,6 +227,33 @@ def test_the_judge_states_the_names_as_the_families_do():
                 assert names.expected_name(family.name, prefix, name) == written_name(family, prefix, name), name
         for name in inner:
             assert names.expected_name(family.name, "", name) == written_name(family, "", name), name
+
+
+def test_the_judge_states_the_ties_as_the_families_do():
+    for family in FAMILIES.values():
+        prefix = f"{family.written_prefix}."
+        for name, holder in family.tied.items():
+            holder = prefix + holder[1:] if holder.startswith(".") else holder
+            assert names.tied_to(written_name(family, f"{family.prefix}.", name), prefix) == holder
+    assert names.tied_to("classifier.weight", "bert.") is None
+
+
+def test_equal_tensors_that_transformers_does_not_tie_are_both_needed(converted, tmp_path):
+    """A head's tensor is left out, as if it stood for another one with the same bytes."""
+    from bsa_export.conversion.convert import convert_source as convert
+    from bsa_export.hub.source import Source
+
+    source = shutil.copytree(converted()[0], tmp_path / "source")
+    tensors, (one, other) = load_file(source / "model.safetensors"), ("cls.one", "cls.two")
+    save_file(tensors | {one: np.ones(4, "f4"), other: np.ones(4, "f4")}, source / "model.safetensors")
+    out = tmp_path / "out"
+    convert(Source(source), out)
+    assert check(out, source).passed
+    written = load_file(out / "model.safetensors")
+    del written[other]
+    save_file(written, out / "model.safetensors", metadata={"format": "pt"})
+    edited_record(out, lambda record: record["tied"].update({other: one}))
+    assert check(out, source).reason.startswith(f"{other}: lost: conversion.json has {one} in its place")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
