@@ -28,25 +28,24 @@ def bits_of(data: bytes | memoryview | np.ndarray, dtype: str) -> np.ndarray:
 def is_rounded(source: np.ndarray, found: np.ndarray, source_dtype: str, dtype: str) -> np.ndarray:
     """Where `found` holds the value of its dtype that is nearest to `source`, the even one of two; both are bits, flat.
 
-    Nearest means: neither neighbour, one bit up or down, is nearer. A NaN stays a NaN, an infinity and a sign what
-    they are.
+    Nearest means: between the midpoints to the two neighbours, one bit up and down, which float64 holds exactly; in
+    F64 itself, equal. A NaN stays a NaN, an infinity and a sign what they are.
     """
-    exact, mine = values(source, source_dtype), values(found, dtype)
-    if exact.dtype != mine.dtype:
-        exact, mine = exact.astype(np.float64), mine.astype(np.float64)
+    exact, mine = (values(bits, kind).astype(np.float64) for bits, kind in ((source, source_dtype), (found, dtype)))
     sign = found.dtype.type(1 << (8 * found.itemsize - 1))
     magnitude = found & ~sign
-    up = np.abs(values(magnitude + found.dtype.type(1), dtype)).astype(mine.dtype)
-    down = values(np.maximum(magnitude, 1) - found.dtype.type(1), dtype).astype(mine.dtype)
+    up = np.abs(values(magnitude + found.dtype.type(1), dtype).astype(np.float64))
+    down = values(np.maximum(magnitude, 1) - found.dtype.type(1), dtype).astype(np.float64)
     with np.errstate(invalid="ignore"):
-        size = np.abs(exact)
-        error, above, below = np.abs(size - np.abs(mine)), np.abs(up - size), np.abs(size - down)
-        even = (found & found.dtype.type(1)) == 0
-        nearest = (error < above) | ((error == above) & even) | ~np.isfinite(up)
-        nearest &= (error < below) | ((error == below) & even) | (magnitude == 0)
+        size, even = np.abs(exact), (found & found.dtype.type(1)) == 0
+        low, high = (down + np.abs(mine)) / 2, (np.abs(mine) + up) / 2
+        nearest = ((low < size) | ((low == size) & even) | (magnitude == 0)) & (
+            (size < high) | ((size == high) & even) | ~np.isfinite(up)
+        )
         nearest &= np.signbit(exact) == np.signbit(mine)
         special = (exact == mine) | (np.isnan(exact) & np.isnan(mine))
-        return np.where(np.isfinite(exact) & np.isfinite(mine), nearest, special)
+        within = np.isfinite(exact) & np.isfinite(mine) & (dtype != "F64")
+        return np.where(within, nearest, special)
 
 
 def is_tiled(

@@ -29,7 +29,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "verify"), str(Path(__
 
 from planted import KINDS, planted, without_digests  # noqa: E402
 
-from bsa_export.conversion.convert import Source, convert  # noqa: E402
+from bsa_export.conversion.convert import Source, convert_source  # noqa: E402
 from bsa_export.conversion.plan import Options  # noqa: E402
 from bsa_export.converted.folder import open_folder  # noqa: E402
 from bsa_export.verify import check_file, check_layout  # noqa: E402
@@ -78,7 +78,7 @@ def run_faults(options: argparse.Namespace, work: Path) -> int:
     for model in options.models:
         for name, (chosen, shard) in CONVERSIONS.items():
             folder = work / f"{model.name}-{len(subjects)}"
-            convert(Source(model), folder, Options(**chosen), max_shard_size=shard)
+            convert_source(Source(model), folder, Options(**chosen), max_shard_size=shard)
             bare = shutil.copytree(folder, folder.with_name(f"{folder.name}-bare"))
             without_digests(bare)
             subjects.append((f"{model.name}, {name}", folder, bare, model))

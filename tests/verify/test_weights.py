@@ -266,8 +266,9 @@ def test_the_plain_formula_of_rounding_is_torchs_and_sees_one_bit(dtype):
     finite = (rounded.isfinite() | exact.isinf() | exact.isnan()).numpy()
     source, found = bits_of(exact.numpy(), "F32"), bits_of(rounded.view(torch.int16).numpy(), name)
     assert is_rounded(source, found, "F32", name)[finite].all()
-    wrong = found ^ found.dtype.type(1)
-    assert not is_rounded(source, wrong, "F32", name)[finite & exact.isfinite().numpy()].any()
+    for bit in range(16):
+        wrong = found ^ found.dtype.type(1 << bit)
+        assert not is_rounded(source, wrong, "F32", name)[finite & exact.isfinite().numpy()].any(), bit
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path):
