@@ -500,7 +500,7 @@ Our words.
 @pytest.mark.parametrize(
     ("more", "base_model", "relation"),
     [
-        ("base_model: /home/alice/out", "alice/long-bert", "finetune"),
+        ("base_model: /models/out", "alice/long-bert", "finetune"),
         ("base_model: out", "alice/long-bert", "finetune"),
         ("base_model: [alice/long-bert]", ["alice/long-bert"], "finetune"),
         ("base_model: bob/other", "bob/other", None),

@@ -73,6 +73,10 @@ TIED_BIASES = {
 }
 
 
+# Families whose config class does not tie the head, unless config.json says so.
+UNTIED_BY_DEFAULT = ("eurobert",)
+
+
 def tied_to(name: str, prefix: str) -> str | None:
     """The tensor that transformers reads instead of a head's; None where it reads the head's own.
 

@@ -12,7 +12,7 @@ from bsa_export.bert.structure import STORED_LAYOUT
 from bsa_export.checkpoint.table import Checkpoint
 from bsa_export.converted.folder import ConvertedFolder
 from bsa_export.converted.records import ConversionRecord
-from bsa_export.verify.names import expected_name, tied_to
+from bsa_export.verify.names import UNTIED_BY_DEFAULT, expected_name, tied_to
 
 SPARSE = ("sparse_attention", "sparse_config_cls")  # fields of a config.json of a sparse model
 
@@ -50,5 +50,5 @@ def stated_faults(
 
 def _may_be_tied(folder: ConvertedFolder, record: ConversionRecord, name: str, holder: str) -> bool:
     """Whether transformers' class of the folder reads `holder` as `name`."""
-    by_default = record.family != "eurobert"
+    by_default = record.family not in UNTIED_BY_DEFAULT
     return folder.config.get("tie_word_embeddings", by_default) is True and tied_to(name, folder.prefix) == holder
